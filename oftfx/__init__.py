@@ -1,0 +1,80 @@
+"""oftfx: put orthogonal fine-tuning rotations into any model, train them, fold them, deploy a plain model.
+
+    model = oftfx.transform(model, {"*.q_proj": oftfx.OFT(32), "*.v_proj": oftfx.OFT(32)})
+    ...                                  # train with any loop
+    result = oftfx.fold(model)           # the rotations go into the weights
+    oftfx.export_onnx(result.model, "model.onnx", example_inputs)
+
+Public names are loaded when they are first used; importing the package loads nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "OFT": "oftfx.rules",
+    "Rule": "oftfx.rules",
+    "Plan": "oftfx.plans",
+    "Site": "oftfx.program",
+    "Program": "oftfx.program",
+    "Rotation": "oftfx.rotation.module",
+    "WeightFormat": "oftfx.formats",
+    "register_format": "oftfx.formats",
+    "plan": "oftfx.surgery",
+    "transform": "oftfx.surgery",
+    "graph": "oftfx.surgery",
+    "add_adapter": "oftfx.adapter.switch",
+    "set_adapter": "oftfx.adapter.switch",
+    "remove_adapter": "oftfx.adapter.switch",
+    "adapters": "oftfx.adapter.switch",
+    "active_adapters": "oftfx.adapter.switch",
+    "disable_adapters": "oftfx.adapter.switch",
+    "adapter_parameters": "oftfx.adapter.switch",
+    "save_adapter": "oftfx.adapter.save_load",
+    "load_adapter": "oftfx.adapter.save_load",
+    "fold": "oftfx.folding",
+    "unfold": "oftfx.folding",
+    "FoldResult": "oftfx.folding",
+    "FoldReport": "oftfx.report.fold_report",
+    "export_onnx": "oftfx.onnx.export",
+    "ExportReport": "oftfx.onnx.export",
+    "OftfxError": "oftfx.errors",
+}
+
+__all__ = ["__version__", *_HOME]
+
+if TYPE_CHECKING:
+    from oftfx.adapter.save_load import load_adapter, save_adapter
+    from oftfx.adapter.switch import (
+        active_adapters,
+        adapter_parameters,
+        adapters,
+        add_adapter,
+        disable_adapters,
+        remove_adapter,
+        set_adapter,
+    )
+    from oftfx.errors import OftfxError
+    from oftfx.folding import FoldResult, fold, unfold
+    from oftfx.formats import WeightFormat, register_format
+    from oftfx.onnx.export import ExportReport, export_onnx
+    from oftfx.plans import Plan
+    from oftfx.program import Program, Site
+    from oftfx.report.fold_report import FoldReport
+    from oftfx.rotation.module import Rotation
+    from oftfx.rules import OFT, Rule
+    from oftfx.surgery import graph, plan, transform
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'oftfx' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""Named sets of rotations: kept in a model, switched, saved and loaded."""

@@ -1,0 +1,280 @@
+"""Adapter directories: written whole or not at all, checked whole before anything in the model changes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.adapter import peft
+from oftfx.adapter.store import AdapterStore, check_name, find_store, located, store_of
+from oftfx.errors import AdapterError, AdapterFileError
+from oftfx.plans import Plan, SitePlan
+from oftfx.program import Program, Site
+from oftfx.rotation.skew import skew_size
+from oftfx.rules import OFT
+
+PLAN_FILE = "oftfx_plan.json"
+LAYOUTS = ("peft", "oftfx")
+
+# What decides the meaning of a skew; an adapter in the model and a file have to agree in it.
+_MEANING = ("parameterization", "terms", "block_share", "coft_eps")
+
+
+def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", layout: str = "peft") -> Path:
+    """Write one adapter as a directory.
+
+    Args:
+        model: a transformed model.
+        path: the directory; made where it does not exist.
+        adapter: its name in the model; the files do not contain it.
+        layout: ``"peft"``: ``adapter_model.safetensors`` and ``adapter_config.json``, which PEFT loads; or ``"oftfx"``:
+            the same tensors with the plan beside them, for adapters whose sites differ in block size or settings.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AdapterError: an unknown adapter or layout, or a plan that PEFT's configuration cannot say.
+    """
+    from safetensors.torch import save
+
+    root, store = located(model)
+    store.require(adapter)
+    if layout not in LAYOUTS:
+        raise AdapterError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    plan = store.adapters[adapter].plan
+    if layout == "peft":
+        side = peft.CONFIG_FILE, json.dumps(peft.config_for(plan, root), indent=2, sort_keys=True)
+    else:
+        side = PLAN_FILE, plan.to_json()
+    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in _tensors(root, store, adapter)}
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    _write(directory / peft.WEIGHT_FILE, save(tensors, metadata={"format": "pt"}))
+    _write(directory / side[0], side[1].encode())
+    return directory
+
+
+def load_adapter(
+    model: nn.Module, path: str | Path, *, adapter: str = "default", trainable: bool = False
+) -> nn.Module:
+    """Read an adapter directory that `save_adapter` or PEFT wrote, into ``model``, in place.
+
+    A model that was never transformed gets the rotations the file names. Where it has an adapter of that name already,
+    the values go into it, and its sites and settings have to be the file's. A model without an active adapter uses the
+    new one at once.
+
+    Args:
+        model: the base model, or a transformed one.
+        path: the directory.
+        adapter: name in the model.
+        trainable: whether its parameters require gradients; an adapter that exists keeps its own.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        AdapterFileError: no such file, not readable, another kind of adapter, or numbers that are not finite.
+        AdapterError: it does not fit the model; raised before anything changes.
+    """
+    check_name(adapter)
+    directory = Path(path)
+    tensors = _read(directory / peft.WEIGHT_FILE)
+    skew_keys, parameter_keys = peft.read_keys(tensors, str(directory / peft.WEIGHT_FILE))
+    skews = {fqn: tensors[k] for fqn, k in skew_keys.items()}
+    parameters = {name: tensors[k] for name, k in parameter_keys.items()}
+    store = find_store(model)
+    root = located(model)[0] if store is not None else model
+    plan = _plan_of_file(root, directory, skews, parameters)
+    if store is not None and adapter in store.adapters:
+        _check_same(store.adapters[adapter].plan, plan, skews, adapter)
+    else:
+        from oftfx.surgery import insert
+
+        insert(root, Program.of(root).with_(plan=plan), adapter, trainable=trainable)
+    store = store_of(root)
+    _fill(root, store, adapter, skews, parameters)
+    store.activate(root, store.active or (adapter,))
+    return model
+
+
+def _tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[str, Tensor]]:
+    plan = store.adapters[adapter].plan
+    rotations = _rotation_by_site(root, adapter)
+    result: list[tuple[str, Tensor]] = [(peft.key_of_skew(e.fqn), rotations[e.fqn].skew) for e in plan]
+    rotated = [e.fqn for e in plan]
+    result += [(peft.key_of_parameter(n, rotated), store.trained[adapter][n]) for n in plan.train]
+    return result
+
+
+def _rotation_by_site(root: nn.Module, adapter: str) -> dict[str, Any]:
+    from oftfx.hooks import rotated_sites
+
+    return {fqn: hook.rotations[adapter] for fqn, _, hook in rotated_sites(root) if adapter in hook.rotations}
+
+
+def _write(path: Path, data: bytes) -> None:
+    """Never a half-written file under the final name."""
+    partial = path.with_name(path.name + ".part")
+    partial.write_bytes(data)
+    os.replace(partial, path)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not path.is_file():
+        nearby = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no directory"
+        raise AdapterFileError(f"no file {path} (there: {nearby or 'nothing'}); expected a directory written by PEFT >= 0.16 or save_adapter")
+    try:
+        tensors = load(path.read_bytes())
+    except SafetensorError as error:
+        raise AdapterFileError(f"{path} is damaged or not a safetensors file: {error}") from None
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterFileError(f"{path}: {key} has dtype {tensor.dtype}, expected a float")
+        if not torch.isfinite(tensor).all():
+            raise AdapterFileError(f"{path}: {key} holds {_bad(tensor)} of {tensor.numel()} numbers that are not finite")
+    return tensors
+
+
+def _bad(tensor: Tensor) -> int:
+    return int((~torch.isfinite(tensor)).sum())
+
+
+def _plan_of_file(
+    root: nn.Module, directory: Path, skews: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> Plan:
+    """The plan that a file stands for, checked against the model."""
+    sites = {s.fqn: s for s in Program.of(root).sites}
+    own = (directory / PLAN_FILE) if (directory / PLAN_FILE).is_file() else None
+    saved = Plan.from_json(own.read_text(encoding="utf-8")) if own else None
+    config = {} if saved else _config(directory / peft.CONFIG_FILE)
+    names = {e.fqn: e.spec for e in saved} if saved else {}
+    where = directory / peft.WEIGHT_FILE
+    entries = []
+    for fqn, skew in sorted(skews.items(), key=lambda item: list(sites).index(item[0]) if item[0] in sites else -1):
+        if fqn not in sites:
+            raise AdapterError(f"{where}: rotates {fqn}, which is no layer of {type(root).__name__}. {_nearest(fqn, sites)}")
+        spec = names.get(fqn) or peft.spec_from_config(config)
+        entries.append(_entry(sites[fqn], spec, skew, where))
+    known = dict(root.named_parameters(remove_duplicate=False))
+    for name, tensor in parameters.items():
+        if name not in known:
+            raise AdapterError(f"{where}: holds {name}, which is no parameter of {type(root).__name__}")
+        if known[name].shape != tensor.shape:
+            raise AdapterError(f"{where}: {name} has shape {tuple(tensor.shape)}, the model's {tuple(known[name].shape)}")
+    if saved:
+        owners = {e.fqn: e for e in saved}
+        entries = [_with_owner(e, owners[e.fqn]) for e in entries]
+        modules, bias = saved.train_modules, saved.train_bias
+    else:
+        modules = tuple(config.get("modules_to_save") or ())
+        bias = {"oft_only": "oft"}.get(config.get("bias", "none"), config.get("bias", "none"))
+    return Plan(
+        type(root).__name__,
+        tuple(entries),
+        train=tuple(n for n in known if n in parameters),
+        train_modules=modules,
+        train_bias=bias,
+    )
+
+
+def _with_owner(entry: SitePlan, saved: SitePlan) -> SitePlan:
+    from dataclasses import replace
+
+    return replace(entry, owner=saved.owner, same_input=saved.same_input)
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+    except FileNotFoundError:
+        raise AdapterFileError(f"no file {path}; it says how the numbers become a rotation") from None
+    except (ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{path} is not a JSON object: {error}") from None
+    if kind != "OFT":
+        raise AdapterFileError(f"{path}: peft_type is {kind!r}, expected 'OFT'")
+    return config
+
+
+def _entry(site: Site, spec: OFT, skew: Tensor, where: Path) -> SitePlan:
+    size = _block_size(skew.shape[-1]) if skew.dim() == 2 else None
+    rows = skew.shape[0] if skew.dim() == 2 else 0
+    blocks = site.in_features // size if size else 0
+    if size is None or blocks * size != site.in_features or rows != (1 if spec.block_share else blocks):
+        asked = spec.block_size or spec.blocks
+        raise AdapterError(
+            f"{where}: {site.fqn}: skew of shape {tuple(skew.shape)} does not fit in_features {site.in_features}"
+            + (f" with block_share={spec.block_share}" if size else f"; {skew.shape[-1]} is not b(b-1)/2 for any b")
+            + f" (configuration: {asked}). Is it an adapter of another model?"
+        )
+    exact = spec if spec.geometry(site.in_features, site.fqn) == (blocks, size) else _resized(spec, size)
+    return SitePlan(site, exact, blocks, size, f"file {where.parent.name}", owner=site.fqn)
+
+
+def _resized(spec: OFT, size: int) -> OFT:
+    from dataclasses import replace
+
+    return replace(spec, block_size=size, blocks=None)
+
+
+def _block_size(entries: int) -> int | None:
+    size = (1 + math.isqrt(1 + 8 * entries)) // 2
+    return size if skew_size(size) == entries else None
+
+
+def _nearest(fqn: str, sites: Mapping[str, Site]) -> str:
+    close = difflib.get_close_matches(fqn, sites, 2, 0.5)
+    return f"Nearest: {', '.join(close)}" if close else f"It has {len(sites)} layers that can be rotated"
+
+
+def _check_same(here: Plan, file: Plan, skews: Mapping[str, Tensor], adapter: str) -> None:
+    """The adapter in the model and the file have to mean the same; the message names the first difference."""
+    mine, theirs = {e.fqn: e for e in here}, {e.fqn: e for e in file}
+    if only := sorted(set(mine) ^ set(theirs)):
+        side = "the model" if only[0] in mine else "the file"
+        raise AdapterError(
+            f"adapter {adapter!r}: {len(only)} sites are rotated on one side only, e.g. {only[0]} in {side}. Load it "
+            "under another name"
+        )
+    for fqn, entry in mine.items():
+        other = theirs[fqn]
+        for what, a, b in [
+            ("block_size", entry.block_size, other.block_size),
+            *((k, getattr(entry.spec, k), getattr(other.spec, k)) for k in _MEANING),
+        ]:
+            if a != b:
+                raise AdapterError(
+                    f"adapter {adapter!r}: {fqn}: {what} is {a} in the model and {b} in the file. Load it under another name"
+                )
+        if entry.owner != fqn and not torch.equal(skews[fqn], skews[entry.owner]):
+            raise AdapterError(
+                f"adapter {adapter!r}: {fqn} shares the rotation of {entry.owner} in the model, but the file has "
+                "different numbers for them. Load it under another name"
+            )
+    if set(here.train) != set(file.train):
+        raise AdapterError(
+            f"adapter {adapter!r}: parameters that train whole differ: {sorted(set(here.train) ^ set(file.train))[:3]}"
+        )
+
+
+@torch.no_grad()
+def _fill(
+    root: nn.Module, store: AdapterStore, adapter: str, skews: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> None:
+    for fqn, rotation in _rotation_by_site(root, adapter).items():
+        rotation.skew.copy_(skews[fqn])
+    for name, tensor in parameters.items():
+        store.trained[adapter][name].copy_(tensor)

@@ -1,0 +1,138 @@
+"""How a layer stores its weight: the `WeightFormat` protocol and the registry of formats.
+
+A format reads and writes the weight of one kind of layer and knows what its runtime must be kept from doing.
+The formats themselves are in ``passes/formats/``, one file each; nothing here imports a quantization package.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.errors import FormatError
+
+WeightState = Mapping[str, Any]
+"""The attributes of a layer that hold its weight, by name; opaque outside the format that made it."""
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Shape of a layer's weight as matrix ``(out_features, in_features)``, and the kind of layer."""
+
+    kind: str
+    in_features: int
+    out_features: int
+
+
+class WeightFormat(ABC):
+    """One way to store a weight. Subclass, then `register_format`; the conformance suite tests it from then on.
+
+    Attributes:
+        name: the word used in plans, reports and files.
+        lossless: whether `requantize` rounds to the weight's own dtype only (dense), or to a grid.
+    """
+
+    name: ClassVar[str]
+    lossless: ClassVar[bool] = False
+
+    @abstractmethod
+    def matches(self, module: nn.Module) -> bool:
+        """Whether this format stores the weight of ``module``; by class name and tensors, importing nothing."""
+
+    @abstractmethod
+    def geometry(self, module: nn.Module) -> Geometry:
+        """Shape and kind, right for every packing."""
+
+    @abstractmethod
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The float dtype that the layer stands for, which decides the precision of its rotation and its fold."""
+
+    @abstractmethod
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """The weight as ``(out, in)``, float32 or wider, whatever the current packing; never a view of it."""
+
+    @abstractmethod
+    def requantize(self, weight: Tensor, like: nn.Module) -> WeightState:
+        """Store ``weight (out, in)``, float32 or wider, the way ``like`` stores its own; ``like`` is not changed."""
+
+    @abstractmethod
+    def read(self, module: nn.Module) -> WeightState:
+        """What holds the weight now, for a later `write`: references, no copies."""
+
+    @abstractmethod
+    def write(self, module: nn.Module, state: WeightState) -> None:
+        """Put a state from `read` or `requantize` into ``module``."""
+
+    @abstractmethod
+    def nbytes(self, module: nn.Module) -> int:
+        """Bytes of the stored weight with its scales, without bias."""
+
+    @abstractmethod
+    def make_tiny(self, in_features: int, out_features: int, *, bias: bool = True) -> nn.Module:
+        """A small real layer with random weights, for the conformance suite; may import its package."""
+
+    def own(self, module: nn.Module) -> None:  # noqa: B027  (most formats have nothing to do)
+        """Give a copied layer state objects of its own, over the same tensors.
+
+        Some runtimes repack a weight in place; without this, running the original would repack its copy as well.
+        """
+
+    def prepare(self, module: nn.Module) -> str | None:
+        """Make a layer's runtime keep its weight as it is, undoing what it already did.
+
+        Returns:
+            A notice for the plan where something had to be undone, else None.
+        """
+        return None
+
+    def float_module(self, module: nn.Module) -> nn.Module:
+        """A plain layer with the dequantized weight and the same bias (``fold(quantized="float")``)."""
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        geometry = self.geometry(module)
+        linear.in_features, linear.out_features = geometry.in_features, geometry.out_features
+        weight = self.dequantize(module).to(self.dtype(module))
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        linear.bias = module._parameters.get("bias")  # type: ignore[assignment]
+        return linear.train(module.training)
+
+
+_BUILTIN = ("dense", "bnb4")
+_formats: dict[str, WeightFormat] = {}
+
+
+def register_format(weight_format: WeightFormat) -> WeightFormat:
+    """Add a format; later ones are asked first, so a user's format can take over a class of layers."""
+    _formats[weight_format.name] = weight_format
+    return weight_format
+
+
+def formats() -> dict[str, WeightFormat]:
+    """All formats by name, in the order they are asked."""
+    for name in _BUILTIN:
+        if name not in _formats:
+            import_module(f"oftfx.passes.formats.{name}")
+    return dict(reversed(_formats.items()))
+
+
+def format_of(module: nn.Module) -> WeightFormat | None:
+    """The format that stores the weight of ``module``, or None where none does."""
+    return next((f for f in formats().values() if f.matches(module)), None)
+
+
+def format_named(name: str) -> WeightFormat:
+    """The format of that name.
+
+    Raises:
+        FormatError: there is none.
+    """
+    known = formats()
+    if name not in known:
+        raise FormatError(f"unknown weight format {name!r}; known: {', '.join(sorted(known))}")
+    return known[name]

@@ -1,0 +1,186 @@
+"""What will be done: rules resolved to sites, as pure data. Printable, and JSON both ways."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from oftfx.errors import RuleError
+from oftfx.program import Site
+from oftfx.rotation.skew import skew_size
+from oftfx.rules import OFT
+
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """One site and what happens to it.
+
+    Attributes:
+        site: the layer.
+        spec: how it is rotated.
+        blocks: number of blocks.
+        block_size: their size; ``blocks * block_size == site.in_features``.
+        rule: the target of the rule that chose it.
+        owner: path of the site that holds the rotation; the site itself unless it shares another's.
+        same_input: other planned sites of the same parent that read the same tensor.
+        notes: what a user should know about this site.
+    """
+
+    site: Site
+    spec: OFT
+    blocks: int
+    block_size: int
+    rule: str
+    owner: str
+    same_input: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def fqn(self) -> str:
+        """Module path of the site."""
+        return self.site.fqn
+
+    @property
+    def placement(self) -> str:
+        """Where the rotation acts: in front of the layer."""
+        return "activation"
+
+    @property
+    def trainable(self) -> int:
+        """Trainable numbers this site adds; 0 where it shares another's rotation."""
+        if self.owner != self.fqn:
+            return 0
+        return (1 if self.spec.block_share else self.blocks) * skew_size(self.block_size)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A module that a rule reached and that is not rotated, and why."""
+
+    fqn: str
+    module_class: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class TraceInfo:
+    """How the model's program was captured.
+
+    Attributes:
+        rung: ``"graph"`` (recorded on fake tensors), ``"analysis"`` (recorded on real values: for analysis only) or
+            ``"tree"`` (module tree alone: no sharing).
+        reason: why not a higher rung; empty on the highest.
+        nodes: nodes of the recorded graph.
+        never_called: planned sites that the recorded forward did not reach.
+    """
+
+    rung: str = "tree"
+    reason: str = "not traced"
+    nodes: int = 0
+    never_called: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Rules resolved to sites. Iterates over its `SitePlan`; ``print(plan)`` shows a table.
+
+    Attributes:
+        model_class: class of the model it was made for.
+        entries: the sites that are rotated.
+        skipped: what rules reached without effect, with reasons.
+        trace: how the program was captured.
+        train: names of parameters, other than rotations, that train whole and are saved with the adapter.
+        train_modules: the modules that were asked for by ``train``.
+        train_bias: the biases that were asked for: ``"none"``, ``"all"`` or ``"oft"``.
+    """
+
+    model_class: str
+    entries: tuple[SitePlan, ...]
+    skipped: tuple[Skipped, ...] = ()
+    trace: TraceInfo = TraceInfo()
+    train: tuple[str, ...] = ()
+    train_modules: tuple[str, ...] = ()
+    train_bias: str = "none"
+
+    def __iter__(self) -> Iterator[SitePlan]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, fqn: str) -> SitePlan:
+        for entry in self.entries:
+            if entry.fqn == fqn:
+                return entry
+        raise KeyError(fqn)
+
+    @property
+    def trainable(self) -> int:
+        """Trainable numbers of all rotations."""
+        return sum(e.trainable for e in self.entries)
+
+    @property
+    def rotations(self) -> int:
+        """Number of distinct rotations."""
+        return sum(e.owner == e.fqn for e in self.entries)
+
+    def to_json(self) -> str:
+        """The plan as JSON text; `from_json` reads it back."""
+        data = asdict(self)
+        for entry, source in zip(data["entries"], self.entries, strict=True):
+            entry["spec"] = source.spec.to_dict()
+        return json.dumps({"oftfx_plan": VERSION, **data}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Inverse of `to_json`.
+
+        Raises:
+            RuleError: not a plan, or one of another version.
+        """
+        try:
+            data = json.loads(text)
+            version = data.pop("oftfx_plan")
+        except (ValueError, KeyError, AttributeError, TypeError):
+            raise RuleError("this text is not an oftfx plan; expected what Plan.to_json() wrote") from None
+        if version != VERSION:
+            raise RuleError(f"this plan has version {version}; this oftfx reads version {VERSION}")
+        return cls(
+            model_class=data["model_class"],
+            entries=tuple(_entry(e) for e in data["entries"]),
+            skipped=tuple(Skipped(**s) for s in data["skipped"]),
+            trace=TraceInfo(**_tuples(data["trace"])),
+            train=tuple(data["train"]),
+            train_modules=tuple(data["train_modules"]),
+            train_bias=data["train_bias"],
+        )
+
+    def table(self, *, full: bool = False) -> str:
+        """The plan as a table (needs the ``report`` extra).
+
+        Args:
+            full: one row a site; otherwise layers that differ only in their number share a row.
+        """
+        from oftfx.report.plan_table import plan_table
+
+        return plan_table(self, full=full)
+
+    def __str__(self) -> str:
+        from oftfx.report.plan_table import plan_text
+
+        return plan_text(self)
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+
+
+def _entry(values: dict[str, Any]) -> SitePlan:
+    fields = _tuples(values)
+    fields["site"] = Site(**_tuples(fields["site"]))
+    fields["spec"] = OFT.from_dict(fields["spec"])
+    return SitePlan(**fields)

@@ -1,0 +1,1 @@
+"""Plans and folds as tables, JSON and HTML."""

@@ -1,0 +1,209 @@
+"""Modules that hold a rotation: one trainable, one frozen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.rotation.cayley import cayley
+from oftfx.rotation.cayley import project as project_norm
+from oftfx.rotation.handout import HandOut
+from oftfx.rotation.rotate import rotate
+from oftfx.rotation.skew import skew_matrix, skew_size, skew_vector
+
+if TYPE_CHECKING:
+    from oftfx.rules import OFT
+
+_caching: ContextVar[bool] = ContextVar("oftfx_rotation_caching", default=True)
+
+
+@contextmanager
+def no_cache() -> Iterator[None]:
+    """Compute every rotation anew inside this context; a recorder must see the computation itself."""
+    token = _caching.set(False)
+    try:
+        yield
+    finally:
+        _caching.reset(token)
+
+
+class BlockDropout(nn.Module):
+    """Replace each block by the identity with probability ``p``, in training; drawn anew in every forward.
+
+    Source: multiplicative dropout of BOFT, arXiv 2311.06243 section 5, on independent draws.
+    """
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+    def forward(self, blocks: Tensor) -> Tensor:
+        """``(blocks, b, b)`` in, ``(blocks, b, b)`` out."""
+        if not self.training:
+            return blocks
+        kept = torch.rand(blocks.shape[0], 1, 1, device=blocks.device) >= self.p
+        return torch.where(kept, blocks, torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device))
+
+    def extra_repr(self) -> str:
+        return f"p={self.p}"
+
+
+class Rotation(nn.Module):
+    """One trainable block-diagonal rotation ``y = x @ blockdiag(R(skew))``.
+
+    In eval mode without gradients the blocks are computed once and kept until the parameter's version changes
+    (an optimiser step, ``load_state_dict``, ``copy_``), it moves, or the module changes mode. Writing through
+    ``skew.data`` in eval mode is invisible to torch and to this cache; call ``forget()`` after it.
+
+    Attributes:
+        skew: ``(blocks, b (b - 1) / 2)``, or ``(1, ...)`` with ``block_share``; float32, or float64 for float64 weights.
+        spec: the `OFT` it was made from.
+        blocks: number of blocks.
+        block_size: ``b``.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        spec: OFT,
+        *,
+        where: str = "rotation",
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.in_features = in_features
+        self.blocks, self.block_size = spec.geometry(in_features, where)
+        rows = 1 if spec.block_share else self.blocks
+        self.skew = nn.Parameter(torch.empty(rows, skew_size(self.block_size), dtype=dtype, device=device))
+        self.dropout = BlockDropout(spec.dropout) if spec.dropout else None
+        self.reset()
+        self.forget()
+
+    def reset(self) -> None:
+        """Set skew to the start that the spec asks for."""
+        with torch.no_grad():
+            if self.spec.init == "normal":
+                self.skew.normal_(std=0.1)
+            else:
+                self.skew.zero_()
+
+    def forget(self) -> None:
+        """Drop what eval mode has cached."""
+        self._cached: tuple[Any, Tensor] | None = None
+
+    def matrices(self) -> Tensor:
+        """Blocks ``(blocks, b, b)`` in float32 or wider: without dropout, never cached, differentiable."""
+        spec = self.spec
+        result = cayley(
+            self.skew,
+            self.block_size,
+            parameterization=spec.parameterization,
+            terms=spec.terms,
+            coft_eps=spec.coft_eps,
+        )
+        return result.expand(self.blocks, -1, -1) if spec.block_share else result
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Rotate ``x (..., n)``; shape and dtype are kept."""
+        if not self._cacheable():
+            blocks = self.matrices()
+            return rotate(x, blocks if self.dropout is None else self.dropout(blocks))
+        # A cast a forward would cost as much as the product for one token, so the dtype is part of the key.
+        key = (self.skew._version, self.skew.data_ptr(), self.skew.device, x.dtype)
+        cached = self._cached
+        if cached is None or cached[0] != key:
+            # A tensor made under inference_mode could not be used by a later training forward.
+            with torch.inference_mode(False), torch.no_grad():
+                cached = (key, self.matrices().to(x.dtype).contiguous())
+            if type(cached[1]) is Tensor:  # neither fake nor functional
+                self._cached = cached
+        return rotate(x, cached[1])
+
+    def _cacheable(self) -> bool:
+        if self.training or torch.compiler.is_compiling() or not _caching.get():
+            return False
+        if torch.is_grad_enabled() and self.skew.requires_grad:
+            return False
+        return not self.skew.is_meta and not self.skew.is_inference()
+
+    @torch.no_grad()
+    def project_(self) -> None:
+        """Write COFT's projection into ``skew``; for use after an optimiser step. A forward never does it.
+
+        ``skew`` then lies inside the ball that `cayley` clips to anyway, so no output changes; only the optimiser
+        no longer pushes against the wall. Nothing happens without ``coft_eps``.
+        """
+        if self.spec.coft_eps is not None:
+            q = project_norm(skew_matrix(self.skew, self.block_size), self.spec.coft_eps)
+            self.skew.copy_(skew_vector(q))
+
+    def train(self, mode: bool = True) -> Rotation:
+        """Set the mode; a change drops the cache."""
+        if mode != self.training:
+            self.forget()
+        return super().train(mode)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Rotation:
+        self.forget()
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+    def extra_repr(self) -> str:
+        spec = self.spec
+        return f"{self.in_features}, blocks={self.blocks}, block_size={self.block_size}, {spec.parameterization}"
+
+
+class SharedRotation(Rotation):
+    """A rotation for several sites that read the same tensor: evaluated once per forward, handed to each."""
+
+    def __init__(self, *args: Any, members: tuple[str, ...], **kwargs: Any) -> None:
+        self.handout = HandOut(members)
+        super().__init__(*args, **kwargs)
+
+    def forget(self) -> None:
+        """Drop what is cached, also a rotated tensor that waits."""
+        super().forget()
+        self.handout.forget()
+
+    def forward(self, x: Tensor, member: str | None = None) -> Tensor:
+        """Rotate ``x (..., n)``, or hand out the result that another member of the group has just computed."""
+        if member is None:
+            return super().forward(x)
+        return self.handout.take(x, (self.skew._version, self.training), member, super().forward)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, shared by {len(self.handout.members)} sites"
+
+
+class FrozenRotation(nn.Module):
+    """A rotation whose blocks are fixed: what stays in front of a quantized weight, and what is exported.
+
+    Attributes:
+        blocks: buffer ``(blocks, b, b)``.
+    """
+
+    blocks: Tensor
+
+    def __init__(self, blocks: Tensor, members: tuple[str, ...] = ()) -> None:
+        super().__init__()
+        self.register_buffer("blocks", blocks)
+        self.handout = HandOut(members) if len(members) > 1 else None
+
+    def forward(self, x: Tensor, member: str | None = None) -> Tensor:
+        """Rotate ``x (..., n)``; shape and dtype are kept."""
+        if self.handout is None or member is None:
+            return rotate(x, self.blocks)
+        return self.handout.take(x, None, member, lambda y: rotate(y, self.blocks))
+
+    def extra_repr(self) -> str:
+        return f"blocks={self.blocks.shape[0]}, block_size={self.blocks.shape[1]}"

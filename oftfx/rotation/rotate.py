@@ -1,0 +1,47 @@
+"""Apply a block-diagonal rotation to activations and to weights."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function_variadic
+
+
+def rotate(x: Tensor, blocks: Tensor) -> Tensor:
+    """Rotate the last axis of an activation: ``y = x @ blockdiag(R)``.
+
+    Transpose, batched product, transpose: the fastest of the six formulations measured, in torch and in
+    ONNX Runtime, and it never builds the dense ``(n, n)`` matrix.
+
+    Args:
+        x: ``(..., n)`` with ``n = blocks * b``, any float dtype, any number of leading axes, also none.
+        blocks: ``(blocks, b, b)``.
+
+    Returns:
+        ``(..., n)``; shape and dtype of ``x``. The product runs in the dtype of ``x``.
+    """
+    if has_torch_function_variadic(x, blocks):
+        return handle_torch_function(rotate, (x, blocks), x, blocks)
+    count, size, _ = blocks.shape
+    split = x.reshape(-1, count, size).transpose(0, 1)
+    turned = torch.bmm(split, blocks.to(x.dtype))
+    return turned.transpose(0, 1).reshape(x.shape)
+
+
+def rotate_weight(weight: Tensor, blocks: Tensor) -> Tensor:
+    """Fold a rotation of the input into a weight: ``W' = W @ blockdiag(R)^T``.
+
+    ``rotate(x, R) @ W^T == x @ W'^T``. Blockwise: ``out * n * b`` products instead of ``out * n * n``.
+
+    Args:
+        weight: ``(out, n)``, any float dtype.
+        blocks: ``(blocks, b, b)`` with ``blocks * b = n``.
+
+    Returns:
+        ``(out, n)`` in float32, or float64 if ``weight`` is float64; the caller rounds, once.
+
+    Source: OFTv2 eq. 2, arXiv 2506.19847.
+    """
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    with torch.autocast(weight.device.type, enabled=False):
+        return rotate(weight.to(wide), blocks.to(wide).transpose(1, 2))

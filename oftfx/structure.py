@@ -1,0 +1,75 @@
+"""Copies of a model's structure that share every tensor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+
+from oftfx.formats import format_of
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def structural_copy(model: M) -> M:
+    """A module tree of its own over the same tensors: same classes, names, hooks and attributes.
+
+    Buffers and frozen parameters are the same objects. A parameter that requires gradients becomes a new Parameter over
+    the same memory, so freezing the copy does not freeze the original. A quantized layer whose runtime may rewrite its weight in place gets
+    state objects of its own over the same bytes (`WeightFormat.own`).
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for tensor in _tensors(vars(module), set()):
+            if id(tensor) in memo:
+                continue
+            memo[id(tensor)] = _sharing(tensor)
+            # What hangs on a tensor (a quant_state) belongs to it and is shared with it.
+            for value in getattr(tensor, "__dict__", {}).values():
+                if not isinstance(value, nn.Module):
+                    memo.setdefault(id(value), value)
+    result = copy.deepcopy(model, memo)
+    for module in result.modules():
+        weight_format = format_of(module)
+        if weight_format is not None:
+            weight_format.own(module)
+    return result
+
+
+def _sharing(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is nn.Parameter and tensor.requires_grad:
+        return nn.Parameter(tensor.detach())
+    return tensor
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Tensors reachable from a value without entering other modules."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
+        yield from _tensors(vars(value), seen)
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A shallow copy of a module and its children over the same parameter and buffer dictionaries.
+
+    Mode and hooks are its own, so a graph may change its mode without changing the model's.
+    """
+    result = module.__class__.__new__(module.__class__)
+    vars(result).update(vars(module))
+    for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"):
+        vars(result)[name] = vars(module)[name].copy()
+    result._modules = {k: None if c is None else twin(c) for k, c in module._modules.items()}
+    return result

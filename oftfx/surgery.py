@@ -1,0 +1,201 @@
+"""Plan a model, put rotations into it, show its program."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Literal, TypeVar
+
+import torch.nn as nn
+
+from oftfx.adapter.store import Adapter, AdapterStore, check_name, find_store, store_of
+from oftfx.errors import AdapterError, RuleError, TraceError
+from oftfx.passes.insert_rotations import InsertRotations
+from oftfx.passes.match_rules import MatchRules
+from oftfx.passes.protocol import PassManager, PassResult
+from oftfx.passes.share_inputs import ShareInputs
+from oftfx.plans import Plan
+from oftfx.program import Program
+from oftfx.rules import Rules, read_rules
+from oftfx.structure import structural_copy
+from oftfx.trace.graph_module import ProgramGraph
+from oftfx.trace.inputs import ExampleInputs
+from oftfx.trace.record import record, record_best
+
+M = TypeVar("M", bound=nn.Module)
+TrainBias = Literal["none", "all", "oft"]
+
+
+def plan(
+    model: nn.Module,
+    rules: Rules,
+    *,
+    example_inputs: ExampleInputs = None,
+    train: Sequence[str] = (),
+    train_bias: TrainBias = "none",
+) -> Plan:
+    """Say what `transform` would do; the model is not changed, and may live on the meta device.
+
+    Args:
+        model: any module.
+        rules: see `oftfx.rules.read_rules`; first match wins.
+        example_inputs: a dict of keyword arguments or a tuple, to record the program with; transformers models name
+            their own. Without a recording the plan is made from the module tree, and says so.
+        train: names or globs of further modules that train whole and are saved with the adapter.
+        train_bias: biases that train: ``"none"``, ``"all"``, or ``"oft"`` for those of rotated layers.
+
+    Raises:
+        RuleError: a rule that cannot be understood, matches nothing or does not divide.
+    """
+    return _planned(model, rules, example_inputs, train, train_bias, trace=True).program.plan  # type: ignore[return-value]
+
+
+def transform(
+    model: M,
+    rules: Rules | Plan,
+    *,
+    example_inputs: ExampleInputs = None,
+    adapter: str = "default",
+    train: Sequence[str] = (),
+    train_bias: TrainBias = "none",
+    inplace: bool = False,
+    emit: Literal["modules", "graph"] = "modules",
+) -> M | ProgramGraph:
+    """Put a trainable rotation in front of every matched layer and freeze everything else.
+
+    ``y = x @ W^T`` becomes ``y = (x @ blockdiag(R(skew))) @ W^T``. The result has the class, the methods and the
+    parameter names of ``model``; new parameters are called ``<site>.oft.<adapter>.skew``. With skew at zero its outputs
+    equal the model's bit for bit.
+
+    Args:
+        model: any module.
+        rules: see `plan`; or a `Plan`, which is carried out as it stands.
+        example_inputs: see `plan`. The program is recorded only where that matters: a spec has ``share_input``, these
+            inputs are given, or ``emit="graph"``.
+        adapter: name of the new adapter; it is the active one afterwards.
+        train: see `plan`. These parameters are copied, so the input's stay as they are.
+        train_bias: see `plan`.
+        inplace: change ``model`` itself. Otherwise the result is a module tree of its own over the same tensors.
+        emit: ``"modules"``, or ``"graph"`` for an executable, trainable ``fx.GraphModule`` with the rotations as nodes.
+
+    Raises:
+        RuleError: see `plan`; raised before anything changes.
+        AdapterError: the name is taken or cannot be an attribute name.
+        TraceError: ``emit="graph"`` and the program cannot be recorded.
+    """
+    check_name(adapter)
+    existing = find_store(model)
+    if existing is not None and adapter in existing.adapters:
+        raise AdapterError(f"the model already has an adapter {adapter!r}; it has {', '.join(existing.adapters)}")
+    if emit not in ("modules", "graph"):
+        raise RuleError(f"emit: got {emit!r}, expected 'modules' or 'graph'")
+    planned = _planned(model, rules, example_inputs, train, train_bias, trace=emit == "graph")
+    if not planned.program.plan:
+        raise RuleError("no site is left to rotate: every rule is optional or excludes what it matches")
+    result = model if inplace else structural_copy(model)
+    insert(result, planned.program, adapter, trainable=True)
+    store_of(result).activate(result, (adapter,))
+    return graph(result, example_inputs) if emit == "graph" else result
+
+
+def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool) -> Adapter:
+    """Insert a planned adapter into ``model``, inactive, and enter it in the model's store."""
+    assert program.plan is not None
+    first = find_store(model) is None
+    PassManager([InsertRotations(adapter, activate=False)]).run(program.with_(model=model))
+    store = store_of(model)
+    if first:
+        store.freeze_base(model)
+    return store.add(model, Adapter(adapter, program.plan), trainable=trainable)
+
+
+def graph(model: nn.Module, example_inputs: ExampleInputs = None) -> ProgramGraph:
+    """Record the whole program of a model as an executable graph, active rotations as explicit nodes.
+
+    Sizes of the inputs stay free where the program allows it; a guard, the graph's first node, refuses calls that the
+    recording does not stand for. Parameters are the same objects under the same names.
+
+    Args:
+        model: any module, transformed or not.
+        example_inputs: see `plan`. Sizes 0 and 1 are taken as fixed.
+
+    Raises:
+        TraceError: the program depends on data, or cannot be recorded for another reason (which is named).
+    """
+    try:
+        recording = record(model, example_inputs, dynamic=True, executable=True)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be recorded on fake tensors: {type(error).__name__}: {error}. "
+            "emit='modules' needs no recording"
+        ) from error
+    if recording.rung != "graph":
+        raise TraceError(f"{type(model).__name__} cannot become a graph: {recording.reason}")
+    assert recording.module is not None
+    other = _recorded_in_other_mode(model, example_inputs)
+    if not _same_program(recording.graph, other):
+        guard = recording.module.get_submodule("_guard")
+        guard.recorded_training = model.training  # type: ignore[assignment]
+    return recording.module
+
+
+def _planned(
+    model: nn.Module,
+    rules: Rules | Plan,
+    example_inputs: ExampleInputs,
+    train: Sequence[str],
+    train_bias: str,
+    *,
+    trace: bool,
+) -> PassResult:
+    if isinstance(rules, Plan):
+        return PassResult(_carry_out(model, rules), True)
+    asked = read_rules(rules)
+    train = [*train, *(getattr(rules, "modules_to_save", None) or ())]
+    if getattr(rules, "peft_type", None) is not None and train_bias == "none":
+        train_bias = {"oft_only": "oft"}.get(rules.bias, rules.bias)  # type: ignore[union-attr]
+    program = Program.of(model)
+    # Rules are checked before the slow part.
+    result = PassManager([MatchRules(asked, train=train, train_bias=train_bias)]).run(program)
+    if trace or example_inputs is not None or any(r.spec is not None and r.spec.share_input for r in asked):
+        recorded = result.program.with_(recording=record_best(model, example_inputs))
+        result = PassManager([ShareInputs()]).run(recorded)
+    return result
+
+
+def _carry_out(model: nn.Module, plan: Plan) -> Program:
+    """A program with a ready plan, after checking that the plan fits the model."""
+    program = Program.of(model)
+    sites = {s.fqn: s for s in program.sites}
+    for entry in plan:
+        found = sites.get(entry.fqn)
+        if found is None:
+            raise RuleError(f"the plan rotates {entry.fqn}, which {type(model).__name__} does not have as a layer")
+        if found.in_features != entry.site.in_features:
+            raise RuleError(
+                f"the plan was made for {entry.fqn} with in_features {entry.site.in_features}; this model's has "
+                f"{found.in_features}"
+            )
+    return program.with_(plan=plan)
+
+
+def _recorded_in_other_mode(model: nn.Module, example_inputs: Any) -> Any:
+    modes = [(m, m.training) for m in model.modules()]
+    model.train(not model.training)
+    try:
+        return record(model, example_inputs, dynamic=True).graph
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _same_program(a: Any, b: Any) -> bool:
+    """Whether two recordings have the same nodes with the same constants; inputs, guard and output aside."""
+
+    def text(graph: Any) -> list[str]:
+        skipped = ("placeholder", "output")
+        nodes = [n for n in graph.nodes if n.op not in skipped and n.target != "_guard"]
+        return [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in nodes]
+
+    return text(a) == text(b)

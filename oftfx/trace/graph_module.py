@@ -1,0 +1,80 @@
+"""The recorded graph as a module with the model's own names."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn as nn
+
+from oftfx.errors import GuardError
+from oftfx.hooks import rotate_input_of
+from oftfx.structure import twin
+
+
+class ProgramGraph(fx.GraphModule):
+    """A recorded program: an ``fx.GraphModule`` whose names, Parameter objects and buffers are the model's.
+
+    It takes the arguments it was recorded with and returns what the model returns; a `ShapeGuard` is its first node.
+    """
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph.
+
+        Raises:
+            GuardError: arguments other than the recorded ones, or values that the recording does not stand for.
+        """
+        if not torch.compiler.is_compiling():
+            try:
+                inspect.signature(self.forward).bind(*args, **kwargs)
+            except TypeError as error:
+                raise GuardError(
+                    f"graph: {error}; recorded for ({', '.join(inspect.signature(self.forward).parameters)}). "
+                    "Record again with these arguments (oftfx.graph), or call the model itself"
+                ) from None
+        return super().__call__(*args, **kwargs)
+
+
+def build(model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor], guard: nn.Module) -> ProgramGraph:
+    """Make the module: leaves are twins of the model's, levels above them bare modules over the same dictionaries."""
+    called = {n.target for n in graph.nodes if n.op == "call_module"}
+    # fx copies what the nodes name out of the root; the canonical tree replaces it below.
+    root = nn.Module()
+    root.add_module("_guard", guard)
+    stand_ins = {str(t): nn.Identity() for t in called if t != "_guard"}
+    stand_ins["_guard"] = guard  # type: ignore[assignment]
+    attributes = {str(n.target): torch.empty(0) for n in graph.nodes if n.op == "get_attr"}
+    result = ProgramGraph({**stand_ins, **attributes}, graph, class_name=f"{type(model).__name__}Graph")
+    tree = _skeleton(model, "", called)
+    result._modules = {**tree._modules, "_guard": guard}
+    result._parameters = tree._parameters
+    result._buffers = {**tree._buffers, **constants}
+    result._non_persistent_buffers_set = tree._non_persistent_buffers_set | set(constants)
+    result.training = model.training
+    guard.training = model.training
+    return result
+
+
+def _skeleton(module: nn.Module, path: str, called: set[Any]) -> nn.Module:
+    if path in called:
+        leaf = twin(module)
+        _drop_rotation_hook(leaf)
+        return leaf
+    level = nn.Module()
+    level._parameters, level._buffers = module._parameters, module._buffers
+    level._non_persistent_buffers_set = module._non_persistent_buffers_set
+    level.training = module.training
+    for name, child in module._modules.items():
+        level._modules[name] = None if child is None else _skeleton(child, f"{path}.{name}" if path else name, called)
+    return level
+
+
+def _drop_rotation_hook(leaf: nn.Module) -> None:
+    """In the graph the rotation is a node of its own."""
+    hook = rotate_input_of(leaf)
+    if hook is not None:
+        key = next(k for k, h in leaf._forward_pre_hooks.items() if h is hook)
+        del leaf._forward_pre_hooks[key]
+        leaf._forward_pre_hooks_with_kwargs.pop(key, None)

@@ -1,0 +1,286 @@
+"""Record a model: the ladder of rungs, and what comes out."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn as nn
+from torch.utils import _pytree as pytree
+
+from oftfx.errors import TraceError
+from oftfx.formats import format_of
+from oftfx.trace.graph_module import ProgramGraph, build
+from oftfx.trace.guards import ShapeGuard
+from oftfx.trace.inputs import ExampleInputs, capture_settings, example_call
+from oftfx.trace.recorder import Recorder, leaf_modules
+
+_TYPES_WITH_WEIGHT = ("Conv1d", "Conv2d", "Conv3d", "Conv1D", "Embedding")
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A recorded program.
+
+    Attributes:
+        rung: ``"graph"``, ``"analysis"`` or ``"tree"``.
+        graph: the nodes; empty on the rung ``"tree"``.
+        reason: why not a higher rung.
+        calls: how often each module ran, by path.
+        seconds: time it took.
+        module: the executable graph, where it was asked for and possible.
+    """
+
+    rung: str
+    graph: fx.Graph = field(default_factory=fx.Graph)
+    reason: str = ""
+    calls: dict[str, int] = field(default_factory=dict)
+    seconds: float = 0.0
+    module: ProgramGraph | None = None
+
+
+def record_best(model: nn.Module, example_inputs: ExampleInputs = None) -> Recording:
+    """Record for analysis on the highest rung that works; never fails.
+
+    Fake tensors with the example's sizes first, then real values, then the module tree alone. The model's mode, its
+    buffers and the random state are as before afterwards.
+    """
+    reasons = []
+    for fake in (True, False):
+        try:
+            return record(model, example_inputs, fake=fake, reason="; ".join(reasons))
+        except Exception as error:
+            # Whatever the model's own code raises here is a reason to go a rung lower, not a failure.
+            reasons.append(f"{'fake' if fake else 'real'} values: {_first_line(error)}")
+            if isinstance(error, TraceError) and "example inputs" in str(error):
+                break
+    return Recording("tree", reason=reasons[-1] if len(reasons) == 1 else "; ".join(reasons))
+
+
+def record(
+    model: nn.Module,
+    example_inputs: ExampleInputs = None,
+    *,
+    fake: bool = True,
+    dynamic: bool = False,
+    executable: bool = False,
+    reason: str = "",
+) -> Recording:
+    """Run ``model`` once and record its program.
+
+    Args:
+        model: any module; also one on the meta device.
+        example_inputs: a dict of keyword arguments or a tuple; see `oftfx.plan`.
+        fake: run on fake tensors: no arithmetic, no memory, and a branch on data is an error instead of a guess.
+        dynamic: keep input sizes symbolic, so the graph stands for other sizes as well.
+        executable: also build `Recording.module`.
+        reason: why a higher rung was not possible, for the result.
+
+    Raises:
+        TraceError: no example inputs, or a value that cannot stand in a graph.
+        Exception: what the model itself raises on these inputs.
+    """
+    start = time.perf_counter()
+    args, kwargs = example_call(model, example_inputs)
+    names = _argument_names(model, args, kwargs)
+    sites = {m for m in model.modules() if format_of(m) is not None or type(m).__name__ in _TYPES_WITH_WEIGHT}
+    recorder = Recorder(model, leaf_modules(model, sites), fake=fake)
+    values = [*args, *kwargs.values()]
+    with ExitStack() as stack:
+        stack.enter_context(capture_settings(model))
+        shape_env = None
+        if fake:
+            shape_env, values = _enter_fake_mode(stack, values, dynamic)
+        else:
+            stack.enter_context(_undisturbed(model))
+        guard_slot = _placeholders(recorder, names, values)
+        new_args, new_kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+        # Gradients only matter to the real thing; a quantized layer may behave differently without them.
+        stack.enter_context(torch.enable_grad() if fake else torch.no_grad())
+        with recorder.recording():
+            out = model(*new_args, **new_kwargs)
+    doubts = [f"{n}() in {where or 'the model'}" for n, where in recorder.data_dependent]
+    if recorder.autocast_changes:
+        doubts.append(f"autocast is switched inside {recorder.autocast_changes[0]}")
+    rung = "graph" if fake and not doubts else "analysis"
+    if doubts:
+        reason = "; ".join([*([reason] if reason else []), "depends on data: " + ", ".join(doubts[:3])])
+    module = None
+    if executable:
+        recorder.graph.output(_output(recorder, out))
+        guard = _guard(model, names, values, shape_env, dynamic)
+        _insert_guard(recorder.graph, guard_slot, names, values)
+        module = build(model, recorder.graph, recorder.constants, guard)
+    else:
+        recorder.graph.output(())
+    return Recording(rung, recorder.graph, reason, dict(recorder.calls), time.perf_counter() - start, module)
+
+
+def _enter_fake_mode(stack: ExitStack, values: list[Any], dynamic: bool) -> tuple[Any, list[Any]]:
+    # These modules are slow to import and only needed here.
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._dynamo.source import LocalSource
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    count = iter(range(1_000_000))
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        # Sizes 0 and 1 are special to broadcasting, so they always stay fixed.
+        sizes = [DimDynamic.DYNAMIC if dynamic and s > 1 else DimDynamic.STATIC for s in tensor.shape]
+        return mode.from_tensor(
+            tensor,
+            source=LocalSource(f"t{next(count)}"),
+            symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
+        )
+
+    values = [pytree.tree_map_only(torch.Tensor, fake, v) for v in values]
+    stack.enter_context(mode)
+    # Without it, padding and interpolation fix the batch and the length.
+    stack.enter_context(enable_python_dispatcher())
+    return mode.shape_env, values
+
+
+class _undisturbed:  # noqa: N801  (a context manager, used like a function)
+    """Real values may change buffers (batch norm), quantized weights and the random state: eval mode, all restored."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+
+    def __enter__(self) -> None:
+        self.modes = [(m, m.training) for m in self.model.modules()]
+        self.buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        self.random = torch.get_rng_state()
+        self.packing = [m for m in self.model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
+        for module in self.packing:
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        self.model.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, mode in self.modes:
+            module.training = mode
+        for module in self.packing:
+            module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+        with torch.no_grad():
+            for buffer, value in self.buffers:
+                buffer.copy_(value)
+        torch.set_rng_state(self.random)
+
+
+def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    parameters = [
+        p.name
+        for p in inspect.signature(model.forward).parameters.values()
+        if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
+    positional = [parameters[i] if i < len(parameters) else f"arg_{i}" for i in range(len(args))]
+    return [*positional, *kwargs]
+
+
+def _placeholders(recorder: Recorder, names: list[str], values: list[Any]) -> fx.Node:
+    """One placeholder an argument; tensors inside containers are read from it. Returns the last node."""
+    last = None
+    with_tensors = [isinstance(v, torch.Tensor) or bool(_leaves(v)) for v in values]
+    holders = []
+    for name, value, has_tensor in zip(names, values, with_tensors, strict=True):
+        default = () if has_tensor else (value,)
+        holders.append(recorder.graph.create_node("placeholder", name, default, name=name))
+    for holder, value in zip(holders, values, strict=True):
+        last = holder
+        for path, tensor in _leaves(value):
+            node = holder
+            for key in path:
+                node = recorder.graph.call_function(_getitem(key), (node, _key(key)))
+            recorder.bind(tensor, node)
+            last = node
+    assert last is not None
+    for holder in [recorder._nodes[id(t)] for v in values for _, t in _leaves(v)]:
+        for dim, size in enumerate(holder.meta["val"].shape):
+            recorder.symbols.define(size, holder, dim)
+    return last
+
+
+def _leaves(value: Any) -> list[tuple[Any, torch.Tensor]]:
+    return [(p, t) for p, t in pytree.tree_flatten_with_path(value)[0] if isinstance(t, torch.Tensor)]
+
+
+def _getitem(key: Any) -> Any:
+    import operator
+
+    return getattr if isinstance(key, pytree.GetAttrKey) else operator.getitem
+
+
+def _key(key: Any) -> Any:
+    return getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))
+
+
+def _guard(model: nn.Module, names: list[str], values: list[Any], shape_env: Any, dynamic: bool) -> ShapeGuard:
+    inputs, constants, tensors = [], [], []
+    for name, value in zip(names, values, strict=True):
+        found = _leaves(value)
+        if not found:
+            constants.append((name, value))
+        for path, tensor in found:
+            shape = tuple(None if isinstance(s, torch.SymInt) else int(s) for s in tensor.shape)
+            inputs.append((name + pytree.keystr(path), tensor.dtype, shape))
+            tensors.append(tensor)
+    expression = ""
+    if shape_env is not None and dynamic:
+        expression = _size_conditions(shape_env, tensors)
+    return ShapeGuard(type(model).__name__, inputs, constants, expression, None)
+
+
+def _size_conditions(shape_env: Any, tensors: list[torch.Tensor]) -> str:
+    from torch._dynamo.source import LocalSource
+
+    sources = [LocalSource(f"t{i}") for i in range(len(tensors))]
+    found = shape_env.produce_guards(tensors, sources, ignore_static=False)
+    # Strides and offsets of an input do not change what the recorded functions compute.
+    return " and ".join(g for g in found if ".stride()" not in g and ".storage_offset()" not in g)
+
+
+def _insert_guard(graph: fx.Graph, last_input: fx.Node, names: list[str], values: list[Any]) -> None:
+    nodes = [n for n in graph.nodes if n.op == "placeholder"]
+    holders = dict(zip(names, nodes, strict=True))
+    tensors, others = [], []
+    for name, value in zip(names, values, strict=True):
+        found = _leaves(value)
+        if not found:
+            others.append(holders[name])
+        for path, _ in found:
+            node = holders[name]
+            for key in path:
+                node = next(u for u in node.users if u.args[1] == _key(key))
+            tensors.append(node)
+    # After the reads of nested inputs, before the first size.
+    with graph.inserting_after(last_input):
+        graph.call_module("_guard", (*tensors, *others))
+
+
+def _output(recorder: Recorder, out: Any) -> Any:
+    """The model's result as structure over nodes: tensors, containers, transformers' ModelOutput."""
+    if isinstance(out, torch.Tensor):
+        return recorder.node_of(out)
+    if out is None or isinstance(out, (int, float, str, bool)):
+        return out
+    if isinstance(out, dict) and type(out) is not dict:
+        fields = {k: _output(recorder, v) for k, v in out.items()}
+        return recorder.graph.call_function(type(out), (), fields)
+    if isinstance(out, dict):
+        return {k: _output(recorder, v) for k, v in out.items()}
+    if isinstance(out, tuple) and hasattr(out, "_fields"):
+        return recorder.graph.call_function(type(out), tuple(_output(recorder, v) for v in out))
+    if isinstance(out, (tuple, list)):
+        return type(out)(_output(recorder, v) for v in out)
+    raise TraceError(f"the model returned a {type(out).__name__}, which a graph cannot build")
+
+
+def _first_line(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200]}" if text else type(error).__name__

@@ -1,0 +1,271 @@
+"""The recorder: the real Python runs once, and FX nodes come out.
+
+Nothing is proxied, so shapes, branches and third-party code behave as always. Every torch function that returns a
+tensor becomes a node; every *leaf* module (a site, or a module without sites in it) becomes one ``call_module`` node.
+Everything else is looked through. A tensor is known by its identity, a symbolic size by its expression.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn as nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+from oftfx.errors import TraceError
+from oftfx.program import is_own_module
+from oftfx.rotation.module import Rotation, no_cache
+from oftfx.trace.symbols import SymbolNodes
+
+# Tensor methods that are written as operators; a graph reads better with the operator.
+_OPERATORS = {
+    f"__{name}__": getattr(operator, alias)
+    for name, alias in [
+        *((n, n) for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "neg", "invert")),
+        *((n, n) for n in ("eq", "ne", "lt", "le", "gt", "ge", "getitem", "setitem")),
+        *((n, f"{n}_") for n in ("and", "or", "xor")),
+    ]
+    if hasattr(operator, alias)
+}
+
+# What turns tensor values into Python values or shapes: the program then depends on data.
+_DATA_DEPENDENT = frozenset(
+    "item __bool__ __int__ __float__ __index__ tolist nonzero masked_select unique unique_consecutive".split()
+)
+
+_SCALARS = (int, float, str, bool, complex, torch.dtype, torch.device, torch.memory_format, torch.layout)
+
+
+class Recorder(TorchFunctionMode):
+    """Records one forward of ``root`` into ``graph``. Used through `oftfx.trace.record`.
+
+    Attributes:
+        graph: the nodes.
+        constants: tensors that are neither inputs, parameters nor results, by attribute name.
+        data_dependent: ``(function, module path)`` of every value that steered Python.
+        calls: how often each module ran.
+    """
+
+    def __init__(self, root: nn.Module, leaves: set[nn.Module], *, fake: bool) -> None:
+        super().__init__()
+        self.root, self.leaves, self.fake = root, leaves, fake
+        self.graph = fx.Graph()
+        self.symbols = SymbolNodes(self.graph)
+        self.constants: dict[str, torch.Tensor] = {}
+        self.data_dependent: list[tuple[str, str]] = []
+        self.autocast_changes: list[str] = []
+        self.calls: dict[str, int] = {}
+        self._names = {m: n for n, m in root.named_modules()}
+        self._attributes: dict[int, str] = {}
+        for named in (root.named_parameters, root.named_buffers):
+            for name, tensor in named(remove_duplicate=False):
+                self._attributes.setdefault(id(tensor), name)
+        self._nodes: dict[int, fx.Node] = {}
+        self._alive: list[Any] = []  # ids are only unique among living objects
+        self._stack: list[str] = []
+        self._on = True
+        self._autocast = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
+
+    # -- values ---------------------------------------------------------------------------------
+
+    def bind(self, value: torch.Tensor, node: fx.Node) -> None:
+        """Say that ``node`` computes ``value``."""
+        self._nodes[id(value)] = node
+        self._alive.append(value)
+        node.meta.setdefault("val", value)
+
+    def node_of(self, value: torch.Tensor) -> fx.Node:
+        """The node that computes a tensor; parameters and constants become ``get_attr`` nodes."""
+        node = self._nodes.get(id(value))
+        if node is not None:
+            return node
+        name = self._attributes.get(id(value))
+        if name is None:
+            if self.fake and _is_fake(value):
+                raise TraceError(
+                    f"a tensor {tuple(value.shape)} used in {self.where} was made by code that torch functions do not "
+                    "show (a custom kernel outside a leaf module)"
+                )
+            name = f"_constant_{len(self.constants)}"
+            self.constants[name] = value
+        node = self.graph.create_node("get_attr", name)
+        self.bind(value, node)
+        return node
+
+    def argument(self, value: Any) -> Any:
+        """A value as argument of a node."""
+        if isinstance(value, torch.Tensor):
+            return self.node_of(value)
+        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
+            return self.symbols.node_of(value)
+        if isinstance(value, slice):
+            return slice(self.argument(value.start), self.argument(value.stop), self.argument(value.step))
+        if isinstance(value, (tuple, list)):
+            items = [self.argument(v) for v in value]
+            return items if isinstance(value, list) else tuple(items)
+        if isinstance(value, dict):
+            return {k: self.argument(v) for k, v in value.items()}
+        if value is None or value is Ellipsis or isinstance(value, _SCALARS):
+            return value
+        raise TraceError(f"an argument of type {type(value).__name__} in {self.where} cannot stand in a graph")
+
+    def _track(self, out: Any, node: fx.Node) -> None:
+        if isinstance(out, torch.Tensor):
+            self.bind(out, node)
+            return
+        for key, item, getter in _items(out):
+            if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(item)):
+                self._track(item, self.graph.call_function(getter, (node, key)))
+
+    @property
+    def where(self) -> str:
+        """Module path that runs now."""
+        return self._stack[-1] if self._stack else type(self.root).__name__
+
+    # -- functions ------------------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not self._on or _inside_functorch(args):
+            return func(*args, **kwargs)
+        name = getattr(func, "__name__", "")
+        if func is torch._C._set_grad_enabled:
+            self.graph.call_function(func, args)
+            return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        if name in _DATA_DEPENDENT:
+            self.data_dependent.append((name, self.where))
+        if name != "__setitem__" and not any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(out)):
+            return out  # .shape, .dtype and the like: executed, not recorded
+        self._note_autocast()
+        node = self._emit(func, name, self.argument(tuple(args)), self.argument(dict(kwargs)))
+        node.meta["module"] = self.where
+        if name != "__setitem__":
+            self._track(out, node)
+        return out
+
+    def _emit(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> fx.Node:
+        if name == "__get__":  # x.mT, x.real, ...
+            return self.graph.call_function(getattr, (args[0], func.__self__.__name__))  # type: ignore[attr-defined]
+        is_method = getattr(torch.Tensor, name, None) is func
+        if is_method and name in _OPERATORS:
+            return self.graph.call_function(_OPERATORS[name], args, kwargs)
+        if is_method:
+            return self.graph.call_method(name, args, kwargs)
+        return self.graph.call_function(func, args, kwargs)
+
+    def _note_autocast(self) -> None:
+        for device, state in self._autocast.items():
+            if torch.is_autocast_enabled(device) != state:
+                self.autocast_changes.append(self.where)
+
+    # -- modules --------------------------------------------------------------------------------
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Record everything that runs inside: torch functions and calls of the root's modules."""
+        original = nn.Module.__call__
+        recorder = self
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            name = recorder._names.get(module)
+            if not recorder._on or name is None:
+                return original(module, *args, **kwargs)
+            recorder.calls[name] = recorder.calls.get(name, 0) + 1
+            recorder._stack.append(name)
+            try:
+                if module in recorder.leaves:
+                    return recorder._leaf(name, module, original, args, kwargs)
+                return original(module, *args, **kwargs)
+            finally:
+                recorder._stack.pop()
+
+        nn.Module.__call__ = call  # type: ignore[method-assign]
+        try:
+            with no_cache(), self:
+                yield
+        finally:
+            nn.Module.__call__ = original  # type: ignore[method-assign]
+            self._on = False
+            for module in self._names:
+                if isinstance(module, Rotation):
+                    module.forget()
+
+    def _leaf(self, name: str, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+        from oftfx.hooks import rotate_input_of, without_rotation
+
+        hook = rotate_input_of(module)
+        if hook is not None:
+            # The rotation in front of a site is recorded; only the layer's own forward is opaque.
+            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+        node_args, node_kwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
+        self._note_autocast()
+        self._on = False
+        try:
+            with without_rotation(module):
+                out = self._run_leaf(module, original, args, kwargs)
+        finally:
+            self._on = True
+        out = _distinct(out, (args, kwargs))
+        node = self.graph.call_module(name, node_args, node_kwargs)
+        node.meta["module"] = name
+        self._track(out, node)
+        return out
+
+    def _run_leaf(self, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get("input")
+        if self.fake and isinstance(x, torch.Tensor):
+            from oftfx.formats import format_of
+
+            weight_format = format_of(module)
+            if weight_format is not None and not weight_format.lossless:
+                # A quantized layer's own forward may rewrite its weight or lack a fake kernel; its shape is known.
+                shape = weight_format.geometry(module)
+                return x.new_empty((*x.shape[:-1], shape.out_features))
+        return original(module, *args, **kwargs)
+
+
+def leaf_modules(root: nn.Module, sites: set[nn.Module]) -> set[nn.Module]:
+    """Modules that become one node: sites, and whatever has no site inside. Rotations are looked through."""
+    leaves: set[nn.Module] = set()
+    for module in root.modules():
+        if isinstance(module, Rotation) or (is_own_module(module) and any(module.children())):
+            continue
+        if module in sites or not any(m in sites for m in module.modules()):
+            leaves.add(module)
+    leaves.discard(root)
+    return leaves
+
+
+def _items(out: Any) -> Iterator[tuple[Any, Any, Callable[..., Any]]]:
+    if isinstance(out, dict):
+        yield from ((k, v, operator.getitem) for k, v in out.items())
+    elif isinstance(out, (tuple, list)):
+        yield from ((i, v, operator.getitem) for i, v in enumerate(out))
+    elif hasattr(out, "__dataclass_fields__"):
+        yield from ((k, getattr(out, k), getattr) for k in out.__dataclass_fields__)
+
+
+def _distinct(out: Any, inputs: Any) -> Any:
+    """Give a leaf's result an identity of its own where the leaf returned its input (Dropout in eval mode).
+
+    Otherwise a residual connection around it would be recorded as if it read the leaf's output.
+    """
+    known = {id(t) for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)}
+    return pytree.tree_map_only(torch.Tensor, lambda t: t.view_as(t) if id(t) in known else t, out)
+
+
+def _inside_functorch(args: tuple[Any, ...]) -> bool:
+    return bool(args) and isinstance(args[0], torch.Tensor) and torch._C._functorch.maybe_get_level(args[0]) > 0
+
+
+def _is_fake(value: torch.Tensor) -> bool:
+    return hasattr(value, "fake_mode")

@@ -1,0 +1,20 @@
+"""Passes over a `Program`, one a file, each named by its verb; `protocol` says what a pass is."""
+
+from oftfx.passes.fold_rotations import FoldRotations
+from oftfx.passes.freeze_rotations import FreezeRotations
+from oftfx.passes.insert_rotations import InsertRotations
+from oftfx.passes.match_rules import MatchRules
+from oftfx.passes.protocol import Change, Pass, PassManager, PassResult
+from oftfx.passes.share_inputs import ShareInputs
+
+__all__ = [
+    "Change",
+    "FoldRotations",
+    "FreezeRotations",
+    "InsertRotations",
+    "MatchRules",
+    "Pass",
+    "PassManager",
+    "PassResult",
+    "ShareInputs",
+]

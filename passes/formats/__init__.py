@@ -1,0 +1,1 @@
+"""Weight formats, one file each; see `oftfx.formats` for the protocol they share."""

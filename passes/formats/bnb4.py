@@ -1,0 +1,202 @@
+"""bitsandbytes 4-bit: NF4 and FP4, with or without double quantization (``bitsandbytes.nn.Linear4bit``).
+
+Storage: ``weight`` uint8 ``(out * in / 2, 1)`` (or the same bytes viewed as ``quant_storage``), two codes a byte, the
+first in the high nibble, row-major over the flattened weight; one ``absmax`` per ``blocksize`` consecutive codes.
+``W = code[c] * absmax``. With double quantization absmax is itself uint8:
+``absmax = state2.code[u] * state2.absmax[i // 256] + offset``.
+
+On a CPU with AVX512-BF16 the layer's first eval forward without gradients rewrites all of that in place (other layout,
+absmax in bfloat16). The package then dequantizes garbage and loses gradients. `prepare` forbids the repacking and
+undoes one that has happened; `dequantize` reads both layouts.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.errors import FormatError, MissingExtraError
+from oftfx.formats import Geometry, WeightFormat, WeightState, register_format
+
+_PACK_ROWS = 32  # rows that the CPU layout interleaves
+
+
+class Bnb4(WeightFormat):
+    """``Linear4bit`` and its subclasses, recognised by class name and quant_state."""
+
+    name = "bnb4"
+
+    def matches(self, module: nn.Module) -> bool:
+        """A quantized Linear4bit; one that was never moved to a device still holds floats and is not."""
+        named = any(c.__name__ == "Linear4bit" and "bitsandbytes" in c.__module__ for c in type(module).__mro__)
+        return named and _quant_state(module) is not None
+
+    def geometry(self, module: nn.Module) -> Geometry:
+        """From quant_state, which keeps the logical shape."""
+        out_features, in_features = _state(module).shape
+        return Geometry("linear", in_features, out_features)
+
+    def dtype(self, module: nn.Module) -> torch.dtype:
+        """The dtype the weight had before quantization (the CPU packing overwrites it)."""
+        state = _state(module)
+        return getattr(state, "original_dtype", None) or state.dtype
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """``code[c] * absmax`` in float32, from either layout."""
+        state = _state(module)
+        codes, absmax = _codes(module.weight, state), _absmax(state)
+        values = state.code.float()[codes.long()]
+        count = values.numel()
+        # A last block may be shorter than the others.
+        scale = absmax.repeat_interleave(state.blocksize)[:count]
+        return (values * scale).reshape(tuple(state.shape))
+
+    def requantize(self, weight: Tensor, like: nn.Module) -> WeightState:
+        """Nearest code under each block's absmax, by the package's own quantizer; settings as in ``like``."""
+        try:
+            import bitsandbytes as bnb
+        except ImportError as error:
+            raise MissingExtraError("bitsandbytes", "bnb", "Requantizing a 4-bit weight") from error
+        old, state = like.weight, _state(like)
+        source = weight.to(device=old.device, dtype=torch.float32).contiguous()
+        packed, new_state = bnb.functional.quantize_4bit(
+            source,
+            blocksize=state.blocksize,
+            compress_statistics=bool(state.nested or getattr(state, "original_nested", False)),
+            quant_type=state.quant_type,
+            quant_storage=old.quant_storage,
+        )
+        new_state.dtype = self.dtype(like)
+        parameter = copy.copy(old)
+        parameter.data, parameter.quant_state, parameter.bnb_quantized = packed, new_state, True
+        return {"weight": parameter, "quant_state": new_state}
+
+    def read(self, module: nn.Module) -> WeightState:
+        """The Params4bit and the quant_state that the layer keeps beside it."""
+        return {"weight": module.weight, "quant_state": _state(module)}
+
+    def write(self, module: nn.Module, state: WeightState) -> None:
+        """Replace both."""
+        parameter = state["weight"]
+        parameter.module = module
+        module._parameters["weight"] = parameter
+        module.quant_state = state["quant_state"]  # type: ignore[assignment]
+
+    def nbytes(self, module: nn.Module) -> int:
+        """Codes and scales."""
+        state = _state(module)
+        tensors = [module.weight.data, state.absmax]
+        if state.nested:
+            tensors += [state.state2.absmax, state.state2.code]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+    def own(self, module: nn.Module) -> None:
+        """A Params4bit and a QuantState of its own over the same bytes."""
+        parameter, state = copy.copy(module.weight), copy.copy(_state(module))
+        parameter.quant_state = state
+        self.write(module, {"weight": parameter, "quant_state": state})
+
+    def prepare(self, module: nn.Module) -> str | None:
+        """Forbid the CPU repacking; where it has happened, restore the layout (absmax keeps bfloat16's 8 bits)."""
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        state = _state(module)
+        if not _is_packed(state):
+            return None
+        _unpack(module.weight, state)
+        return (
+            "an earlier eval forward had repacked this weight for the CPU and rounded its scales to bfloat16 "
+            "(relative error 2e-3); the layout is restored, the rounding cannot be undone"
+        )
+
+    def make_tiny(self, in_features: int, out_features: int, *, bias: bool = True) -> nn.Module:
+        """NF4 without double quantization, quantized on the CPU."""
+        return make_linear4bit(nn.Linear(in_features, out_features, bias=bias))
+
+
+def make_linear4bit(
+    linear: nn.Linear, *, quant_type: str = "nf4", double_quant: bool = False, **kwargs: Any
+) -> nn.Module:
+    """Quantize a float Linear into a ``bitsandbytes.nn.Linear4bit``; ``linear`` is not changed.
+
+    Args:
+        linear: weight ``(out, in)``.
+        quant_type: ``"nf4"`` or ``"fp4"``.
+        double_quant: quantize the scales as well.
+        **kwargs: further arguments of ``Linear4bit``.
+    """
+    try:
+        import bitsandbytes as bnb
+    except ImportError as error:
+        raise MissingExtraError("bitsandbytes", "bnb", "Making a 4-bit layer") from error
+    layer = bnb.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=linear.bias is not None,
+        quant_type=quant_type,
+        compress_statistics=double_quant,
+        **kwargs,
+    )
+    layer.load_state_dict({k: v.detach().clone() for k, v in linear.state_dict().items()})
+    return layer.to(linear.weight.device).requires_grad_(False)
+
+
+def _quant_state(module: nn.Module) -> Any:
+    return getattr(module._parameters.get("weight"), "quant_state", None) or getattr(module, "quant_state", None)
+
+
+def _state(module: nn.Module) -> Any:
+    state = _quant_state(module)
+    if state is None:
+        raise FormatError(
+            f"{type(module).__name__}({module.in_features}, {module.out_features}) has no quant_state: it was never "
+            "quantized. Move it to a device first, e.g. layer.to('cpu')"
+        )
+    return state
+
+
+def _is_packed(state: Any) -> bool:
+    return bool(getattr(state, "packing_format_for_cpu", False))
+
+
+def _codes(weight: Tensor, state: Any) -> Tensor:
+    """4-bit codes, uint8, flat in the order of the weight's elements."""
+    count = state.shape[0] * state.shape[1]
+    raw = weight.data.reshape(-1).view(torch.uint8)
+    if not _is_packed(state):
+        return torch.stack([raw >> 4, raw & 15], dim=1).reshape(-1)[:count]
+    # CPU layout: groups of 32 rows, within a group column pairs first; each 32 bytes hold 32 low codes, then 32 high.
+    rows, columns = state.shape
+    pairs = raw.reshape(-1, _PACK_ROWS)
+    codes = torch.cat([pairs & 15, pairs >> 4], dim=1)
+    return codes.reshape(rows // _PACK_ROWS, columns // 2, _PACK_ROWS, 2).transpose(1, 2).reshape(-1)
+
+
+def _absmax(state: Any) -> Tensor:
+    """One float32 scale per block, flat."""
+    if _is_packed(state):  # bfloat16 (in / blocksize, out)
+        return state.absmax.float().T.reshape(-1)
+    if not state.nested:
+        return state.absmax.float()
+    second = state.state2
+    scale = second.absmax.float().repeat_interleave(second.blocksize)[: state.absmax.numel()]
+    return second.code.float()[state.absmax.long()] * scale + state.offset
+
+
+def _unpack(weight: Any, state: Any) -> None:
+    """Bring a repacked weight back to the format's own layout, in place, scales in float32 without nesting."""
+    codes, absmax = _codes(weight, state), _absmax(state).contiguous()
+    raw = (codes[::2] << 4) | codes[1::2]
+    storage = getattr(state, "original_storage_type", None)
+    shape = getattr(state, "original_qshape", (raw.numel(), 1))
+    weight.data = raw.reshape(shape) if storage is None else raw.view(storage).reshape(-1, 1)
+    state.absmax, state.nested = absmax, False
+    state.dtype = getattr(state, "original_dtype", torch.float32)
+    state.packing_format_for_cpu = False
+    weight.quant_state = state
+
+
+register_format(Bnb4())

@@ -1,0 +1,102 @@
+"""Replace trainable rotations by their blocks: fixed numbers, no Cayley transform left."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn as nn
+
+from oftfx.errors import PassError
+from oftfx.hooks import RotateInput, detach, hold, rotated_sites
+from oftfx.passes.protocol import Change, Pass, PassResult
+from oftfx.program import Program
+from oftfx.rotation.module import FrozenRotation, Rotation, SharedRotation
+
+FROZEN = "frozen"
+"""Name under which a frozen rotation stays at its site, ``<site>.oft.frozen``."""
+
+
+class FreezeRotations(Pass):
+    """At each site, the active rotations become buffers; rotations that do not act are removed.
+
+    Used for what is exported with its rotation, and for quantized sites whose weight a fold keeps bit for bit. Several
+    adapters in a row become one product where their blocks have the same size, else a chain.
+    """
+
+    name = "freeze_rotations"
+    preserves = "rounding"
+    after = ("insert_rotations",)
+
+    def run(self, program: Program) -> PassResult:
+        """Freeze every site, in the model of ``program`` itself."""
+        freezer = Freezer()
+        changes = []
+        for fqn, module, hook in list(rotated_sites(program.model)):
+            changes.append(Change(fqn, "frozen" if hook.in_effect() else "rotation removed: inactive"))
+            freezer.freeze(module, hook)
+        return PassResult(program, bool(changes), tuple(changes))
+
+    def check(self, result: Program) -> None:
+        """No trainable rotation is left."""
+        if left := [n for n, m in result.model.named_modules() if isinstance(m, Rotation)]:
+            raise PassError(f"{left[0]} is still trainable")
+
+
+class Freezer:
+    """Freezes sites one by one; sites that shared a rotation share its frozen blocks."""
+
+    def __init__(self) -> None:
+        self._done: dict[tuple[int, ...], list[FrozenRotation]] = {}
+        self._alive: list[object] = []
+
+    def freeze(self, module: nn.Module, hook: RotateInput) -> None:
+        """Freeze what acts at one site."""
+        rotations = hook.in_effect()
+        site, key = hook.site, tuple(id(r) for r in rotations)
+        training = module.training
+        first = key not in self._done
+        if first:
+            members = _members(rotations)
+            self._done[key] = [FrozenRotation(b, members) for b in product_of(rotations)]
+            self._alive += rotations
+        frozen = self._done[key]
+        hook.active = ()
+        detach(module)
+        if not frozen:
+            return
+        names = [FROZEN] if len(frozen) == 1 else [f"{FROZEN}_{i}" for i in range(len(frozen))]
+        # A new hook: detach has removed the old one with its last rotation.
+        new = RotateInput(site)
+        module.register_forward_pre_hook(new, with_kwargs=True)
+        for name, rotation in zip(names, frozen, strict=True):
+            new.rotations[name] = rotation
+            if first:
+                hold(module, name, rotation.train(training))
+        new.active = tuple(names)
+
+
+@torch.no_grad()
+def blocks_of(rotation: Rotation | FrozenRotation) -> torch.Tensor:
+    """Blocks ``(blocks, b, b)`` of either kind of rotation; a tensor of its own, float32 or wider."""
+    blocks = rotation.matrices() if isinstance(rotation, Rotation) else rotation.blocks
+    return blocks.detach().clone(memory_format=torch.contiguous_format)
+
+
+def product_of(rotations: list[Rotation | FrozenRotation]) -> list[torch.Tensor]:
+    """Rotations in a row as few block tensors as possible: ``x R1 R2 = x (R1 R2)`` for blocks of one size."""
+    result: list[torch.Tensor] = []
+    for rotation in rotations:
+        blocks = blocks_of(rotation)
+        if result and result[-1].shape == blocks.shape:
+            result[-1] = torch.bmm(result[-1], blocks.to(result[-1].dtype))
+        else:
+            result.append(blocks)
+    return result
+
+
+def _members(rotations: list[Rotation | FrozenRotation]) -> tuple[str, ...]:
+    """Sites that share the whole chain; a chain of mixed groups is not shared."""
+    if rotations and all(isinstance(r, SharedRotation) for r in rotations):
+        groups = {r.handout.members for r in rotations}  # type: ignore[union-attr]
+        if len(groups) == 1:
+            return groups.pop()
+    return ()

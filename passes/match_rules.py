@@ -1,0 +1,178 @@
+"""Resolve rules to sites: the first rule that matches a site decides what happens to it."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+
+import torch.nn as nn
+
+from oftfx.errors import RuleError
+from oftfx.passes.protocol import Change, Pass, PassResult
+from oftfx.plans import Plan, SitePlan, Skipped
+from oftfx.program import Program, Site, is_own_module
+from oftfx.rules import Rule
+
+
+class MatchRules(Pass):
+    """Make the plan. Nothing in the model changes.
+
+    Args:
+        rules: in the order they are asked.
+        train: names or globs of modules that train whole.
+        train_bias: ``"none"``, ``"all"`` or ``"oft"`` (biases of the rotated layers).
+    """
+
+    name = "match_rules"
+    preserves = "exact"
+
+    def __init__(self, rules: Sequence[Rule], *, train: Sequence[str] = (), train_bias: str = "none") -> None:
+        self.rules, self.train, self.train_bias = tuple(rules), tuple(train), train_bias
+
+    def run(self, program: Program) -> PassResult:
+        """Match every rule with every site.
+
+        Raises:
+            RuleError: a rule matches nothing, or a block size does not divide; with all such sites at once.
+        """
+        modules = dict(program.model.named_modules())
+        hits = [0] * len(self.rules)
+        entries, skipped, faults = [], [], []
+        for site in program.sites:
+            matching = [i for i, r in enumerate(self.rules) if r.matches(site, modules[site.fqn])]
+            for index in matching:
+                hits[index] += 1
+            if not matching:
+                if site.is_head and any(r.target == "all-linear" for r in self.rules):
+                    reason = "the output head; 'all-linear' leaves it alone, name it to rotate it"
+                    skipped.append(Skipped(site.fqn, site.module_class, reason))
+                continue
+            rule = self.rules[matching[0]]
+            if rule.spec is None:
+                skipped.append(Skipped(site.fqn, site.module_class, f"excluded by {rule.label!r}"))
+                continue
+            try:
+                entries.append(_entry(site, rule))
+            except RuleError as fault:
+                faults.append(str(fault))
+        if faults:
+            raise RuleError("\n".join([*faults[:5], *([f"... and {len(faults) - 5} more"] if len(faults) > 5 else [])]))
+        skipped += self._reached_without_site(program, modules, hits)
+        self._check_hits(program, hits, skipped)
+        train = self._trained_names(program, modules, entries)
+        plan = Plan(
+            type(program.model).__name__,
+            tuple(entries),
+            tuple(skipped),
+            train=train,
+            train_modules=self.train,
+            train_bias=self.train_bias,
+        )
+        changes = [Change(e.fqn, "planned") for e in entries]
+        changes += [Change(s.fqn, "skipped", s.reason, refused=True) for s in skipped]
+        return PassResult(program.with_(plan=plan), True, tuple(changes))
+
+    def check(self, result: Program) -> None:
+        """There is a plan."""
+        assert result.plan is not None
+
+    def _reached_without_site(
+        self, program: Program, modules: dict[str, nn.Module], hits: list[int]
+    ) -> list[Skipped]:
+        """Layers with a weight matrix that a rule names but that cannot be rotated; their rule is not to blame."""
+        known = {s.fqn for s in program.sites}
+        found = []
+        for fqn, module in modules.items():
+            if fqn in known or not fqn or is_own_module(module) or not _has_matrix(module):
+                continue
+            for index, rule in enumerate(self.rules):
+                named = rule.matches_name(fqn) or (isinstance(rule.target, type) and isinstance(module, rule.target))
+                if named:
+                    hits[index] += rule.spec is None
+                    if rule.spec is not None:
+                        found.append(Skipped(fqn, type(module).__name__, _why_no_site(module)))
+                    break
+        return found
+
+    def _check_hits(self, program: Program, hits: list[int], skipped: list[Skipped]) -> None:
+        for rule, count in zip(self.rules, hits, strict=True):
+            if count or rule.optional:
+                continue
+            unfit = [s for s in skipped if rule.matches_name(s.fqn)]
+            if unfit:
+                raise RuleError(
+                    f"rule {rule.label!r} matches {len(unfit)} layers, none of which can be rotated, e.g. "
+                    f"{unfit[0].fqn} ({unfit[0].module_class}): {unfit[0].reason}"
+                )
+            raise RuleError(
+                f"rule {rule.label!r} matches no layer of {type(program.model).__name__}. {_nearest(rule, program)}"
+                "Use Rule(..., optional=True) where that is intended"
+            )
+
+    def _trained_names(
+        self, program: Program, modules: dict[str, nn.Module], entries: list[SitePlan]
+    ) -> tuple[str, ...]:
+        names: dict[str, None] = {}
+        for wanted in self.train:
+            rule = Rule(wanted, None)
+            # PEFT's modules_to_save names the last part of a path; so may this.
+            found = [n for n in modules if n and (rule.matches_name(n) or n == wanted or n.endswith("." + wanted))]
+            found = [n for n in found if not is_own_module(modules[n])]
+            if not found:
+                close = difflib.get_close_matches(wanted, list(modules), 3, 0.4)
+                raise RuleError(f"train: no module {wanted!r}. Nearest: {', '.join(close) or 'none'}")
+            for fqn in found:
+                taken = [e.fqn for e in entries if e.fqn == fqn or e.fqn.startswith(fqn + ".")]
+                if taken:
+                    raise RuleError(
+                        f"train: {fqn} trains whole, but rules also rotate {taken[0]} in it; exclude it by a rule "
+                        f"({taken[0]!r}: None)"
+                    )
+                names.update((f"{fqn}.{p}", None) for p, _ in modules[fqn].named_parameters())
+        if self.train_bias not in ("none", "all", "oft"):
+            raise RuleError(f"train_bias: got {self.train_bias!r}, expected 'none', 'all' or 'oft'")
+        if self.train_bias == "all":
+            names.update((n, None) for n, _ in program.model.named_parameters() if n.endswith("bias"))
+        elif self.train_bias == "oft":
+            names.update((f"{e.fqn}.bias", None) for e in entries if modules[e.fqn]._parameters.get("bias") is not None)
+        return tuple(names)
+
+
+def _entry(site: Site, rule: Rule) -> SitePlan:
+    assert rule.spec is not None
+    blocks, block_size = rule.spec.geometry(site.in_features, site.fqn)
+    notes = []
+    asked = rule.spec.block_size if rule.spec.blocks is None else rule.spec.blocks
+    if asked not in (block_size, blocks):
+        notes.append(f"size {asked} does not divide {site.in_features}; the nearest that does is used")
+    if site.tied:
+        notes.append(f"weight shared with {', '.join(site.tied)}; folding gives this layer a weight of its own")
+    return SitePlan(site, rule.spec, blocks, block_size, rule.label, owner=site.fqn, notes=tuple(notes))
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    return any(t is not None and t.dim() >= 2 for t in tensors)
+
+
+def _why_no_site(module: nn.Module) -> str:
+    if hasattr(module, "parametrizations"):
+        return "its weight is computed by a parametrization; remove that first (torch.nn.utils.parametrize)"
+    if isinstance(module, nn.Linear):
+        return f"a Linear whose weight is stored as {module.weight.dtype}, which no known format reads"
+    return f"layers of class {type(module).__name__} cannot be rotated yet"
+
+
+def _nearest(rule: Rule, program: Program) -> str:
+    names = [s.fqn for s in program.sites]
+    if not names:
+        return "The model has no layer that can be rotated. "
+    if not isinstance(rule.target, str):
+        return f"Its {len(names)} layers that can be rotated are of class {sorted({s.module_class for s in program.sites})}. "
+    plain = rule.target.removeprefix("re:").replace(".*", "*").strip("*.$^")
+    ends = sorted({n.rsplit(".", 1)[-1] for n in names})
+    if plain in ends:
+        return f"Did you mean '*.{plain}'? "
+    close = difflib.get_close_matches(plain, ends, 3, 0.5) or difflib.get_close_matches(plain, names, 3, 0.3)
+    suggestions = [f"*.{c}" if c in ends else c for c in close] or [f"*.{e}" for e in ends[:5]]
+    return f"Nearest: {', '.join(suggestions)}. "
