@@ -144,6 +144,11 @@ def make_linear4bit(
     return layer.to(linear.weight.device).requires_grad_(False)
 
 
+def scales_of(module: nn.Module) -> Tensor:
+    """One float32 scale per block of an unpacked layer, double quantization undone."""
+    return _absmax(_state(module)).contiguous()
+
+
 def _quant_state(module: nn.Module) -> Any:
     return getattr(module._parameters.get("weight"), "quant_state", None) or getattr(module, "quant_state", None)
 
