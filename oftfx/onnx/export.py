@@ -168,6 +168,7 @@ def _export(
                 dynamic_shapes=dynamic,
                 opset_version=opset,
                 dynamo=True,
+                optimize=False,  # oftfx.onnx.optimize does it
                 verbose=False,
             )
     except Exception as error:

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from oftfx.onnx.optimize import optimize
+
 LARGE = 1_500_000_000  # a protobuf ends at 2 GiB
 SMALL = 1024  # bytes; smaller tensors stay in the model file
 
@@ -27,6 +29,7 @@ def finish(program: Any, path: Path, final: Path, metadata: Mapping[str, str]) -
     import onnx_ir as ir
 
     model = program.model
+    optimize(model)
     for graph in (model.graph, *(f.graph for f in model.functions.values())):
         # The exporter leaves stack traces with local paths in every node: most of a small file.
         graph.metadata_props.clear()

@@ -1,0 +1,84 @@
+"""A plain training loop with checkpoints; an interrupted run goes on where it stopped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+import oftfx
+from oftfx.demo import text
+
+EVERY = 5  # steps between checkpoints
+
+
+def train(
+    model: nn.Module,
+    data: Tensor,
+    *,
+    steps: int,
+    size: int,
+    rate: float,
+    folder: Path,
+    report: Callable[[int, float], None],
+) -> list[float]:
+    """Train the active adapter on next-token loss with AdamW, linear warm-up and decay.
+
+    Args:
+        model: a transformed causal language model.
+        data: ``(n, length)`` token ids.
+        steps: optimiser steps in all, also those done before an interruption.
+        size: sequences a step.
+        rate: largest learning rate.
+        folder: where checkpoints go.
+        report: called with (steps done, loss) after every step.
+
+    Returns:
+        The loss of every step.
+    """
+    parameters = oftfx.adapter_parameters(model)
+    optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
+    warm = max(1, steps // 10)
+    losses = _resume(folder, parameters, optimizer)
+    if losses:
+        report(len(losses), losses[-1])
+    model.train()
+    for step in range(len(losses), steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
+        ids = text.batch(data, step, size)
+        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(loss.detach()))
+        report(step + 1, losses[-1])
+        if (step + 1) % EVERY == 0 or step + 1 == steps:
+            _checkpoint(folder, parameters, optimizer, losses)
+    model.eval()
+    return losses
+
+
+def _checkpoint(
+    folder: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]
+) -> None:
+    state = {"parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(), "losses": losses}
+    partial = folder / "training.pt.part"
+    torch.save(state, partial)
+    os.replace(partial, folder / "training.pt")
+
+
+def _resume(folder: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:
+    path = folder / "training.pt"
+    if not path.exists():
+        return []
+    state = torch.load(path, weights_only=True)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, state["parameters"], strict=True):
+            parameter.copy_(value)
+    optimizer.load_state_dict(state["optimizer"])
+    return list(state["losses"])
