@@ -114,7 +114,8 @@ def located(model: nn.Module) -> tuple[nn.Module, AdapterStore]:
     Raises:
         AdapterError: there is none.
     """
-    for module in model.modules():
+    # A recorded graph (ProgramGraph) leaves its adapters with the model it was recorded from.
+    for module in model.__dict__.get("eager", model).modules():
         store = module.__dict__.get(ATTRIBUTE)
         if isinstance(store, AdapterStore):
             return module, store

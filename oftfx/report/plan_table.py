@@ -73,7 +73,7 @@ def _summary(plan: Plan) -> list[str]:
 
 
 def _pattern(fqn: str) -> str:
-    return re.sub(r"\.\d+(?=\.|$)", ".{}", fqn)
+    return re.sub(r"(^|(?<=\.))\d+(?=\.|$)", "{}", fqn)
 
 
 def _same(names: list[str]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -18,7 +19,19 @@ class ProgramGraph(fx.GraphModule):
     """A recorded program: an ``fx.GraphModule`` whose names, Parameter objects and buffers are the model's.
 
     It takes the arguments it was recorded with and returns what the model returns; a `ShapeGuard` is its first node.
+
+    Attributes:
+        eager: the model it was recorded from, over the same parameters; not a submodule.
     """
+
+    eager: nn.Module
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ProgramGraph:
+        result = super().__deepcopy__(memo)
+        # fx copies only what its nodes name; the rest of the tree and the ties between its levels follow here.
+        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training", "eager"):
+            result.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
+        return result
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the graph.
@@ -52,6 +65,7 @@ def build(model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor],
     result._parameters = tree._parameters
     result._buffers = {**tree._buffers, **constants}
     result._non_persistent_buffers_set = tree._non_persistent_buffers_set | set(constants)
+    result.__dict__["eager"] = model
     result.training = model.training
     guard.training = model.training
     return result

@@ -184,22 +184,19 @@ def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 
 def _placeholders(recorder: Recorder, names: list[str], values: list[Any]) -> fx.Node:
-    """One placeholder an argument; tensors inside containers are read from it. Returns the last node."""
-    last = None
+    """One placeholder an argument; tensors inside containers are read from it. Returns the last of these nodes."""
     with_tensors = [isinstance(v, torch.Tensor) or bool(_leaves(v)) for v in values]
     holders = []
     for name, value, has_tensor in zip(names, values, with_tensors, strict=True):
         default = () if has_tensor else (value,)
         holders.append(recorder.graph.create_node("placeholder", name, default, name=name))
     for holder, value in zip(holders, values, strict=True):
-        last = holder
         for path, tensor in _leaves(value):
             node = holder
             for key in path:
                 node = recorder.graph.call_function(_getitem(key), (node, _key(key)))
             recorder.bind(tensor, node)
-            last = node
-    assert last is not None
+    last = next(iter(reversed(recorder.graph.nodes)))
     for holder in [recorder._nodes[id(t)] for v in values for _, t in _leaves(v)]:
         for dim, size in enumerate(holder.meta["val"].shape):
             recorder.symbols.define(size, holder, dim)
