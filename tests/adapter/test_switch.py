@@ -1,0 +1,114 @@
+import pytest
+import torch
+import torch.nn as nn
+
+import oftfx
+from oftfx import OFT
+from oftfx.errors import AdapterError, RuleError
+from tests.reference import dense_rotation, rel
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    base = nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12), nn.Linear(12, 5)).double()
+    model = oftfx.transform(base, {"0": OFT(4)}, adapter="a")
+    oftfx.add_adapter(model, "b", {"2": OFT(6)}, train=["1"])
+    oftfx.add_adapter(model, "c", {"0": OFT(3), "2": OFT(4)})
+    for name in "abc":
+        for parameter in oftfx.adapter_parameters(model, name):
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
+
+
+def expected(model, x, names):
+    def rotated(index, x):
+        for name in names:
+            rotation = getattr(model[index].oft, name, None)
+            if rotation is not None:
+                x = x @ dense_rotation(rotation.skew, rotation.block_size)
+        return x @ model[index].weight.T + model[index].bias
+
+    return rotated(2, model[1](rotated(0, x)))
+
+
+@pytest.mark.parametrize("names", [None, "a", "b", "c", ["a", "b"], ["a", "c"], ["c", "a"], ["c", "b", "a"], []])
+def test_named_adapters_act_in_the_order_named(model, names):
+    x = torch.randn(4, 12, dtype=torch.float64)
+    oftfx.set_adapter(model, names)
+    acting = () if names is None else (names,) if isinstance(names, str) else tuple(names)
+    assert oftfx.active_adapters(model) == acting
+    assert rel(model(x), expected(model, x, acting)) < 1e-13
+
+
+def test_whole_modules_follow_the_active_adapter(model):
+    base = model[1].weight
+    oftfx.set_adapter(model, "b")
+    assert model[1].weight is not base
+    assert not torch.equal(model[1].weight, base)
+    oftfx.set_adapter(model, "a")
+    assert model[1].weight is base
+    assert torch.equal(base, torch.ones_like(base))
+
+
+def test_disabling_is_undone_also_after_an_error(model):
+    x = torch.randn(4, 12, dtype=torch.float64)
+    oftfx.set_adapter(model, ["a", "b"])
+    before = model(x)
+    with pytest.raises(KeyError), oftfx.disable_adapters(model):
+        assert rel(model(x), expected(model, x, ())) < 1e-13
+        raise KeyError
+    assert torch.equal(model(x), before)
+    assert oftfx.active_adapters(model) == ("a", "b")
+
+
+def test_adapter_parameters(model):
+    assert len(oftfx.adapter_parameters(model)) == 1  # "a" acts
+    assert len(oftfx.adapter_parameters(model, "b")) == 3
+    oftfx.set_adapter(model, ["b", "c"])
+    assert len(oftfx.adapter_parameters(model)) == 5
+
+
+def test_removing_adapters_gives_the_plain_model_back(model):
+    x = torch.randn(4, 12, dtype=torch.float64)
+    for name in "abc":
+        oftfx.remove_adapter(model, name)
+    assert oftfx.adapters(model) == {}
+    assert not any("oft" in k for k in model.state_dict())
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert rel(model(x), nn.Sequential(*model)(x)) == 0.0
+
+
+def test_wrapped_models_find_their_adapters(model):
+    wrapped = nn.ModuleDict({"module": model})
+    assert list(oftfx.adapters(wrapped)) == ["a", "b", "c"]
+    oftfx.set_adapter(wrapped, "c")
+    assert oftfx.active_adapters(model) == ("c",)
+
+
+def test_errors(model):
+    with pytest.raises(AdapterError, match="no adapter 'd'; the model has a, b, c"):
+        oftfx.set_adapter(model, ["a", "d"])
+    assert oftfx.active_adapters(model) == ("a",)
+    with pytest.raises(AdapterError, match="named twice"):
+        oftfx.set_adapter(model, ["a", "a"])
+    with pytest.raises(AdapterError, match="already has an adapter 'a'"):
+        oftfx.add_adapter(model, "a", {"0": OFT(4)})
+    with pytest.raises(RuleError, match="matches no layer"):
+        oftfx.add_adapter(model, "d", {"7": OFT(4)})
+    assert list(oftfx.adapters(model)) == ["a", "b", "c"]
+    with pytest.raises(AdapterError, match="Linear has no adapters"):
+        oftfx.set_adapter(nn.Linear(3, 3), "a")
+    assert oftfx.adapters(nn.Linear(3, 3)) == {}
+    assert oftfx.active_adapters(nn.Linear(3, 3)) == ()
+
+
+def test_trained_values_are_kept_when_switching(model):
+    oftfx.set_adapter(model, "c")
+    optimizer = torch.optim.SGD(oftfx.adapter_parameters(model), lr=0.1)
+    model(torch.randn(4, 12, dtype=torch.float64)).square().sum().backward()
+    optimizer.step()
+    values = [p.detach().clone() for p in oftfx.adapter_parameters(model)]
+    oftfx.set_adapter(model, "a")
+    oftfx.set_adapter(model, "c")
+    assert all(torch.equal(p, v) for p, v in zip(oftfx.adapter_parameters(model), values, strict=True))
