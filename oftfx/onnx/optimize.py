@@ -31,11 +31,11 @@ def optimize(model: Any) -> None:
     common.InlinePass()(model)
     common.RemoveUnusedNodesPass()(model)
     transpose_weights(model)
+    weights = set(model.graph.initializers)
     for _ in range(2):
         fold_constants(model, onnx_shape_inference=True)
         common.RemoveUnusedNodesPass()(model)
         rewrite(model, [getattr(rules, name) for name in RULES])
-    weights = set(model.graph.initializers)
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     merge_constants(model, keep=weights)

@@ -1,0 +1,203 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+
+import oftfx
+from oftfx import OFT
+from oftfx.errors import ExportError
+from tests.reference import randomize, rel
+
+pytestmark = pytest.mark.needs("onnx", "onnxruntime", "onnxscript", "transformers")
+
+
+def session(path):
+    import onnxruntime
+
+    return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+def run(path, inputs):
+    names = {i.name for i in session(path).get_inputs()}
+    return torch.from_numpy(session(path).run(None, {k: v.numpy() for k, v in inputs.items() if k in names})[0])
+
+
+def graph(path):
+    import onnx
+
+    return onnx.load(str(path)).graph
+
+
+@pytest.mark.parametrize("kind", ["llama", "bert"])
+@pytest.mark.parametrize("parameterization", ["cayley", "cayley_neumann"])
+def test_folded_and_unfolded_equal_torch_at_other_sizes(request, ids, tmp_path, kind, parameterization):
+    base = request.getfixturevalue(f"tiny_{kind}")()
+    model = randomize(oftfx.transform(base, {"all-linear": OFT(8, parameterization=parameterization)}))
+    for name, exported in [("unfolded", model), ("folded", oftfx.fold(model).model)]:
+        path = tmp_path / f"{name}.onnx"
+        report = oftfx.export_onnx(exported, path, ids(1, 6))  # a batch of one must not be baked in
+        for shape in [(3, 10), (1, 1), (5, 2)]:
+            inputs = ids(*shape, seed=7)
+            with torch.no_grad():
+                expected = exported(**inputs).logits
+            assert rel(run(path, inputs), expected) < 2e-6
+        assert report.inputs == {n: {0: "batch", 1: "sequence"} for n in ("input_ids", "attention_mask")}
+        assert report.outputs == ("logits",)
+        assert len(report.checks) == 2
+        assert max(c.relative_error for c in report.checks) < 2e-6
+        assert (report.adapters == ("default",)) == (name == "unfolded")
+        assert all((c.adapter_effect is None) == (name == "folded") for c in report.checks)
+        assert (tmp_path / f"{name}.onnx").stat().st_size == report.nbytes
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["folded.onnx", "unfolded.onnx"]
+
+
+def test_weights_keep_their_names_and_rotations_are_initializers(tiny_llama, ids, tmp_path):
+    import onnx
+
+    model = randomize(oftfx.transform(tiny_llama(), {"all-linear": OFT(16, share_input=True)}))
+    report = oftfx.export_onnx(model, tmp_path / "m.onnx", ids())
+    found = {i.name: onnx.numpy_helper.to_array(i) for i in graph(tmp_path / "m.onnx").initializer}
+    blocks = sorted(n for n in found if n.endswith(".oft.frozen.blocks"))
+    assert len(blocks) == 8  # q/k/v, o, gate/up and down of two layers
+    assert blocks[0] == "model.layers.0.mlp.down_proj.oft.frozen.blocks"
+    rotation = model.get_submodule("model.layers.0.mlp.down_proj.oft.default")
+    assert np.allclose(found[blocks[0]], rotation.matrices().detach().numpy(), atol=1e-7)
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    assert all(f"{n}.weight" in found for n in linears)
+    assert "Einsum" not in report.operators
+    plain = oftfx.export_onnx(oftfx.fold(model).model, tmp_path / "f.onnx", ids())
+    assert report.operators["MatMul"] - plain.operators["MatMul"] == 8  # one product a group
+
+
+def test_no_local_path_or_trace_is_in_the_file(tiny_llama, ids, tmp_path):
+    oftfx.export_onnx(tiny_llama(), tmp_path / "m.onnx", ids())
+    data = (tmp_path / "m.onnx").read_bytes()
+    assert b".py" not in data
+    assert b"stack_trace" not in data
+    import onnx
+
+    metadata = {p.key: p.value for p in onnx.load(str(tmp_path / "m.onnx")).metadata_props}
+    assert metadata["oftfx.state"] == "folded or plain"
+    assert metadata["oftfx.model"] == "LlamaForCausalLM"
+
+
+@pytest.mark.needs("bitsandbytes")
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("folded", [None, "keep", "requantize", "float"])
+def test_4bit_weights_keep_their_bytes(tmp_path, quant_type, double_quant, folded):
+    import onnx
+
+    from oftfx.passes.formats.bnb4 import make_linear4bit
+
+    options = {"quant_type": quant_type, "double_quant": double_quant}
+    base = nn.Sequential(
+        make_linear4bit(nn.Linear(256, 192), **options), nn.ReLU(), make_linear4bit(nn.Linear(192, 64, bias=False), **options)
+    )
+    model = randomize(oftfx.transform(base, {"*": OFT(16)})).eval()
+    exported = model if folded is None else oftfx.fold(model, quantized=folded).model
+    report = oftfx.export_onnx(exported, tmp_path / "m.onnx", (torch.randn(2, 5, 256),))
+    x = torch.randn(4, 5, 256)
+    with torch.no_grad():
+        assert rel(run(tmp_path / "m.onnx", {"input": x}), exported(x)) < 2e-6
+    if folded == "float":
+        assert "com.microsoft::MatMulBnb4" not in report.operators
+        return
+    assert report.operators["com.microsoft::MatMulBnb4"] == 2
+    stored = {i.name: onnx.numpy_helper.to_array(i) for i in graph(tmp_path / "m.onnx").initializer}
+    assert np.array_equal(stored["0.weight"], exported[0].weight.data.flatten().numpy())
+    packed = 256 * 192 // 2 + 192 * 64 // 2
+    assert report.nbytes < packed * (1 + 4 / 32) * 1.03 + (0 if folded == "requantize" else 4 * 16 * (256 + 192)) + 6000
+
+
+def test_other_models_and_fixed_shapes(tmp_path):
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(12, 7), nn.Linear(7, 3)), {"0": OFT(4)}))
+    report = oftfx.export_onnx(model, tmp_path / "a.onnx", (torch.randn(2, 5, 12),), dynamic_shapes={"input": {0: "n", 1: "m"}})
+    x = torch.randn(7, 3, 12)
+    assert rel(run(tmp_path / "a.onnx", {"input": x}), model(x)) < 1e-6
+    assert report.outputs == ("output_0",)
+    oftfx.export_onnx(model, tmp_path / "b.onnx", (torch.randn(2, 5, 12),), dynamic_shapes=None, opset=18)
+    assert [d.dim_value for d in session(tmp_path / "b.onnx")._sess and graph(tmp_path / "b.onnx").input[0].type.tensor_type.shape.dim] == [2, 5, 12]
+
+
+def test_half_precision(tmp_path):
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(32, 16)).half(), {"0": OFT(8)}))
+    oftfx.export_onnx(model, tmp_path / "h.onnx", (torch.randn(2, 32).half(),))
+    x = torch.randn(9, 32).half()
+    assert rel(run(tmp_path / "h.onnx", {"input": x}), model(x)) < 2e-3
+
+
+class Doubling(nn.Module):
+    """Computes something else while it is exported: what a broken translation would look like."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.a(x) * (2.0 if torch.onnx.is_in_onnx_export() else 1.0)
+
+
+class Dropping(nn.Module):
+    """Drops its adapter while it is exported."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+
+    def forward(self, x):
+        if torch.onnx.is_in_onnx_export():
+            return nn.functional.linear(x, self.a.weight, self.a.bias)
+        return self.a(x)
+
+
+def test_a_file_that_computes_something_else_is_refused_and_removed(tmp_path):
+    x = torch.randn(2, 6)
+    with pytest.raises(ExportError, match=r"ONNX Runtime differs from torch by a relative 1\.00e\+00"):
+        oftfx.export_onnx(Doubling(), tmp_path / "m.onnx", (x,))
+    assert not list(tmp_path.iterdir())
+    model = randomize(oftfx.transform(Dropping(), {"a": OFT(3)}), std=1e-7)
+    with pytest.raises(ExportError, match="not far below what the adapters change"):
+        oftfx.export_onnx(model, tmp_path / "m.onnx", (x,))
+    assert not list(tmp_path.iterdir())
+    randomize(model, std=0.1)
+    with pytest.raises(ExportError, match="ONNX Runtime differs"):
+        oftfx.export_onnx(model, tmp_path / "m.onnx", (x,))
+
+
+class Untranslatable(nn.Module):
+    def forward(self, x):
+        return torch.linalg.matrix_exp(x)
+
+
+def test_errors(tiny_llama, ids, tmp_path):
+    path = tmp_path / "m.onnx"
+    for call, message in [
+        (lambda: oftfx.export_onnx(tiny_llama().bfloat16(), path, ids()), "is bfloat16, for which"),
+        (lambda: oftfx.export_onnx(tiny_llama(), path, ids(), adapters="swappable"), "not available in this version"),
+        (lambda: oftfx.export_onnx(tiny_llama(), path, ids(), adapters="all"), "adapters: got 'all'"),
+        (lambda: oftfx.export_onnx(tiny_llama(), path, ids(), dialect="coreml"), "dialect: got 'coreml'"),
+        (lambda: oftfx.export_onnx(tiny_llama(), path, {**ids(), "use_cache": False}), "'use_cache' is a bool"),
+        (lambda: oftfx.export_onnx(Untranslatable(), path, (torch.randn(3, 4, 4),)), "Untranslatable cannot be exported"),
+    ]:
+        with pytest.raises(ExportError, match=message):
+            call()
+    assert not path.exists()
+
+
+@pytest.mark.needs("bitsandbytes")
+def test_a_dialect_without_the_operator_says_what_to_do(tmp_path):
+    from oftfx.passes.formats.bnb4 import make_linear4bit
+
+    with pytest.raises(ExportError, match="0: format bnb4 has no operator in dialect 'standard'; fold with quantized='float'"):
+        oftfx.export_onnx(nn.Sequential(make_linear4bit(nn.Linear(64, 32))), tmp_path / "m.onnx", (torch.randn(2, 64),), dialect="standard")
+
+
+def test_the_model_is_not_changed(tiny_llama, ids, tmp_path):
+    model = randomize(oftfx.transform(tiny_llama(), {"all-linear": OFT(16)})).train()
+    keys, expected = list(model.state_dict()), model(**ids()).logits
+    oftfx.export_onnx(model, tmp_path / "m.onnx", ids())
+    assert list(model.state_dict()) == keys
+    assert torch.equal(model(**ids()).logits, expected)
+    assert all(m.training for m in model.modules())
+    assert model.config.use_cache

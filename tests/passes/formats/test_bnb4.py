@@ -1,0 +1,161 @@
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+import oftfx
+from oftfx import OFT
+from oftfx.formats import format_named
+from oftfx.passes.formats.bnb4 import make_linear4bit
+from tests.reference import dense_rotation, randomize, rel
+
+pytestmark = pytest.mark.needs("bitsandbytes")
+bnb = pytest.importorskip("bitsandbytes")
+BNB4 = format_named("bnb4")
+
+KINDS = [
+    {"quant_type": t, "double_quant": d, "quant_storage": s}
+    for t in ("nf4", "fp4")
+    for d in (False, True)
+    for s in (torch.uint8, torch.bfloat16)
+]
+packs = pytest.mark.skipif(not bnb.functional.has_avx512bf16(), reason="this CPU's bitsandbytes does not repack")
+
+
+def bytes_of(layer):
+    return layer.weight.data.view(torch.uint8).flatten().clone()
+
+
+def official(layer):
+    return bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+@pytest.mark.parametrize("shape", [(256, 128), (320, 192), (100, 30), (5, 7)], ids=str)
+def test_dequantize_equals_the_packages_own(kind, shape):
+    layer = make_linear4bit(nn.Linear(*shape), **kind)
+    assert torch.equal(BNB4.dequantize(layer), official(layer))
+    state = BNB4.requantize(official(layer), layer)
+    requantized = bnb.functional.dequantize_4bit(state["weight"].data, state["quant_state"])
+    if kind["double_quant"]:  # its scales are rounded once more; measured 1.1e-4
+        assert rel(requantized, official(layer)) < 2e-4
+    else:
+        assert torch.equal(requantized, official(layer))
+
+
+def repack(layer):
+    """What bitsandbytes does to a layer in its first eval forward on a CPU with AVX512-BF16."""
+    layer.eval()
+    with torch.no_grad():
+        layer(torch.randn(3, layer.in_features))
+    assert layer.weight.quant_state.packing_format_for_cpu
+
+
+@packs
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_repacked_layer_is_read_and_restored(kind):
+    layer = make_linear4bit(nn.Linear(256, 128), **kind)
+    weight, raw = official(layer), bytes_of(layer)
+    repack(layer)
+    assert rel(official(layer).float(), weight) > 0.3  # the package itself reads garbage now
+    assert rel(BNB4.dequantize(layer), weight) < 2e-3
+    notice = BNB4.prepare(layer)
+    assert "rounding cannot be undone" in notice
+    assert torch.equal(bytes_of(layer), raw)
+    assert torch.equal(official(layer), BNB4.dequantize(layer))
+    assert BNB4.dtype(layer) == torch.float32
+    assert BNB4.prepare(layer) is None
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_eval_train_and_fold_are_right_where_pefts_merge_gives_garbage(kind):
+    layer = make_linear4bit(nn.Linear(256, 128), **kind)
+    raw, weight = bytes_of(layer), official(layer).double()
+    model = randomize(oftfx.transform(nn.Sequential(layer), {"0": OFT(32)}))
+    x = torch.randn(4, 256)
+    expected = x.double() @ (weight @ dense_rotation(model[0].oft.default.skew, 32).T).T + layer.bias.double()
+    with torch.no_grad():
+        assert rel(model.eval()(x), expected) < 1e-6
+    assert rel(model.train()(x), expected) < 1e-6
+    model(x).sum().backward()
+    assert model[0].oft.default.skew.grad.abs().sum() > 0
+    with torch.no_grad():
+        for policy, bound in [("keep", 1e-6), ("float", 1e-6), ("requantize", 0.2)]:
+            assert rel(oftfx.fold(model, quantized=policy).model.eval()(x), expected) < bound
+    assert torch.equal(bytes_of(model[0]), raw)
+    assert torch.equal(bytes_of(oftfx.fold(model, quantized="keep").model[0]), raw)
+
+
+@packs
+@pytest.mark.needs("peft")
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_same_story_with_peft_ends_in_garbage():
+    import peft
+
+    layer = make_linear4bit(nn.Linear(256, 128))
+    theirs = peft.get_peft_model(nn.Sequential(copy.deepcopy(layer)), peft.OFTConfig(target_modules=["0"])).eval()
+    ours = oftfx.transform(nn.Sequential(layer), {"0": OFT(32)}).eval()
+    skew = torch.randn(8, 496) * 0.05
+    with torch.no_grad():
+        next(p for n, p in theirs.named_parameters() if "oft_R" in n).copy_(skew)
+        ours[0].oft.default.skew.copy_(skew)
+        x = torch.randn(4, 256)
+        before = theirs(x)
+        assert rel(ours(x), before) < 1e-2  # theirs computes in bfloat16 here
+        merged = theirs.merge_and_unload()(x)
+        assert rel(merged, before) > 0.5
+        assert rel(oftfx.fold(ours, quantized="requantize").model(x), ours(x)) < 0.15
+
+
+@packs
+def test_running_the_original_does_not_disturb_the_transformed_model():
+    base = nn.Sequential(make_linear4bit(nn.Linear(256, 128)))
+    model = randomize(oftfx.transform(base, {"0": OFT(32)})).eval()
+    x = torch.randn(4, 256)
+    with torch.no_grad():
+        expected = model(x)
+        base.eval()(x)
+        assert base[0].weight.quant_state.packing_format_for_cpu
+        assert torch.equal(model(x), expected)
+    assert not model[0].support_avx512bf16_for_cpu
+    assert base[0].support_avx512bf16_for_cpu
+
+
+def test_memory_is_shared_until_the_original_repacks():
+    base = nn.Sequential(make_linear4bit(nn.Linear(256, 128)))
+    model = oftfx.transform(base, {"0": OFT(32)})
+    assert model[0].weight.data_ptr() == base[0].weight.data_ptr()
+    assert model[0].weight is not base[0].weight
+    assert model[0].weight.module is model[0]
+
+
+def test_a_folded_layer_reloads_into_a_fresh_one():
+    model = randomize(oftfx.transform(nn.Sequential(make_linear4bit(nn.Linear(256, 128))), {"0": OFT(32)}))
+    folded = oftfx.fold(model, quantized="requantize").model[0]
+    state = folded.state_dict()
+    stats = {k.removeprefix("weight."): v for k, v in state.items() if k.startswith("weight.")}
+    weight = bnb.nn.Params4bit.from_prequantized(state["weight"], stats, device="cpu")
+    assert torch.equal(bnb.functional.dequantize_4bit(weight.data, weight.quant_state), BNB4.dequantize(folded))
+
+
+def test_shared_rotation_in_front_of_kept_weights():
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (make_linear4bit(nn.Linear(64, 32)) for _ in range(2))
+
+        def forward(self, x):
+            return self.a(x) + self.b(x)
+
+    x = torch.randn(3, 64)
+    model = randomize(oftfx.transform(Pair(), {"*": OFT(8, share_input=True)}, example_inputs=(x,))).eval()
+    folded = oftfx.fold(model).model
+    assert [k for k in folded.state_dict() if "oft" in k] == ["a.oft.frozen.blocks"]
+    with torch.no_grad():
+        assert rel(folded(x), model(x)) < 1e-6
+
+
+def test_a_layer_that_was_never_quantized_is_no_site():
+    base = nn.Sequential(bnb.nn.Linear4bit(64, 32))
+    assert not BNB4.matches(base[0])

@@ -1,0 +1,169 @@
+"""One suite for every registered format: whatever is registered is tested."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+import oftfx
+from oftfx import OFT
+from oftfx.formats import format_of, formats
+from tests.reference import dense_rotation, randomize, rel
+
+PACKAGES = {"dense": "torch", "bnb4": "bitsandbytes"}
+SHAPES = [(256, 128), (192, 320), (64, 96)]  # (in, out)
+
+
+def mark(name):
+    return pytest.param(name, marks=pytest.mark.needs(PACKAGES[name]))
+
+
+@pytest.fixture(params=[mark(n) for n in formats()])
+def weight_format(request):
+    return formats()[request.param]
+
+
+@pytest.fixture(params=SHAPES, ids=str)
+def layer(request, weight_format):
+    torch.manual_seed(0)
+    return weight_format.make_tiny(*request.param)
+
+
+def own_product(module, x):
+    """What the layer's own forward makes of x in training mode, where no runtime takes a shortcut."""
+    mode = module.training
+    module.train()
+    with torch.enable_grad():
+        out = module(x.clone().requires_grad_()).detach()
+    module.train(mode)
+    return out
+
+
+def test_every_format_has_a_package_here():
+    assert set(PACKAGES) == set(formats())
+
+
+def test_detection_and_geometry(weight_format, layer):
+    assert format_of(layer) is weight_format
+    shape = weight_format.geometry(layer)
+    weight = weight_format.dequantize(layer)
+    assert weight.shape == (shape.out_features, shape.in_features)
+    assert weight.dtype == torch.float32
+    weight.zero_()  # never a view of the layer's own
+    assert weight_format.dequantize(layer).any()
+
+
+def test_dequantize_equals_the_layers_own_forward(weight_format, layer):
+    x = torch.randn(5, weight_format.geometry(layer).in_features)
+    expected = x.double() @ weight_format.dequantize(layer).double().T + layer.bias.double()
+    assert rel(own_product(layer, x), expected) < 1e-6
+
+
+def reload_dense(weight_format, layer):
+    shape = weight_format.geometry(layer)
+    fresh = weight_format.make_tiny(shape.in_features, shape.out_features)
+    fresh.load_state_dict(layer.state_dict())
+    return fresh
+
+
+def reload_bnb4(weight_format, layer):
+    """As transformers loads a saved 4-bit layer."""
+    from bitsandbytes.nn import Params4bit
+
+    fresh, state = copy.deepcopy(layer), layer.state_dict()
+    stats = {k.removeprefix("weight."): v for k, v in state.items() if k.startswith("weight.")}
+    fresh.weight = Params4bit.from_prequantized(state["weight"], stats, device="cpu", module=fresh)
+    return fresh
+
+
+RELOAD = {"dense": reload_dense, "bnb4": reload_bnb4}
+
+
+def states(weight_format, layer):
+    """The layer after everything that a runtime might do to it."""
+    x = torch.randn(5, weight_format.geometry(layer).in_features)
+    layer.eval()
+    with torch.no_grad():
+        layer(x)
+    yield "eval forward", layer
+    layer.train()
+    layer(x.clone().requires_grad_()).sum().backward()
+    yield "train forward", layer
+    yield "to(cpu)", layer.to("cpu")
+    yield "state_dict", RELOAD[weight_format.name](weight_format, layer)
+    yield "deepcopy", copy.deepcopy(layer)
+
+
+def test_a_prepared_layer_keeps_its_weight_through_everything(weight_format, layer):
+    assert weight_format.prepare(layer) is None
+    before = weight_format.dequantize(layer)
+    for name, module in states(weight_format, layer):
+        assert torch.equal(weight_format.dequantize(module), before), name
+
+
+def test_requantizing_an_unrotated_weight_changes_no_byte(weight_format, layer):
+    before = weight_format.dequantize(layer)
+    state = weight_format.read(layer)
+    weight_format.write(layer, weight_format.requantize(before, layer))
+    assert torch.equal(weight_format.dequantize(layer), before)
+    weight_format.write(layer, state)
+    assert weight_format.read(layer)["weight"] is state["weight"]
+
+
+def test_ten_random_rotations_cost_no_more_than_the_first_quantization(weight_format, layer):
+    original = nn.Linear(*reversed(weight_format.dequantize(layer).shape)).weight.detach()
+    weight_format.write(layer, weight_format.requantize(original, layer))
+    plain = rel(weight_format.dequantize(layer), original)
+    base = weight_format.dequantize(layer)
+    for _ in range(10):
+        rotation, _ = torch.linalg.qr(torch.randn(base.shape[1], base.shape[1]))
+        target = base @ rotation.T
+        weight_format.write(layer, weight_format.requantize(target, layer))
+        assert rel(weight_format.dequantize(layer), target) <= max(1.05 * plain, 1e-6)
+
+
+def test_gradients_reach_the_rotation(weight_format, layer):
+    base = nn.Sequential(layer)
+    model = randomize(oftfx.transform(base, {"0": OFT(16)})).train()
+    x = torch.randn(7, weight_format.geometry(layer).in_features)
+    skew = model[0].oft.default.skew
+    model(x).square().sum().backward()
+    got = skew.grad
+    weight = weight_format.dequantize(layer).double()
+    reference = skew.detach().double().requires_grad_()
+    from oftfx.rotation import cayley, rotate
+
+    (rotate(x.double(), cayley(reference, 16)) @ weight.T + layer.bias.double()).square().sum().backward()
+    assert rel(got, reference.grad) < 1e-5
+    assert all(p.grad is None for n, p in model.named_parameters() if "oft" not in n)
+
+
+@pytest.mark.parametrize("policy", ["keep", "float", "requantize"])
+def test_every_policy_against_the_dense_product(weight_format, layer, policy):
+    model = randomize(oftfx.transform(nn.Sequential(layer), {"0": OFT(16)}), std=0.1).eval()
+    weight = weight_format.dequantize(layer).double()
+    target = weight @ dense_rotation(model[0].oft.default.skew, 16).T
+    x = torch.randn(5, target.shape[1])
+    result = oftfx.fold(model, quantized=policy)
+    (row,) = result.report
+    expected = x.double() @ target.T + layer.bias.double()
+    with torch.no_grad():
+        error = rel(result.model(x), expected)
+    if policy == "requantize" and not weight_format.lossless:
+        folded = weight_format.dequantize(result.model[0])
+        assert row.action == "requantized"
+        assert rel(result.model(x), x.double() @ folded.double().T + layer.bias.double()) < 1e-5
+        assert row.relative_error == pytest.approx(rel(folded, target), rel=1e-3)
+        update, arrived = (target - weight).flatten(), (folded.double() - weight).flatten()
+        assert row.survival == pytest.approx(float(arrived @ update / (update @ update)), rel=1e-3)
+        assert row.relative_error < 0.13
+    else:
+        assert error < 2e-6
+        assert row.relative_error < 1e-7
+        assert row.survival == pytest.approx(1.0, abs=1e-5)
+    assert row.update == pytest.approx(rel(target, weight), rel=1e-4)
+    assert row.bytes_before == weight_format.nbytes(layer)
+    restored = oftfx.unfold(result)
+    with torch.no_grad():
+        assert torch.equal(restored(x), model(x))
