@@ -13,7 +13,14 @@ from oftfx.errors import MissingExtraError, OftfxError
 try:
     import typer
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 except ImportError as _error:
     sys.exit(str(MissingExtraError(_error.name or "typer", "cli", "The command line")))
 
@@ -84,7 +91,9 @@ def _meta_model(directory: Path) -> Any:
     config = transformers.AutoConfig.from_pretrained(directory)
     name = (config.architectures or ["AutoModel"])[0]
     with torch.device("meta"):
-        return getattr(transformers, name)(config) if name != "AutoModel" else transformers.AutoModel.from_config(config)
+        return (
+            getattr(transformers, name)(config) if name != "AutoModel" else transformers.AutoModel.from_config(config)
+        )
 
 
 @contextmanager

@@ -66,7 +66,9 @@ class OFT:
         self._check("block_size", self.block_size is None or _is_int(self.block_size, 1), "an integer >= 1")
         self._check("blocks", self.blocks is None or _is_int(self.blocks, 1), "an integer >= 1")
         self._check(
-            "parameterization", self.parameterization in PARAMETERIZATIONS, f"one of {list(PARAMETERIZATIONS)}"
+            "parameterization",
+            self.parameterization in PARAMETERIZATIONS,
+            f"one of {list(PARAMETERIZATIONS)}",
         )
         self._check("terms", _is_int(self.terms, 1), "an integer >= 1")
         self._check("coft_eps", self.coft_eps is None or self.coft_eps > 0, "a number > 0 or None")
@@ -157,9 +159,7 @@ class Rule:
             except re.error as error:
                 raise RuleError(f"Rule({self.target!r}): not a regular expression: {error}") from None
         elif not (isinstance(self.target, (str, type)) or callable(self.target)):
-            raise RuleError(
-                f"Rule target must be a glob, 're:...', a module class or a predicate, got {self.target!r}"
-            )
+            raise RuleError(f"Rule target must be a glob, 're:...', a module class or a predicate, got {self.target!r}")
 
     @property
     def label(self) -> str:

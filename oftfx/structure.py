@@ -18,8 +18,8 @@ def structural_copy(model: M) -> M:
     """A module tree of its own over the same tensors: same classes, names, hooks and attributes.
 
     Buffers and frozen parameters are the same objects. A parameter that requires gradients becomes a new Parameter over
-    the same memory, so freezing the copy does not freeze the original. A quantized layer whose runtime may rewrite its weight in place gets
-    state objects of its own over the same bytes (`WeightFormat.own`).
+    the same memory, so freezing the copy does not freeze the original. A quantized layer whose runtime may rewrite its
+    weight in place gets state objects of its own over the same bytes (`WeightFormat.own`).
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -69,7 +69,12 @@ def twin(module: nn.Module) -> nn.Module:
     """
     result = module.__class__.__new__(module.__class__)
     vars(result).update(vars(module))
-    for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"):
+    for name in (
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+    ):
         vars(result)[name] = vars(module)[name].copy()
     result._modules = {k: None if c is None else twin(c) for k, c in module._modules.items()}
     return result

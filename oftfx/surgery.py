@@ -7,7 +7,7 @@ from typing import Any, Literal, TypeVar
 
 import torch.nn as nn
 
-from oftfx.adapter.store import Adapter, AdapterStore, check_name, find_store, store_of
+from oftfx.adapter.store import Adapter, check_name, find_store, store_of
 from oftfx.errors import AdapterError, RuleError, TraceError
 from oftfx.passes.insert_rotations import InsertRotations
 from oftfx.passes.match_rules import MatchRules

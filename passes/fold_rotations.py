@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
-
 import torch
 import torch.nn as nn
+from oftfx.passes.freeze_rotations import Freezer, product_of
+from oftfx.passes.protocol import BOUNDS, Change, Pass, PassResult, relative_error
 
 from oftfx.errors import FoldError, PassError
 from oftfx.formats import WeightFormat, WeightState, format_of
 from oftfx.hooks import CHILD, RotateInput, detach, rotate_input_of, rotated_sites
-from oftfx.passes.freeze_rotations import Freezer, product_of
-from oftfx.passes.protocol import BOUNDS, Change, Pass, PassResult, relative_error
 from oftfx.program import Program, Site
 from oftfx.rotation.module import FrozenRotation, Rotation
 from oftfx.rotation.rotate import rotate_weight
@@ -149,7 +148,14 @@ def _remember(fqn: str, module: nn.Module, weight_format: WeightFormat, hook: Ro
         shell._modules.update(holder._modules)
         shell.training, holder = holder.training, shell
     return Undo(
-        fqn, module, weight_format, weight_format.read(module), hook, dict(hook.rotations), hook.active, holder
+        fqn,
+        module,
+        weight_format,
+        weight_format.read(module),
+        hook,
+        dict(hook.rotations),
+        hook.active,
+        holder,
     )
 
 
@@ -231,7 +237,12 @@ def _replace(
     """Put a float layer with the rotated weight in the place of a quantized one; hooks go along."""
     new = weight_format.float_module(module)
     new.weight = nn.Parameter(target.to(new.weight.dtype), requires_grad=False)
-    for name in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"):
+    for name in (
+        "_forward_hooks",
+        "_forward_hooks_with_kwargs",
+        "_forward_pre_hooks",
+        "_forward_pre_hooks_with_kwargs",
+    ):
         getattr(new, name).update(getattr(module, name))
     put(model, fqn, new)
     return new
@@ -293,5 +304,3 @@ def restore(model: nn.Module, undo: list[Undo]) -> None:
             hook = RotateInput(step.fqn)
             module.register_forward_pre_hook(hook, with_kwargs=True)
         hook.rotations, hook.active = dict(step.rotations), step.active
-
-

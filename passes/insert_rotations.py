@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
+from oftfx.passes.protocol import Change, Pass, PassResult
 
 from oftfx.errors import AdapterError, PassError
 from oftfx.formats import format_named
 from oftfx.hooks import attach, hold, rotate_input_of
-from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.plans import SitePlan
 from oftfx.program import Program, weight_device
 from oftfx.rotation.module import Rotation, SharedRotation
@@ -72,6 +72,11 @@ def _make(entry: SitePlan, members: list[str], device: torch.device) -> Rotation
     wide = torch.float64 if entry.site.dtype == "float64" else torch.float32
     if len(members) > 1:
         return SharedRotation(
-            entry.site.in_features, entry.spec, where=entry.fqn, dtype=wide, device=device, members=tuple(members)
+            entry.site.in_features,
+            entry.spec,
+            where=entry.fqn,
+            dtype=wide,
+            device=device,
+            members=tuple(members),
         )
     return Rotation(entry.site.in_features, entry.spec, where=entry.fqn, dtype=wide, device=device)

@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Sequence
 
 import torch.nn as nn
+from oftfx.passes.protocol import Change, Pass, PassResult
 
 from oftfx.errors import RuleError
-from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.plans import Plan, SitePlan, Skipped
 from oftfx.program import Program, Site, is_own_module
 from oftfx.rules import Rule
@@ -76,9 +76,7 @@ class MatchRules(Pass):
         """There is a plan."""
         assert result.plan is not None
 
-    def _reached_without_site(
-        self, program: Program, modules: dict[str, nn.Module], hits: list[int]
-    ) -> list[Skipped]:
+    def _reached_without_site(self, program: Program, modules: dict[str, nn.Module], hits: list[int]) -> list[Skipped]:
         """Layers with a weight matrix that a rule names but that cannot be rotated; their rule is not to blame."""
         known = {s.fqn for s in program.sites}
         found = []
@@ -168,7 +166,8 @@ def _nearest(rule: Rule, program: Program) -> str:
     if not names:
         return "The model has no layer that can be rotated. "
     if not isinstance(rule.target, str):
-        return f"Its {len(names)} layers that can be rotated are of class {sorted({s.module_class for s in program.sites})}. "
+        classes = sorted({s.module_class for s in program.sites})
+        return f"Its {len(names)} layers that can be rotated are of class {classes}. "
     plain = rule.target.removeprefix("re:").replace(".*", "*").strip("*.$^")
     ends = sorted({n.rsplit(".", 1)[-1] for n in names})
     if plain in ends:

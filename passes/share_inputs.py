@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 import torch.fx as fx
 import torch.nn as nn
-
 from oftfx.passes.protocol import Change, Pass, PassResult
+
 from oftfx.plans import Plan, SitePlan, TraceInfo
 from oftfx.program import Program
 
@@ -91,11 +91,11 @@ def _inputs_by_site(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str,
 def _canonical(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
     """Look through what does not change the last axis of a value."""
     while True:
-        if node.op == "call_method" and node.target in _TRANSPARENT_METHODS:
-            step = node.args[0]
-        elif node.op == "call_module" and isinstance(modules.get(str(node.target)), _TRANSPARENT_MODULES):
-            step = node.args[0]
-        elif node.op == "call_function" and node.target is torch.clone:
+        if (
+            (node.op == "call_method" and node.target in _TRANSPARENT_METHODS)
+            or (node.op == "call_module" and isinstance(modules.get(str(node.target)), _TRANSPARENT_MODULES))
+            or (node.op == "call_function" and node.target is torch.clone)
+        ):
             step = node.args[0]
         else:
             return node

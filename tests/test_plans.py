@@ -134,7 +134,14 @@ def test_sites_that_never_ran_are_named(model):
 
 def test_train_and_bias(model):
     plan = oftfx.plan(model, {"*.q": OFT(4)}, train=["norm"], train_bias="oft")
-    assert plan.train == ("0.norm.weight", "0.norm.bias", "1.norm.weight", "1.norm.bias", "0.q.bias", "1.q.bias")
+    assert plan.train == (
+        "0.norm.weight",
+        "0.norm.bias",
+        "1.norm.weight",
+        "1.norm.bias",
+        "0.q.bias",
+        "1.q.bias",
+    )
     with pytest.raises(RuleError, match=r"train: no module 'nrom'\. Nearest: .*norm"):
         oftfx.plan(model, {"*.q": OFT(4)}, train=["nrom"])
     with pytest.raises(RuleError, match=r"trains whole, but rules also rotate 0\.q"):

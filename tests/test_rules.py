@@ -85,7 +85,11 @@ def test_bad_rules_are_refused(rules, message):
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("x = [", "is not TOML"), ("[[rule]]\nblock_size=3", "has no target"), ('[[rule]]\ntarget="a"\nrank=3', "no field 'rank'")],
+    [
+        ("x = [", "is not TOML"),
+        ("[[rule]]\nblock_size=3", "has no target"),
+        ('[[rule]]\ntarget="a"\nrank=3', "no field 'rank'"),
+    ],
 )
 def test_bad_rule_files_are_refused(tmp_path, text, message):
     file = tmp_path / "rules.toml"

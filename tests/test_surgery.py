@@ -61,7 +61,13 @@ def test_inplace_changes_the_model_itself(tiny_llama):
 @pytest.mark.parametrize("kind", ["llama", "bert"])
 @pytest.mark.parametrize(
     "spec",
-    [OFT(8), OFT(16, parameterization="cayley"), OFT(8, block_share=True), OFT(blocks=2, terms=7), OFT(8, share_input=True)],
+    [
+        OFT(8),
+        OFT(16, parameterization="cayley"),
+        OFT(8, block_share=True),
+        OFT(blocks=2, terms=7),
+        OFT(8, share_input=True),
+    ],
 )
 def test_forward_and_gradients_equal_explicitly_rotated_weights(request, ids, kind, spec):
     base = request.getfixturevalue(f"tiny_{kind}")().double()
@@ -71,7 +77,11 @@ def test_forward_and_gradients_equal_explicitly_rotated_weights(request, ids, ki
     for entry in oftfx.adapters(model)["default"]:
         skew = model.get_submodule(entry.owner).oft.default.skew
         rotation = dense_rotation(
-            skew.detach(), entry.block_size, entry.blocks, parameterization=spec.parameterization, terms=spec.terms
+            skew.detach(),
+            entry.block_size,
+            entry.blocks,
+            parameterization=spec.parameterization,
+            terms=spec.terms,
         ).requires_grad_()
         layer = reference.get_submodule(entry.fqn)
         weight = layer.weight.detach() @ rotation.T
@@ -95,7 +105,9 @@ def test_forward_and_gradients_equal_explicitly_rotated_weights(request, ids, ki
         for s in (1, -1)
     ]  # fmt: skip
     tangent = (moved[0] - moved[1]) / (2 * h)
-    assert float((skew.grad * direction).sum()) == pytest.approx(sum(float((r.grad * tangent).sum()) for r in sharing), rel=1e-5), fqn
+    assert float((skew.grad * direction).sum()) == pytest.approx(
+        sum(float((r.grad * tangent).sum()) for r in sharing), rel=1e-5
+    ), fqn
 
 
 @pytest.mark.parametrize("shape", [(7,), (1, 7), (2, 3, 7), (2, 3, 4, 7), (0, 7)])
@@ -127,7 +139,10 @@ def test_hf_trainer_changes_only_the_skews(tiny_llama, ids, tmp_path):
     base = tiny_llama()
     model = oftfx.transform(base, {"all-linear": OFT(16)})
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    rows = [{**{k: v[0] for k, v in ids(1, 9, seed=i).items()}, "labels": ids(1, 9, seed=i)["input_ids"][0]} for i in range(20)]
+    rows = [
+        {**{k: v[0] for k, v in ids(1, 9, seed=i).items()}, "labels": ids(1, 9, seed=i)["input_ids"][0]}
+        for i in range(20)
+    ]
     arguments = TrainingArguments(
         output_dir=str(tmp_path), max_steps=5, per_device_train_batch_size=4, learning_rate=1e-2, report_to=[],
         use_cpu=True, save_strategy="no", logging_strategy="no", disable_tqdm=True,
@@ -229,7 +244,10 @@ def test_faults_are_found_before_anything_changes(tiny_llama, ids):
     base = tiny_llama()
     for call, message in [
         (lambda: oftfx.transform(base, {"*.q_prj": OFT(16)}, inplace=True), r"Nearest: \*\.q_proj"),
-        (lambda: oftfx.transform(base, {"all-linear": OFT(64)}, inplace=True), "block_size 64 does not divide in_features 96"),
+        (
+            lambda: oftfx.transform(base, {"all-linear": OFT(64)}, inplace=True),
+            "block_size 64 does not divide in_features 96",
+        ),
         (lambda: oftfx.transform(base, {"all-linear": None}, inplace=True), "no site is left"),
         (lambda: oftfx.transform(base, "all-linear", emit="onnx", inplace=True), "emit: got 'onnx'"),
     ]:
@@ -266,9 +284,19 @@ def test_a_peft_config_as_rules_selects_pefts_sites(tiny_llama):
         {"target_modules": "all-linear", "exclude_modules": ["q_proj"], "oft_block_size": 16},
         {"target_modules": ["q_proj", "k_proj"], "exclude_modules": r".*\.0\..*", "oft_block_size": 16},
         {"target_modules": ["q_proj"], "layers_to_transform": [1], "oft_block_size": 16, "block_share": True},
-        {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers", "oft_block_size": 16},
+        {
+            "target_modules": ["q_proj"],
+            "layers_to_transform": 0,
+            "layers_pattern": "layers",
+            "oft_block_size": 16,
+        },
         {"target_modules": ["down_proj"], "oft_block_size": 40, "coft": True, "eps": 0.1},
-        {"target_modules": ["q_proj"], "oft_block_size": 16, "bias": "oft_only", "modules_to_save": ["lm_head"]},
+        {
+            "target_modules": ["q_proj"],
+            "oft_block_size": 16,
+            "bias": "oft_only",
+            "modules_to_save": ["lm_head"],
+        },
     ]
     for case in cases:
         config = peft.OFTConfig(**case)

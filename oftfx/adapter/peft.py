@@ -139,7 +139,9 @@ def read_keys(keys: Iterable[str], where: str) -> tuple[dict[str, str], dict[str
     return skews, parameters
 
 
-_FOREIGN = re.compile(r"lora_\w+|hada_\w+|lokr_\w+|oft_r\b|oft_s\b|oft_blocks|oft_diag|oft_embedding_R|boft_\w+|ia3_\w+")
+_FOREIGN = re.compile(
+    r"lora_\w+|hada_\w+|lokr_\w+|oft_r\b|oft_s\b|oft_blocks|oft_diag|oft_embedding_R|boft_\w+|ia3_\w+"
+)
 
 
 def config_for(plan: Plan, root: nn.Module) -> dict[str, Any]:

@@ -56,7 +56,9 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
         side = peft.CONFIG_FILE, json.dumps(peft.config_for(plan, root), indent=2, sort_keys=True)
     else:
         side = PLAN_FILE, plan.to_json()
-    tensors = {k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in _tensors(root, store, adapter)}
+    tensors = {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in _tensors(root, store, adapter)
+    }
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
     _write(directory / peft.WEIGHT_FILE, save(tensors, metadata={"format": "pt"}))
@@ -64,9 +66,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     return directory
 
 
-def load_adapter(
-    model: nn.Module, path: str | Path, *, adapter: str = "default", trainable: bool = False
-) -> nn.Module:
+def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", trainable: bool = False) -> nn.Module:
     """Read an adapter directory that `save_adapter` or PEFT wrote, into ``model``, in place.
 
     A model that was never transformed gets the rotations the file names. Where it has an adapter of that name already,
@@ -135,7 +135,9 @@ def _read(path: Path) -> dict[str, Tensor]:
 
     if not path.is_file():
         nearby = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no directory"
-        raise AdapterFileError(f"no file {path} (there: {nearby or 'nothing'}); expected a directory written by PEFT >= 0.16 or save_adapter")
+        raise AdapterFileError(
+            f"no file {path} (there: {nearby or 'nothing'}); expected a directory of PEFT >= 0.16 or save_adapter"
+        )
     try:
         tensors = load(path.read_bytes())
     except SafetensorError as error:
@@ -144,7 +146,9 @@ def _read(path: Path) -> dict[str, Tensor]:
         if not tensor.is_floating_point():
             raise AdapterFileError(f"{path}: {key} has dtype {tensor.dtype}, expected a float")
         if not torch.isfinite(tensor).all():
-            raise AdapterFileError(f"{path}: {key} holds {_bad(tensor)} of {tensor.numel()} numbers that are not finite")
+            raise AdapterFileError(
+                f"{path}: {key} holds {_bad(tensor)} of {tensor.numel()} numbers that are not finite"
+            )
     return tensors
 
 
@@ -165,7 +169,9 @@ def _plan_of_file(
     entries = []
     for fqn, skew in sorted(skews.items(), key=lambda item: list(sites).index(item[0]) if item[0] in sites else -1):
         if fqn not in sites:
-            raise AdapterError(f"{where}: rotates {fqn}, which is no layer of {type(root).__name__}. {_nearest(fqn, sites)}")
+            raise AdapterError(
+                f"{where}: rotates {fqn}, which is no layer of {type(root).__name__}. {_nearest(fqn, sites)}"
+            )
         spec = names.get(fqn) or peft.spec_from_config(config)
         entries.append(_entry(sites[fqn], spec, skew, where))
     known = dict(root.named_parameters(remove_duplicate=False))
@@ -173,7 +179,9 @@ def _plan_of_file(
         if name not in known:
             raise AdapterError(f"{where}: holds {name}, which is no parameter of {type(root).__name__}")
         if known[name].shape != tensor.shape:
-            raise AdapterError(f"{where}: {name} has shape {tuple(tensor.shape)}, the model's {tuple(known[name].shape)}")
+            raise AdapterError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, the model's {tuple(known[name].shape)}"
+            )
     if saved:
         owners = {e.fqn: e for e in saved}
         entries = [_with_owner(e, owners[e.fqn]) for e in entries]
@@ -257,7 +265,8 @@ def _check_same(here: Plan, file: Plan, skews: Mapping[str, Tensor], adapter: st
         ]:
             if a != b:
                 raise AdapterError(
-                    f"adapter {adapter!r}: {fqn}: {what} is {a} in the model and {b} in the file. Load it under another name"
+                    f"adapter {adapter!r}: {fqn}: {what} is {a} in the model and {b} in the file. "
+                    "Load it under another name"
                 )
         if entry.owner != fqn and not torch.equal(skews[fqn], skews[entry.owner]):
             raise AdapterError(
@@ -272,7 +281,11 @@ def _check_same(here: Plan, file: Plan, skews: Mapping[str, Tensor], adapter: st
 
 @torch.no_grad()
 def _fill(
-    root: nn.Module, store: AdapterStore, adapter: str, skews: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    root: nn.Module,
+    store: AdapterStore,
+    adapter: str,
+    skews: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
 ) -> None:
     for fqn, rotation in _rotation_by_site(root, adapter).items():
         rotation.skew.copy_(skews[fqn])

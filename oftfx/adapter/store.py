@@ -101,7 +101,12 @@ class AdapterStore:
 
 def check_name(name: str) -> None:
     """Raise `AdapterError` for a name that cannot be part of a parameter's name."""
-    if not isinstance(name, str) or not re.fullmatch(r"\w[\w-]*", name) or hasattr(nn.Module, name) or name == "training":
+    if (
+        not isinstance(name, str)
+        or not re.fullmatch(r"\w[\w-]*", name)
+        or hasattr(nn.Module, name)
+        or name == "training"
+    ):
         raise AdapterError(
             f"adapter name {name!r}: expected letters, digits, '_' and '-', and no attribute of nn.Module, because it "
             "becomes part of parameter names"

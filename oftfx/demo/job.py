@@ -157,8 +157,8 @@ class Job:
             }
             self._write()
         self.say(
-            f"  ONNX Runtime against torch on 3x77 tokens: largest logit error {done[name]['max_abs_logit_error']:.1e}, "
-            f"same argmax {done[name]['same_argmax']}"
+            "  ONNX Runtime against torch on 3x77 tokens: "
+            f"largest logit error {done[name]['max_abs_logit_error']:.1e}, same argmax {done[name]['same_argmax']}"
         )
         self._row(name, "ONNX Runtime", int(done[name]["mib"] * 2**20), lambda: ppl.in_onnxruntime(path), held_out)
 
@@ -217,7 +217,15 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
         kept = float((base - torch.tensor(row["perplexity"]).log()) / (base - best))
         shown = "" if name in ("float32 base", "NF4 base") else f"{100 * kept:.1f}"
         kind = "float32" if "float" in name else "NF4"
-        cells = (name, row["runs_in"], kind, f"{row['mib']:.0f}", f"{row['perplexity']:.2f}", shown, f"{row['ms']:.0f}")
+        cells = (
+            name,
+            row["runs_in"],
+            kind,
+            f"{row['mib']:.0f}",
+            f"{row['perplexity']:.2f}",
+            shown,
+            f"{row['ms']:.0f}",
+        )
         result.append(cells)
     return result
 

@@ -66,7 +66,11 @@ def train(
 def _checkpoint(
     folder: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer, losses: list[float]
 ) -> None:
-    state = {"parameters": [p.detach() for p in parameters], "optimizer": optimizer.state_dict(), "losses": losses}
+    state = {
+        "parameters": [p.detach() for p in parameters],
+        "optimizer": optimizer.state_dict(),
+        "losses": losses,
+    }
     partial = folder / "training.pt.part"
     torch.save(state, partial)
     os.replace(partial, folder / "training.pt")

@@ -58,7 +58,9 @@ class ExportReport:
     checks: tuple[Verification, ...]
 
     def __str__(self) -> str:
-        lines = [f"{self.path}: {self.nbytes / 2**20:.1f} MiB, {sum(self.operators.values())} nodes, opset {self.opset}"]
+        lines = [
+            f"{self.path}: {self.nbytes / 2**20:.1f} MiB, {sum(self.operators.values())} nodes, opset {self.opset}"
+        ]
         lines += [f"verified in ONNX Runtime on {c}" for c in self.checks]
         return "\n".join(lines)
 

@@ -55,7 +55,11 @@ def widened(inputs: Mapping[str, Tensor], shapes: DynamicShapes) -> dict[str, Te
 
 
 def resized(
-    inputs: Mapping[str, Tensor], shapes: DynamicShapes, sizes: Mapping[str, int], seed: int, vocabulary: int | None
+    inputs: Mapping[str, Tensor],
+    shapes: DynamicShapes,
+    sizes: Mapping[str, int],
+    seed: int,
+    vocabulary: int | None,
 ) -> dict[str, Tensor]:
     """Fresh random inputs of other sizes: ids below the vocabulary, masks of ones, normal floats.
 

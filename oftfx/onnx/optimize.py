@@ -1,23 +1,41 @@
 """Simplify an exported program with the passes of torch's own optimisation, in an order that keeps weights' names.
 
 The exporter's own order transposes weights as nameless constants, merges equal small initializers, so two layers could
-end up reading one tensor, and matches a pattern of several outputs (slice_split) that is quadratic in the number of nodes,
-which takes most of the export time of a deep model.
+end up reading one tensor, and matches a pattern of several outputs (slice_split) that is quadratic in the number of
+nodes, which takes most of the export time of a deep model.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
-
-RULES = (
-    "add_0_rule cast_cast_rule cast_constant_of_shape_rule collapse_slice_rule collapse_slice2_rule div_by_1_rule "
-    "dropout_inference_rule dropout_zero_rule flatten_to_reshape_rule fuse_batchnorm_into_conv_rule "
-    "fuse_pad_into_conv_rule materialize_reshape_shape_rule mul_by_1_rule no_op_cast_rule no_op_expand_rule "
-    "no_op_transpose_rule one_reshape_matmul_reshape_rule remove_optional_bias_from_conv_rule "
-    "remove_optional_bias_from_gemm_rule reshape_reshape_rule squeeze_reshape_1d_rule sub_0_rule "
-    "transpose_transpose_rule two_reshapes_matmul_reshape_rule unsqueeze_unsqueeze_rule"
-).split()
+RULES = [
+    "add_0_rule",
+    "cast_cast_rule",
+    "cast_constant_of_shape_rule",
+    "collapse_slice_rule",
+    "collapse_slice2_rule",
+    "div_by_1_rule",
+    "dropout_inference_rule",
+    "dropout_zero_rule",
+    "flatten_to_reshape_rule",
+    "fuse_batchnorm_into_conv_rule",
+    "fuse_pad_into_conv_rule",
+    "materialize_reshape_shape_rule",
+    "mul_by_1_rule",
+    "no_op_cast_rule",
+    "no_op_expand_rule",
+    "no_op_transpose_rule",
+    "one_reshape_matmul_reshape_rule",
+    "remove_optional_bias_from_conv_rule",
+    "remove_optional_bias_from_gemm_rule",
+    "reshape_reshape_rule",
+    "squeeze_reshape_1d_rule",
+    "sub_0_rule",
+    "transpose_transpose_rule",
+    "two_reshapes_matmul_reshape_rule",
+    "unsqueeze_unsqueeze_rule",
+]
 """Names in ``onnxscript.rewriter.rules.common``."""
 
 

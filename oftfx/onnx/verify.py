@@ -111,12 +111,15 @@ def _check(
     for name, value in zip(outputs, values, strict=True):
         want, got = expected[name].cpu(), torch.from_numpy(value)
         if want.shape != got.shape:
-            raise ExportError(f"output {name} has shape {tuple(got.shape)} in ONNX Runtime, {tuple(want.shape)} in torch")
+            raise ExportError(
+                f"output {name} has shape {tuple(got.shape)} in ONNX Runtime, {tuple(want.shape)} in torch"
+            )
         error = relative_error(got, want)
         bound = BOUNDS.get(want.dtype, 0.0)
         if not error <= bound:
             raise ExportError(
-                f"output {name} on {shapes}: ONNX Runtime differs from torch by a relative {error:.2e}, allowed {bound:g}"
+                f"output {name} on {shapes}: ONNX Runtime differs from torch by a relative {error:.2e}, "
+                f"allowed {bound:g}"
             )
         worst = max(worst, error)
         largest = max(largest, float((got.double() - want.double()).abs().max())) if want.numel() else largest

@@ -15,7 +15,17 @@ from oftfx.report.rich_table import render
 if TYPE_CHECKING:
     from oftfx.passes.fold_rotations import SiteFold
 
-COLUMNS = ("site", "format", "action", "update %", "error %", "survival", "bytes before", "bytes after", "note")
+COLUMNS = (
+    "site",
+    "format",
+    "action",
+    "update %",
+    "error %",
+    "survival",
+    "bytes before",
+    "bytes after",
+    "note",
+)
 LOW_SURVIVAL = 0.9
 
 

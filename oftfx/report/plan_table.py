@@ -17,7 +17,9 @@ COLUMNS = ("site", "n", "kind", "format", "in", "out", "blocks", "rotation", "sa
 
 def plan_table(plan: Plan, *, full: bool = False) -> str:
     """A plan as a table by `rich`, with a summary below; see `Plan.table`."""
-    return render(f"Plan for {plan.model_class}", COLUMNS, plan_rows(plan, full=full)) + "\n".join(_summary(plan)) + "\n"
+    return (
+        render(f"Plan for {plan.model_class}", COLUMNS, plan_rows(plan, full=full)) + "\n".join(_summary(plan)) + "\n"
+    )
 
 
 def plan_text(plan: Plan) -> str:
@@ -57,7 +59,10 @@ def _cells(entry: SitePlan) -> tuple[str, ...]:
 
 def _summary(plan: Plan) -> list[str]:
     trace = plan.trace
-    captured = {"graph": f"whole program, {trace.nodes} nodes", "analysis": f"for analysis only, {trace.nodes} nodes"}
+    captured = {
+        "graph": f"whole program, {trace.nodes} nodes",
+        "analysis": f"for analysis only, {trace.nodes} nodes",
+    }
     lines = [
         f"{len(plan)} sites, {plan.rotations} rotations, {plan.trainable:,} trainable numbers",
         f"captured: {captured.get(trace.rung, 'module tree only')}" + (f" ({trace.reason})" if trace.reason else ""),

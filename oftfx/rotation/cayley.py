@@ -48,7 +48,13 @@ def cayley(
     """
     if has_torch_function_unary(skew):  # a recorder sees one node, not the dozen operations below
         return handle_torch_function(
-            cayley, (skew,), skew, block_size, parameterization=parameterization, terms=terms, coft_eps=coft_eps
+            cayley,
+            (skew,),
+            skew,
+            block_size,
+            parameterization=parameterization,
+            terms=terms,
+            coft_eps=coft_eps,
         )
     wide = torch.promote_types(skew.dtype, torch.float32)
     # Autocast would run the small products in half precision.

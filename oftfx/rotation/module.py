@@ -62,7 +62,8 @@ class Rotation(nn.Module):
     ``skew.data`` in eval mode is invisible to torch and to this cache; call ``forget()`` after it.
 
     Attributes:
-        skew: ``(blocks, b (b - 1) / 2)``, or ``(1, ...)`` with ``block_share``; float32, or float64 for float64 weights.
+        skew: ``(blocks, b (b - 1) / 2)``, or ``(1, ...)`` with ``block_share``; float32, or float64 for
+            float64 weights.
         spec: the `OFT` it was made from.
         blocks: number of blocks.
         block_size: ``b``.

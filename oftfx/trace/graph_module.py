@@ -29,7 +29,14 @@ class ProgramGraph(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramGraph:
         result = super().__deepcopy__(memo)
         # fx copies only what its nodes name; the rest of the tree and the ties between its levels follow here.
-        for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set", "training", "eager"):
+        for name in (
+            "_modules",
+            "_parameters",
+            "_buffers",
+            "_non_persistent_buffers_set",
+            "training",
+            "eager",
+        ):
             result.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         return result
 

@@ -47,7 +47,9 @@ class ShapeGuard(nn.Module):
                 self._refuse(name, type(tensor).__name__, "a tensor")
             if tensor.dtype != dtype:
                 self._refuse(name, tensor.dtype, dtype)
-            if tensor.dim() != len(shape) or any(w is not None and g != w for g, w in zip(tensor.shape, shape)):  # noqa: B905
+            if tensor.dim() != len(shape) or any(
+                w is not None and g != w for g, w in zip(tensor.shape, shape, strict=True)
+            ):
                 self._refuse(name, f"shape {tuple(tensor.shape)}", f"shape {_shape(shape)}")
         for (name, expected), value in zip(self.constants, others, strict=True):
             if value is not expected and value != expected:

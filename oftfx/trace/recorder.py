@@ -36,7 +36,18 @@ _OPERATORS = {
 
 # What turns tensor values into Python values or shapes: the program then depends on data.
 _DATA_DEPENDENT = frozenset(
-    "item __bool__ __int__ __float__ __index__ tolist nonzero masked_select unique unique_consecutive".split()
+    [
+        "item",
+        "__bool__",
+        "__int__",
+        "__float__",
+        "__index__",
+        "tolist",
+        "nonzero",
+        "masked_select",
+        "unique",
+        "unique_consecutive",
+    ]
 )
 
 _SCALARS = (int, float, str, bool, complex, torch.dtype, torch.device, torch.memory_format, torch.layout)
@@ -131,7 +142,11 @@ class Recorder(TorchFunctionMode):
     # -- functions ------------------------------------------------------------------------------
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if not self._on or _inside_functorch(args):

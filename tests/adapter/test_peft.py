@@ -10,7 +10,10 @@ from oftfx import OFT
 from oftfx.errors import AdapterError
 from tests.reference import randomize, rel
 
-pytestmark = [pytest.mark.needs("peft", "transformers"), pytest.mark.filterwarnings("ignore::UserWarning:peft")]
+pytestmark = [
+    pytest.mark.needs("peft", "transformers"),
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),
+]
 peft = pytest.importorskip("peft")
 
 
@@ -84,7 +87,10 @@ def test_whole_modules_and_biases_travel_both_ways(tiny_llama, ids, tmp_path, bi
 def test_target_names_are_short_where_they_select_the_same_sites(tiny_llama, tmp_path):
     model = oftfx.transform(tiny_llama(), {"*.q_proj": OFT(8), "*.down_proj": OFT(8)})
     oftfx.save_adapter(model, tmp_path)
-    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["down_proj", "q_proj"]
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == [
+        "down_proj",
+        "q_proj",
+    ]
     one = oftfx.transform(tiny_llama(), {"model.layers.1.*.q_proj": OFT(8)})
     oftfx.save_adapter(one, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -104,7 +110,11 @@ def test_shared_rotations_are_written_out_for_every_site(tiny_llama, ids, tmp_pa
 
 
 def test_mixed_settings_need_our_own_layout(tiny_llama, ids, tmp_path):
-    rules = {"*.q_proj": OFT(8, share_input=True), "*.k_proj": OFT(8, share_input=True), "*.down_proj": OFT(16, dropout=0.1)}
+    rules = {
+        "*.q_proj": OFT(8, share_input=True),
+        "*.k_proj": OFT(8, share_input=True),
+        "*.down_proj": OFT(16, dropout=0.1),
+    }
     model = randomize(oftfx.transform(tiny_llama(), rules))
     with pytest.raises(AdapterError, match=r"PEFT's layout has one block_size .*down_proj differs.*layout='oftfx'"):
         oftfx.save_adapter(model, tmp_path)
@@ -113,7 +123,9 @@ def test_mixed_settings_need_our_own_layout(tiny_llama, ids, tmp_path):
     again = oftfx.load_adapter(tiny_llama(), tmp_path)
     assert torch.equal(again(**ids()).logits, model(**ids()).logits)
     assert oftfx.adapters(again)["default"]["model.layers.0.self_attn.k_proj"].owner.endswith("q_proj")
-    assert sum(p.numel() for p in oftfx.adapter_parameters(again)) == sum(p.numel() for p in oftfx.adapter_parameters(model))
+    assert sum(p.numel() for p in oftfx.adapter_parameters(again)) == sum(
+        p.numel() for p in oftfx.adapter_parameters(model)
+    )
 
 
 def test_files_of_peft_016_and_017_keep_their_meaning(tiny_llama, ids, tmp_path):

@@ -37,14 +37,22 @@ def reconfigure(folder, **changes):
 
 
 FAULTS = [
-    (lambda f: (f / "adapter_model.safetensors").unlink(), AdapterFileError, "no file .*adapter_model.safetensors"),
+    (
+        lambda f: (f / "adapter_model.safetensors").unlink(),
+        AdapterFileError,
+        "no file .*adapter_model.safetensors",
+    ),
     (lambda f: (f / "adapter_config.json").unlink(), AdapterFileError, "no file .*adapter_config.json"),
     (
         lambda f: (f / "adapter_model.safetensors").write_bytes((f / "adapter_model.safetensors").read_bytes()[:-9]),
         AdapterFileError,
         "damaged or not a safetensors file",
     ),
-    (lambda f: (f / "adapter_model.safetensors").write_bytes(b"PK\x03\x04junk"), AdapterFileError, "damaged or not"),
+    (
+        lambda f: (f / "adapter_model.safetensors").write_bytes(b"PK\x03\x04junk"),
+        AdapterFileError,
+        "damaged or not",
+    ),
     (lambda f: (f / "adapter_config.json").write_text("{"), AdapterFileError, "not a JSON object"),
     (lambda f: (f / "adapter_config.json").write_text("[1]"), AdapterFileError, "not a JSON object"),
     (lambda f: reconfigure(f, peft_type="LORA"), AdapterFileError, "peft_type is 'LORA', expected 'OFT'"),
@@ -58,20 +66,36 @@ FAULTS = [
         AdapterFileError,
         r"\(oft_r\) is not of PEFT's OFT format >= 0\.16",
     ),
-    (lambda f: rewrite(f, lambda t: t.update({"oft_unet_x.oft_blocks": torch.zeros(2)})), AdapterFileError, "not a PEFT OFT"),
+    (
+        lambda f: rewrite(f, lambda t: t.update({"oft_unet_x.oft_blocks": torch.zeros(2)})),
+        AdapterFileError,
+        "not a PEFT OFT",
+    ),
     (
         lambda f: rewrite(f, lambda t: t.update({"base_model.model.1.bias": t.pop(KEY)})),
         AdapterFileError,
         "holds no OFT rotation",
     ),
-    (lambda f: rewrite(f, lambda t: t[KEY].view(-1)[3:5].fill_(torch.nan)), AdapterFileError, f"{KEY} holds 2 of 84 numbers"),
-    (lambda f: rewrite(f, lambda t: t.update({KEY: t[KEY].int()})), AdapterFileError, "has dtype torch.int32"),
+    (
+        lambda f: rewrite(f, lambda t: t[KEY].view(-1)[3:5].fill_(torch.nan)),
+        AdapterFileError,
+        f"{KEY} holds 2 of 84 numbers",
+    ),
+    (
+        lambda f: rewrite(f, lambda t: t.update({KEY: t[KEY].int()})),
+        AdapterFileError,
+        "has dtype torch.int32",
+    ),
     (
         lambda f: rewrite(f, lambda t: t.update({KEY: t[KEY][:2].clone()})),
         AdapterError,
         r"0: skew of shape \(2, 28\) does not fit in_features 24",
     ),
-    (lambda f: rewrite(f, lambda t: t.update({KEY: t[KEY][:, :27].clone()})), AdapterError, r"27 is not b\(b-1\)/2"),
+    (
+        lambda f: rewrite(f, lambda t: t.update({KEY: t[KEY][:, :27].clone()})),
+        AdapterError,
+        r"27 is not b\(b-1\)/2",
+    ),
     (
         lambda f: rewrite(f, lambda t: t.update({"base_model.model.first.oft_R.weight": t.pop(KEY)})),
         AdapterError,
@@ -82,7 +106,11 @@ FAULTS = [
         AdapterError,
         r"1\.weight has shape \(3, 3\), the model's \(6, 10\)",
     ),
-    (lambda f: rewrite(f, lambda t: t.update({"base_model.model.2.weight": torch.zeros(3)})), AdapterError, "holds 2.weight"),
+    (
+        lambda f: rewrite(f, lambda t: t.update({"base_model.model.2.weight": torch.zeros(3)})),
+        AdapterError,
+        "holds 2.weight",
+    ),
 ]
 
 
@@ -139,7 +167,9 @@ def test_loading_into_a_shared_rotation_needs_equal_numbers(tmp_path):
     oftfx.save_adapter(randomize(oftfx.transform(Pair(), {"*": OFT(4)})), tmp_path)
     shared = oftfx.transform(Pair(), {"*": OFT(4, share_input=True)}, example_inputs=(torch.randn(2, 8),))
     assert len(oftfx.adapter_parameters(shared)) == 1
-    with pytest.raises(AdapterError, match="b shares the rotation of a in the model, but the file has different numbers"):
+    with pytest.raises(
+        AdapterError, match="b shares the rotation of a in the model, but the file has different numbers"
+    ):
         oftfx.load_adapter(shared, tmp_path)
 
 

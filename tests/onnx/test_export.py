@@ -87,12 +87,13 @@ def test_no_local_path_or_trace_is_in_the_file(tiny_llama, ids, tmp_path):
 @pytest.mark.parametrize("folded", [None, "keep", "requantize", "float"])
 def test_4bit_weights_keep_their_bytes(tmp_path, quant_type, double_quant, folded):
     import onnx
-
     from oftfx.passes.formats.bnb4 import make_linear4bit
 
     options = {"quant_type": quant_type, "double_quant": double_quant}
     base = nn.Sequential(
-        make_linear4bit(nn.Linear(256, 192), **options), nn.ReLU(), make_linear4bit(nn.Linear(192, 64, bias=False), **options)
+        make_linear4bit(nn.Linear(256, 192), **options),
+        nn.ReLU(),
+        make_linear4bit(nn.Linear(192, 64, bias=False), **options),
     )
     model = randomize(oftfx.transform(base, {"*": OFT(16)})).eval()
     exported = model if folded is None else oftfx.fold(model, quantized=folded).model
@@ -112,12 +113,17 @@ def test_4bit_weights_keep_their_bytes(tmp_path, quant_type, double_quant, folde
 
 def test_other_models_and_fixed_shapes(tmp_path):
     model = randomize(oftfx.transform(nn.Sequential(nn.Linear(12, 7), nn.Linear(7, 3)), {"0": OFT(4)}))
-    report = oftfx.export_onnx(model, tmp_path / "a.onnx", (torch.randn(2, 5, 12),), dynamic_shapes={"input": {0: "n", 1: "m"}})
+    report = oftfx.export_onnx(
+        model, tmp_path / "a.onnx", (torch.randn(2, 5, 12),), dynamic_shapes={"input": {0: "n", 1: "m"}}
+    )
     x = torch.randn(7, 3, 12)
     assert rel(run(tmp_path / "a.onnx", {"input": x}), model(x)) < 1e-6
     assert report.outputs == ("output_0",)
     oftfx.export_onnx(model, tmp_path / "b.onnx", (torch.randn(2, 5, 12),), dynamic_shapes=None, opset=18)
-    assert [d.dim_value for d in session(tmp_path / "b.onnx")._sess and graph(tmp_path / "b.onnx").input[0].type.tensor_type.shape.dim] == [2, 5, 12]
+    assert [
+        d.dim_value
+        for d in session(tmp_path / "b.onnx")._sess and graph(tmp_path / "b.onnx").input[0].type.tensor_type.shape.dim
+    ] == [2, 5, 12]
 
 
 def test_half_precision(tmp_path):
@@ -174,11 +180,20 @@ def test_errors(tiny_llama, ids, tmp_path):
     path = tmp_path / "m.onnx"
     for call, message in [
         (lambda: oftfx.export_onnx(tiny_llama().bfloat16(), path, ids()), "is bfloat16, for which"),
-        (lambda: oftfx.export_onnx(tiny_llama(), path, ids(), adapters="swappable"), "not available in this version"),
+        (
+            lambda: oftfx.export_onnx(tiny_llama(), path, ids(), adapters="swappable"),
+            "not available in this version",
+        ),
         (lambda: oftfx.export_onnx(tiny_llama(), path, ids(), adapters="all"), "adapters: got 'all'"),
         (lambda: oftfx.export_onnx(tiny_llama(), path, ids(), dialect="coreml"), "dialect: got 'coreml'"),
-        (lambda: oftfx.export_onnx(tiny_llama(), path, {**ids(), "use_cache": False}), "'use_cache' is a bool"),
-        (lambda: oftfx.export_onnx(Untranslatable(), path, (torch.randn(3, 4, 4),)), "Untranslatable cannot be exported"),
+        (
+            lambda: oftfx.export_onnx(tiny_llama(), path, {**ids(), "use_cache": False}),
+            "'use_cache' is a bool",
+        ),
+        (
+            lambda: oftfx.export_onnx(Untranslatable(), path, (torch.randn(3, 4, 4),)),
+            "Untranslatable cannot be exported",
+        ),
     ]:
         with pytest.raises(ExportError, match=message):
             call()
@@ -189,8 +204,15 @@ def test_errors(tiny_llama, ids, tmp_path):
 def test_a_dialect_without_the_operator_says_what_to_do(tmp_path):
     from oftfx.passes.formats.bnb4 import make_linear4bit
 
-    with pytest.raises(ExportError, match="0: format bnb4 has no operator in dialect 'standard'; fold with quantized='float'"):
-        oftfx.export_onnx(nn.Sequential(make_linear4bit(nn.Linear(64, 32))), tmp_path / "m.onnx", (torch.randn(2, 64),), dialect="standard")
+    with pytest.raises(
+        ExportError, match="0: format bnb4 has no operator in dialect 'standard'; fold with quantized='float'"
+    ):
+        oftfx.export_onnx(
+            nn.Sequential(make_linear4bit(nn.Linear(64, 32))),
+            tmp_path / "m.onnx",
+            (torch.randn(2, 64),),
+            dialect="standard",
+        )
 
 
 def test_the_model_is_not_changed(tiny_llama, ids, tmp_path):
@@ -201,3 +223,11 @@ def test_the_model_is_not_changed(tiny_llama, ids, tmp_path):
     assert torch.equal(model(**ids()).logits, expected)
     assert all(m.training for m in model.modules())
     assert model.config.use_cache
+
+
+def test_equal_rotations_of_several_layers_stay_apart(tiny_llama, ids, tmp_path):
+    """torch's own optimisation merges equal initializers of up to 1024 elements, such as untrained rotations."""
+    model = oftfx.transform(tiny_llama(), {"all-linear": OFT(16)})
+    oftfx.export_onnx(model, tmp_path / "m.onnx", ids())
+    names = [i.name for i in graph(tmp_path / "m.onnx").initializer]
+    assert sum(n.endswith(".oft.frozen.blocks") for n in names) == 14

@@ -3,10 +3,10 @@ import dataclasses
 import pytest
 import torch
 import torch.nn as nn
+from oftfx.passes import Change, InsertRotations, MatchRules, Pass, PassManager, PassResult, ShareInputs
 
 from oftfx import OFT, Rule
 from oftfx.errors import PassError
-from oftfx.passes import Change, InsertRotations, MatchRules, Pass, PassManager, PassResult, ShareInputs
 from oftfx.program import Program
 
 

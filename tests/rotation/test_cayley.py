@@ -40,7 +40,12 @@ def test_series_of_peft_016(terms):
 
 
 @settings(deadline=None, max_examples=40)
-@given(size=st.integers(1, 17), rows=st.integers(1, 5), scale=st.sampled_from([1e-3, 0.1, 1.0, 30.0]), seed=st.integers(0, 99))
+@given(
+    size=st.integers(1, 17),
+    rows=st.integers(1, 5),
+    scale=st.sampled_from([1e-3, 0.1, 1.0, 30.0]),
+    seed=st.integers(0, 99),
+)
 def test_exact_cayley_is_orthogonal_at_any_size(size, rows, scale, seed):
     skew = torch.randn(rows, skew_size(size), generator=torch.Generator().manual_seed(seed)) * scale
     blocks = cayley(skew, size, "cayley")

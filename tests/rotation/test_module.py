@@ -137,7 +137,10 @@ def test_the_skew_starts_at_zero_or_normal():
 
 
 def test_an_indivisible_size_lists_the_divisors():
-    with pytest.raises(OftfxError, match=r"here: block_size 32 does not divide in_features 50\. Divisors: 1, 2, 5, 10, 25, 50"):
+    with pytest.raises(
+        OftfxError,
+        match=r"here: block_size 32 does not divide in_features 50\. Divisors: 1, 2, 5, 10, 25, 50",
+    ):
         Rotation(50, OFT(32), where="here")
 
 

@@ -16,7 +16,13 @@ def arch(name):
     """Tiny random models of different families, with inputs."""
     import transformers as tf
 
-    small = {"vocab_size": 131, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    small = {
+        "vocab_size": 131,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 48,
+    }
     causal = {**small, "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     torch.manual_seed(0)
@@ -27,7 +33,9 @@ def arch(name):
             tf.Gemma2Config(**causal, head_dim=8, sliding_window=8, query_pre_attn_scalar=8)
         ),
         "phi3": lambda: tf.Phi3ForCausalLM(tf.Phi3Config(**causal)),
-        "mixtral": lambda: tf.MixtralForCausalLM(tf.MixtralConfig(**causal, num_local_experts=4, num_experts_per_tok=2)),
+        "mixtral": lambda: tf.MixtralForCausalLM(
+            tf.MixtralConfig(**causal, num_local_experts=4, num_experts_per_tok=2)
+        ),
         "bert": lambda: tf.BertModel(tf.BertConfig(**small, **quiet)),
         "deberta": lambda: tf.DebertaV2Model(tf.DebertaV2Config(**small, **quiet, relative_attention=True)),
         "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**small)),
