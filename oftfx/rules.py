@@ -216,7 +216,7 @@ def read_rules(rules: Rules | Any) -> tuple[Rule, ...]:
     elif isinstance(rules, Sequence) and not isinstance(rules, str):
         if wrong := [r for r in rules if not isinstance(r, Rule)]:
             raise RuleError(f"a list of rules holds Rule objects, got {wrong[0]!r}")
-        result = tuple(rules)
+        result = tuple(r for r in rules if isinstance(r, Rule))
     else:
         raise RuleError(
             f"rules: got {rules!r}; expected a Rule, a list of Rules, a mapping {{target: OFT(...) or None}}, "

@@ -154,7 +154,8 @@ def _planned(
     asked = read_rules(rules)
     train = [*train, *(getattr(rules, "modules_to_save", None) or ())]
     if getattr(rules, "peft_type", None) is not None and train_bias == "none":
-        train_bias = {"oft_only": "oft"}.get(rules.bias, rules.bias)  # type: ignore[union-attr]
+        bias: str = rules.bias  # type: ignore[union-attr]
+        train_bias = "oft" if bias == "oft_only" else bias
     program = Program.of(model)
     # Rules are checked before the slow part.
     result = PassManager([MatchRules(asked, train=train, train_bias=train_bias)]).run(program)

@@ -112,7 +112,7 @@ class PassManager:
                 ``verify``, changes what the model computes.
         """
         self._check_order()
-        modified, changes = False, []
+        modified, changes = False, list[Change]()
         for step in self.passes:
             result = self._run_one(step, program)
             program, modified = result.program, modified or result.modified

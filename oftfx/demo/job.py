@@ -212,7 +212,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
     rows = results["rows"]
     base = torch.tensor(rows["NF4 base"]["perplexity"]).log()
     best = torch.tensor(rows["NF4 + adapter"]["perplexity"]).log()
-    result = []
+    result: list[tuple[str, ...]] = []
     for name, row in rows.items():
         kept = float((base - torch.tensor(row["perplexity"]).log()) / (base - best))
         shown = "" if name in ("float32 base", "NF4 base") else f"{100 * kept:.1f}"

@@ -104,7 +104,7 @@ def export_onnx(
     _check_arguments(model, adapters, dialect)
     path = Path(path)
     inputs = named_inputs(model, example_inputs)
-    shapes = auto_dynamic_shapes(inputs) if dynamic_shapes == "auto" else dict(dynamic_shapes or {})
+    shapes = auto_dynamic_shapes(inputs) if dynamic_shapes == "auto" else _plain(dynamic_shapes)
     store = find_store(model)
     active = store.active if store is not None else ()
     torch_model = structural_copy(model).eval()
@@ -147,6 +147,10 @@ def _check_arguments(model: nn.Module, adapters: str, dialect: str) -> None:
         raise ExportError(
             f"{narrow} is bfloat16, for which ONNX Runtime has no CPU kernels; export model.float() or model.half()"
         )
+
+
+def _plain(shapes: DynamicShapes | None) -> dict[str, dict[int, str]]:
+    return {name: dict(axes) for name, axes in (shapes or {}).items()}
 
 
 def _reference(model: nn.Module) -> nn.Module:

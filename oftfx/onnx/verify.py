@@ -114,14 +114,14 @@ def _check(
             raise ExportError(
                 f"output {name} has shape {tuple(got.shape)} in ONNX Runtime, {tuple(want.shape)} in torch"
             )
-        error = relative_error(got, want)
+        distance = relative_error(got, want)
         bound = BOUNDS.get(want.dtype, 0.0)
-        if not error <= bound:
+        if not distance <= bound:
             raise ExportError(
-                f"output {name} on {shapes}: ONNX Runtime differs from torch by a relative {error:.2e}, "
+                f"output {name} on {shapes}: ONNX Runtime differs from torch by a relative {distance:.2e}, "
                 f"allowed {bound:g}"
             )
-        worst = max(worst, error)
+        worst = max(worst, distance)
         largest = max(largest, float((got.double() - want.double()).abs().max())) if want.numel() else largest
     effect = _adapter_effect(model, inputs, expected) if active else None
     if effect and worst > effect / 10:

@@ -47,9 +47,7 @@ class ShapeGuard(nn.Module):
                 self._refuse(name, type(tensor).__name__, "a tensor")
             if tensor.dtype != dtype:
                 self._refuse(name, tensor.dtype, dtype)
-            if tensor.dim() != len(shape) or any(
-                w is not None and g != w for g, w in zip(tensor.shape, shape, strict=True)
-            ):
+            if tensor.dim() != len(shape) or not all(map(_fits, tensor.shape, shape)):
                 self._refuse(name, f"shape {tuple(tensor.shape)}", f"shape {_shape(shape)}")
         for (name, expected), value in zip(self.constants, others, strict=True):
             if value is not expected and value != expected:
@@ -66,6 +64,10 @@ class ShapeGuard(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {_shape(shape)}" for name, _, shape in self.inputs)
+
+
+def _fits(size: int, recorded: int | None) -> bool:
+    return recorded is None or size == recorded
 
 
 def _mode(training: bool) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn as nn
 
 from oftfx.errors import TraceError
 
-ExampleInputs = Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | None
+ExampleInputs: TypeAlias = "Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | None"
 
 
 def example_call(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:

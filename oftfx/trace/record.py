@@ -50,7 +50,7 @@ def record_best(model: nn.Module, example_inputs: ExampleInputs = None) -> Recor
     Fake tensors with the example's sizes first, then real values, then the module tree alone. The model's mode, its
     buffers and the random state are as before afterwards.
     """
-    reasons = []
+    reasons: list[str] = []
     for fake in (True, False):
         try:
             return record(model, example_inputs, fake=fake, reason="; ".join(reasons))

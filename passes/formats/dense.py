@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -19,7 +21,7 @@ class Dense(WeightFormat):
 
     def matches(self, module: nn.Module) -> bool:
         """A Linear whose weight is a plain float Parameter, not computed by a parametrization."""
-        weight = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
+        weight: Any = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
         return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype in FLOATS
 
     def geometry(self, module: nn.Module) -> Geometry:
