@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
@@ -179,41 +180,53 @@ def _fold_site(
     target = base
     for blocks in reversed(chain):  # x R1 R2 W^T = x (W R2^T R1^T)^T
         target = rotate_weight(target, blocks.to(target.device))
-    if not torch.isfinite(target).all():
+    update = _share(_size(target - base), _size(base))
+    if not math.isfinite(update):
         raise FoldError(f"{fqn}: the rotated weight is not finite; look at the adapter's values there")
     note = "its weight was shared with another module and is now its own" if id(_weight(module)) in shared else ""
+    error, survival, after = 0.0, 1.0, before
+    if policy == "keep" and not weight_format.lossless:
+        freezer.freeze(module, hook)
+        after += sum(b.numel() * b.element_size() for b in chain)
+        return SiteFold(fqn, name, "kept", update, error, survival, before, after, note)
     if weight_format.lossless:
+        action = "folded"
         probe = _probe(module, base.shape[1]) if _own_forward(module) else None
         weight_format.write(module, weight_format.requantize(target, module))
         detach(module)
         if probe is not None:
             _check_probe(fqn, module, probe)
         _untie(model, fqn, shared, module)
-        action, after = "folded", weight_format.nbytes(module)
-    elif policy == "keep":
-        freezer.freeze(module, hook)
-        action = "kept"
-        after = before + sum(b.numel() * b.element_size() for b in chain)
-        return SiteFold(fqn, name, action, relative_error(target, base), 0.0, 1.0, before, after, note)
     elif policy == "float":
+        action = "dequantized"
         detach(module)
         module = _replace(model, fqn, module, weight_format, target)
         weight_format = _format(module)
-        action, after = "dequantized", weight_format.nbytes(module)
     else:
+        action = "requantized"
         weight_format.write(module, weight_format.requantize(target, module))
         detach(module)
-        action, after = "requantized", weight_format.nbytes(module)
-    error, survival = _arrived(base, target, weight_format.dequantize(module))
-    return SiteFold(fqn, name, action, relative_error(target, base), error, survival, before, after, note)
+    if not weight_format.lossless or weight_format.dtype(module) != target.dtype:  # else nothing was rounded
+        error, survival = _arrived(base, target, weight_format.dequantize(module))
+    after = weight_format.nbytes(module)
+    return SiteFold(fqn, name, action, update, error, survival, before, after, note)
+
+
+def _size(weight: torch.Tensor) -> float:
+    """Frobenius norm; torch sums in a tree, so float32 is good to six digits."""
+    return float(torch.linalg.vector_norm(weight))
 
 
 def _arrived(base: torch.Tensor, target: torch.Tensor, folded: torch.Tensor) -> tuple[float, float]:
     """Relative error of the folded weight, and survival of the update."""
-    wanted = (target - base).double().flatten()
-    got = (folded.to(base.device) - base).double().flatten()
-    norm = float(wanted @ wanted)
-    return relative_error(folded, target), float(got @ wanted) / norm if norm > 0 else 1.0
+    folded, wanted = folded.to(base.device), target - base
+    norm = _size(wanted) ** 2
+    survival = float(torch.sum((folded - base) * wanted)) / norm if norm > 0 else 1.0
+    return _share(_size(folded - target), _size(target)), survival
+
+
+def _share(part: float, whole: float) -> float:
+    return part / whole if whole else part  # a weight of zeros stays zeros under any rotation
 
 
 def _is_identity(blocks: torch.Tensor) -> bool:

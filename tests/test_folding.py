@@ -122,6 +122,14 @@ def test_folding_a_tied_head_leaves_the_embedding_alone(tiny_llama, ids, tmp_pat
     assert base.config.tie_word_embeddings
 
 
+def test_a_weight_of_zeros_folds_to_zeros():
+    base = nn.Sequential(nn.Linear(12, 5))
+    nn.init.zeros_(base[0].weight)
+    result = oftfx.fold(randomize(oftfx.transform(base, {"0": OFT(4)})))
+    assert not result.model[0].weight.any()
+    assert next(iter(result.report)).update == 0.0
+
+
 def test_dropout_does_not_reach_the_fold():
     model = randomize(oftfx.transform(nn.Sequential(nn.Linear(40, 5)), {"0": OFT(4, dropout=0.9)})).train()
     x = torch.randn(3, 40)
