@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "OFT": "oftfx.rules",
+    "OFT": "oftfx.spec",
     "Rule": "oftfx.rules",
     "Plan": "oftfx.plans",
     "Site": "oftfx.program",
@@ -66,7 +66,8 @@ if TYPE_CHECKING:
     from oftfx.program import Program, Site
     from oftfx.report.fold_report import FoldReport
     from oftfx.rotation.module import Rotation
-    from oftfx.rules import OFT, Rule
+    from oftfx.rules import Rule
+    from oftfx.spec import OFT
     from oftfx.surgery import graph, plan, transform
 
 

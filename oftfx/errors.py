@@ -10,6 +10,10 @@ class OftfxError(Exception):
     """
 
 
+class OftfxWarning(UserWarning):
+    """Something was done that a user should know of."""
+
+
 class RuleError(OftfxError, ValueError):
     """A rule cannot be understood, matches nothing, or asks for an impossible geometry."""
 

@@ -7,7 +7,7 @@ The formats themselves are in ``passes/formats/``, one file each; nothing here i
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, ClassVar
@@ -83,6 +83,10 @@ class WeightFormat(ABC):
 
         Some runtimes repack a weight in place; without this, running the original would repack its copy as well.
         """
+
+    def hold_still(self, module: nn.Module) -> Callable[[], None]:
+        """Forbid what a forward may do to the weight; the function returned lifts the ban again."""
+        return lambda: None
 
     def prepare(self, module: nn.Module) -> str | None:
         """Make a layer's runtime keep its weight as it is, undoing what it already did.

@@ -10,7 +10,7 @@ from typing import Any
 from oftfx.errors import RuleError
 from oftfx.program import Site
 from oftfx.rotation.skew import skew_size
-from oftfx.rules import OFT
+from oftfx.spec import OFT
 
 VERSION = 1
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, Literal, TypeVar
 
 import torch.nn as nn
 
 from oftfx.adapter.store import Adapter, check_name, find_store, store_of
-from oftfx.errors import AdapterError, RuleError, TraceError
+from oftfx.errors import AdapterError, OftfxWarning, RuleError, TraceError
 from oftfx.passes.insert_rotations import InsertRotations
 from oftfx.passes.match_rules import MatchRules
 from oftfx.passes.protocol import PassManager, PassResult
@@ -101,11 +104,21 @@ def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool)
     """Insert a planned adapter into ``model``, inactive, and enter it in the model's store."""
     assert program.plan is not None
     first = find_store(model) is None
-    PassManager([InsertRotations(adapter, activate=False)]).run(program.with_(model=model))
+    result = PassManager([InsertRotations(adapter, activate=False)]).run(program.with_(model=model))
     store = store_of(model)
     if first:
         store.freeze_base(model)
-    return store.add(model, Adapter(adapter, program.plan), trainable=trainable)
+    return store.add(model, Adapter(adapter, _noted(program.plan, result)), trainable=trainable)
+
+
+def _noted(plan: Plan, result: PassResult) -> Plan:
+    """The plan with what the layers' formats had to undo, which the user also gets as one warning."""
+    notices = {c.site: c.reason for c in result.changes if c.reason}
+    for text, sites in Counter(notices.values()).items():
+        where = next(s for s, t in notices.items() if t == text)
+        warnings.warn(f"{sites} layers, e.g. {where}: {text}", OftfxWarning, stacklevel=4)
+    entries = tuple(replace(e, notes=(*e.notes, notices[e.fqn])) if e.fqn in notices else e for e in plan)
+    return replace(plan, entries=entries)
 
 
 def graph(model: nn.Module, example_inputs: ExampleInputs = None) -> ProgramGraph:

@@ -1,4 +1,4 @@
-"""Base, PEFT OFT, PEFT LoRA and oftfx on the real SmolLM2-135M, in one process, interleaved; medians and ratios to base.
+"""Base, PEFT OFT, PEFT LoRA and oftfx on the real SmolLM2-135M: one process, interleaved, medians, ratios to base.
 
     .venv/bin/python tools/bench_speed.py [--rounds N] [--out FILE]
 

@@ -17,7 +17,8 @@ import torch.nn as nn
 from oftfx.errors import AdapterError, AdapterFileError, RuleError
 from oftfx.plans import Plan
 from oftfx.program import Site
-from oftfx.rules import OFT, Rule, nearest_divisor
+from oftfx.rules import Rule
+from oftfx.spec import OFT, nearest_divisor
 
 PREFIX = "base_model.model."
 SKEW = ".oft_R.weight"

@@ -20,7 +20,7 @@ from oftfx.errors import AdapterError, AdapterFileError
 from oftfx.plans import Plan, SitePlan
 from oftfx.program import Program, Site
 from oftfx.rotation.skew import skew_size
-from oftfx.rules import OFT
+from oftfx.spec import OFT
 
 PLAN_FILE = "oftfx_plan.json"
 LAYOUTS = ("peft", "oftfx")

@@ -18,7 +18,7 @@ from oftfx.rotation.rotate import rotate
 from oftfx.rotation.skew import skew_matrix, skew_size, skew_vector
 
 if TYPE_CHECKING:
-    from oftfx.rules import OFT
+    from oftfx.spec import OFT
 
 _caching: ContextVar[bool] = ContextVar("oftfx_rotation_caching", default=True)
 

@@ -157,16 +157,15 @@ class _undisturbed:  # noqa: N801  (a context manager, used like a function)
         self.modes = [(m, m.training) for m in self.model.modules()]
         self.buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
         self.random = torch.get_rng_state()
-        self.packing = [m for m in self.model.modules() if getattr(m, "support_avx512bf16_for_cpu", False)]
-        for module in self.packing:
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        found = [(m, format_of(m)) for m in self.model.modules()]
+        self.release = [f.hold_still(m) for m, f in found if f is not None]
         self.model.eval()
 
     def __exit__(self, *_: object) -> None:
         for module, mode in self.modes:
             module.training = mode
-        for module in self.packing:
-            module.support_avx512bf16_for_cpu = True  # type: ignore[assignment]
+        for release in self.release:
+            release()
         with torch.no_grad():
             for buffer, value in self.buffers:
                 buffer.copy_(value)

@@ -13,6 +13,7 @@ undoes one that has happened; `dequantize` reads both layouts.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -100,9 +101,15 @@ class Bnb4(WeightFormat):
         parameter.quant_state = state
         self.write(module, {"weight": parameter, "quant_state": state})
 
+    def hold_still(self, module: nn.Module) -> Callable[[], None]:
+        """Forbid the CPU repacking."""
+        before = module.support_avx512bf16_for_cpu
+        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        return lambda: setattr(module, "support_avx512bf16_for_cpu", before)
+
     def prepare(self, module: nn.Module) -> str | None:
         """Forbid the CPU repacking; where it has happened, restore the layout (absmax keeps bfloat16's 8 bits)."""
-        module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        self.hold_still(module)
         state = _state(module)
         if not _is_packed(state):
             return None

@@ -7,6 +7,7 @@ from oftfx.passes.formats.bnb4 import make_linear4bit
 
 import oftfx
 from oftfx import OFT
+from oftfx.errors import OftfxWarning
 from oftfx.formats import format_named
 from tests.reference import dense_rotation, randomize, rel
 
@@ -66,6 +67,23 @@ def test_a_repacked_layer_is_read_and_restored(kind):
     assert torch.equal(official(layer), BNB4.dequantize(layer))
     assert BNB4.dtype(layer) == torch.float32
     assert BNB4.prepare(layer) is None
+
+
+@packs
+def test_transforming_a_repacked_base_warns_and_notes_it():
+    layer = make_linear4bit(nn.Linear(256, 128))
+    weight = official(layer)
+    base = nn.Sequential(layer)
+    repack(layer)
+    with pytest.warns(OftfxWarning, match="1 layers, e.g. 0: an earlier eval forward had repacked this weight"):
+        model = randomize(oftfx.transform(base, {"0": OFT(32)})).eval()
+    assert "rounding cannot be undone" in oftfx.adapters(model)["default"]["0"].notes[0]
+    expected = weight @ dense_rotation(model[0].oft.default.skew, 32).float().T
+    x = torch.randn(4, 256)
+    with torch.no_grad():
+        assert rel(model(x), x @ expected.T + layer.bias) < 4e-3
+        assert rel(base(x), x @ weight.T + layer.bias) < 1e-2  # the original still runs on its packed weight
+    assert rel(BNB4.dequantize(oftfx.fold(model, quantized="keep").model[0]), weight) < 2e-3
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=str)

@@ -1,0 +1,125 @@
+"""How a site is rotated: the fields of an `OFT`, and block sizes that divide."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import KW_ONLY, dataclass
+from typing import Any, Literal
+
+from oftfx.errors import RuleError
+from oftfx.rotation.cayley import PARAMETERIZATIONS, Parameterization
+
+
+@dataclass(frozen=True)
+class OFT:
+    """How one site is rotated.
+
+    Args:
+        block_size: ``b``, the side of each orthogonal block; ``blocks * b == in_features``. 32 where neither this nor
+            ``blocks`` is given.
+        blocks: number of blocks instead of their size (PEFT's ``r``).
+        parameterization: ``"cayley_neumann"`` (series, cheap, orthogonal only near the identity), ``"cayley"``
+            (exact), or ``"cayley_neumann_016"`` (what PEFT 0.16 and 0.17 computed). See `oftfx.rotation.cayley`.
+        terms: terms of the series.
+        block_share: one block of parameters for all blocks of a site.
+        coft_eps: constrained OFT: clip the norm of each skew block to ``coft_eps / sqrt(blocks)``.
+        dropout: probability that a block is replaced by the identity, drawn for each block in every training forward.
+        share_input: sites of one parent module that read the same tensor get one rotation.
+        init: ``"identity"`` (skew 0: the model starts unchanged) or ``"normal"`` (std 0.1).
+        on_indivisible: ``"error"``, or ``"nearest"``: take the divisor nearest to the size asked for, as PEFT does.
+
+    Raises:
+        RuleError: a field is out of range.
+    """
+
+    block_size: int | None = None
+    _: KW_ONLY
+    blocks: int | None = None
+    parameterization: Parameterization = "cayley_neumann"
+    terms: int = 5
+    block_share: bool = False
+    coft_eps: float | None = None
+    dropout: float = 0.0
+    share_input: bool = False
+    init: Literal["identity", "normal"] = "identity"
+    on_indivisible: Literal["error", "nearest"] = "error"
+
+    def __post_init__(self) -> None:
+        if self.block_size is None and self.blocks is None:
+            object.__setattr__(self, "block_size", 32)
+        if self.block_size is not None and self.blocks is not None:
+            raise RuleError(
+                f"OFT got both block_size={self.block_size} and blocks={self.blocks}; their product is in_features, "
+                "so give one of them"
+            )
+        self._check("block_size", self.block_size is None or _is_int(self.block_size, 1), "an integer >= 1")
+        self._check("blocks", self.blocks is None or _is_int(self.blocks, 1), "an integer >= 1")
+        self._check(
+            "parameterization",
+            self.parameterization in PARAMETERIZATIONS,
+            f"one of {list(PARAMETERIZATIONS)}",
+        )
+        self._check("terms", _is_int(self.terms, 1), "an integer >= 1")
+        self._check("coft_eps", self.coft_eps is None or self.coft_eps > 0, "a number > 0 or None")
+        self._check("dropout", 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
+        self._check("init", self.init in ("identity", "normal"), '"identity" or "normal"')
+        self._check("on_indivisible", self.on_indivisible in ("error", "nearest"), '"error" or "nearest"')
+
+    def _check(self, field: str, fine: bool, expected: str) -> None:
+        if not fine:
+            raise RuleError(f"OFT: {field}={getattr(self, field)!r} is not {expected}")
+
+    def geometry(self, in_features: int, where: str) -> tuple[int, int]:
+        """``(blocks, block_size)`` for an axis of ``in_features``.
+
+        Args:
+            in_features: length of the rotated axis.
+            where: module path, for the message.
+
+        Raises:
+            RuleError: the size does not divide ``in_features``; the message lists the divisors.
+        """
+        asked = self.block_size if self.blocks is None else self.blocks
+        assert asked is not None
+        if in_features % asked or asked > in_features:
+            if self.on_indivisible == "error":
+                what = "block_size" if self.blocks is None else "blocks"
+                raise RuleError(
+                    f"{where}: {what} {asked} does not divide in_features {in_features}. Divisors: "
+                    f"{', '.join(map(str, divisors(in_features)))}. Choose one, or OFT(on_indivisible='nearest')"
+                )
+            asked = nearest_divisor(in_features, asked)
+        return (in_features // asked, asked) if self.blocks is None else (asked, in_features // asked)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields that differ from the defaults, and always the size: JSON and TOML friendly."""
+        values = dataclasses.asdict(self)
+        defaults = {f.name: f.default for f in dataclasses.fields(self)}
+        return {k: v for k, v in values.items() if v is not None and (k == "block_size" or v != defaults[k])}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> OFT:
+        """Inverse of `to_dict`.
+
+        Raises:
+            RuleError: an unknown field, with the known ones.
+        """
+        known = [f.name for f in dataclasses.fields(cls)]
+        if unknown := sorted(set(values) - set(known)):
+            raise RuleError(f"OFT has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}")
+        return cls(**values)
+
+
+def _is_int(value: object, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def divisors(n: int) -> list[int]:
+    """All divisors of ``n``, ascending."""
+    return [d for d in range(1, n + 1) if n % d == 0]
+
+
+def nearest_divisor(n: int, wanted: int) -> int:
+    """The divisor of ``n`` nearest to ``wanted``; the smaller one of a tie (PEFT's choice)."""
+    return min(divisors(n), key=lambda d: (abs(d - wanted), d))
