@@ -98,6 +98,10 @@ def _meta_model(directory: Path) -> Any:
 
 @contextmanager
 def _bar(title: str, total: int) -> Iterator[Any]:
+    if not console.is_terminal:  # a log: a line for every tenth instead of a bar
+        tenths = {max(1, total * i // 10) for i in range(1, 11)}
+        yield lambda done, remark: console.print(f"{title}: {done}/{total} {remark}") if done in tenths else None
+        return
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),

@@ -1,0 +1,46 @@
+"""Write the tables of the README from the figures in tools/results: .venv/bin/python tools/update_readme.py"""
+
+import json
+import re
+from pathlib import Path
+
+from oftfx.demo.job import COLUMNS, table_rows
+
+ROOT = Path(__file__).parents[1]
+
+
+def markdown(columns, rows):
+    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
+
+
+def quickstart():
+    return markdown(COLUMNS, table_rows(json.loads((ROOT / "tools/results/quickstart.json").read_text())))
+
+
+def speed():
+    seconds = json.loads((ROOT / "tools/results/speed.json").read_text())["seconds"]
+    names = ["base", "PEFT OFT", "PEFT LoRA r=16", "oftfx", "oftfx, share_input", "oftfx, folded"]
+    rows = []
+    for what, figures in seconds.items():
+        reference = "base" if "base" in figures else "PEFT OFT"
+        cells = [f"{figures[n] / figures[reference]:.2f}" if n in figures else "" for n in names]
+        rows.append((f"{what}, ratio to {reference}", *cells))
+    return markdown(("", *names), rows)
+
+
+def tables():
+    return {"quickstart": quickstart(), "speed": speed()}
+
+
+def filled(text):
+    for name, table in tables().items():
+        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
+        text, count = re.subn(pattern, lambda m, t=table: m.group(1) + t + m.group(2), text, flags=re.DOTALL)
+        assert count == 1, name
+    return text
+
+
+if __name__ == "__main__":
+    path = ROOT / "README.md"
+    path.write_text(filled(path.read_text()))
