@@ -37,7 +37,7 @@ console = Console(highlight=False, soft_wrap=True)
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, ONNX files and figures.")] = Path("oftfx-demo"),
     quick: Annotated[bool, typer.Option("--quick", help="About two minutes instead of ten.")] = False,
-    steps: Annotated[int | None, typer.Option(min=1, help="Training steps (60, or 8 with --quick).")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps (60, or 6 with --quick).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
 ) -> None:
     """Run the main job on SmolLM2-135M: NF4 base, train, fold each way, export, run in ONNX Runtime.

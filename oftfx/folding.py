@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils import _pytree as pytree
 
-from oftfx.adapter.store import AdapterStore, drop_store, located
+from oftfx.adapter.store import AdapterStore, drop_store, keep_store, located
 from oftfx.errors import AdapterError, FoldError
-from oftfx.passes.fold_rotations import FoldRotations, Policy, Undo, restore
+from oftfx.modes import outputs_of
+from oftfx.passes.fold_rotations import FoldRotations, Policy, restore
 from oftfx.passes.protocol import PassManager, relative_error
 from oftfx.program import Program
 from oftfx.report.fold_report import FoldReport
@@ -30,9 +30,8 @@ class FoldResult:
 
     model: nn.Module
     report: FoldReport
-    _undo: tuple[Undo, ...] = field(repr=False, default=())
-    _store: AdapterStore | None = field(repr=False, default=None)
-    _inplace: bool = field(repr=False, default=False)
+    _before: nn.Module | None = field(repr=False, default=None)
+    _undo: Before | None = field(repr=False, default=None)
 
 
 def fold(
@@ -72,27 +71,29 @@ def fold(
     store.require(*names)
     if not names:
         raise AdapterError(f"no adapter is active; name one of {', '.join(store.adapters)} in fold(adapter=...)")
+    if len(set(names)) != len(names):
+        raise AdapterError(f"an adapter is named twice in {list(names)}")
+    batches = _batches(calibration)
+    step = FoldRotations(quantized, progress)
+    # The state before is kept as a structure of its own; nothing the user does to the model afterwards reaches it.
+    before = None if inplace else structural_copy(root)
     target = root if inplace else structural_copy(root)
     own = located(target)[1]
-    active, own_active = store.active, own.active
-    own.activate(target, names)
-    batches = list(calibration) if calibration is not None else []
-    before = [_outputs(target, b) for b in batches]
-    step = FoldRotations(quantized, progress)
+    undo = Before.of(target, own, step)
     try:
+        own.activate(target, names)
+        expected = [_floats(target, b) for b in batches]
         PassManager([step]).run(Program.of(target))
-    except Exception:
-        # In place, a fault half way must not leave half a model.
-        restore(target, step.undo)
-        own.activate(target, own_active)
+    except BaseException:  # also an interruption: in place, half a fold must not stay
+        if inplace:
+            undo.restore(target)
         raise
-    kept = _keep_trained(target, own, names)
+    for parameter in own.parameters(names):
+        parameter.requires_grad_(False)
     drop_store(target)
-    error = _output_error(before, [_outputs(target, b) for b in batches])
+    error = _output_error(expected, [_floats(target, b) for b in batches])
     report = FoldReport(tuple(step.sites), names, tuple(n for n in store.adapters if n not in names), error)
-    own.active = active
-    assert kept is not None
-    return FoldResult(target, report, tuple(step.undo), own, inplace)
+    return FoldResult(target, report, before, undo if inplace else None)
 
 
 def unfold(result: FoldResult) -> nn.Module:
@@ -103,35 +104,61 @@ def unfold(result: FoldResult) -> nn.Module:
     Raises:
         FoldError: nothing is known of the state before.
     """
-    if result._store is None:
+    if result._before is not None:
+        return structural_copy(result._before)
+    if result._undo is None:
         raise FoldError("this FoldResult does not know the state before the fold")
-    model = result.model if result._inplace else structural_copy(result.model)
-    restore(model, list(result._undo))
-    store = result._store
-    model.__dict__["_oftfx_adapters"] = store
-    store.activate(model, store.active)
-    return model
+    result._undo.restore(result.model)
+    return result.model
 
 
-def _keep_trained(model: nn.Module, store: AdapterStore, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Parameters trained whole are in the model already, those of the active adapters; freeze them as they are."""
-    for name in names:
-        for parameter in store.trained[name].values():
-            parameter.requires_grad_(False)
-    return names
+@dataclass(frozen=True)
+class Before:
+    """What a fold in place has to bring back besides the sites themselves."""
+
+    store: AdapterStore
+    active: tuple[str, ...]
+    trainable: tuple[nn.Parameter, ...]
+    tied: Any
+    ties_embeddings: Any
+    step: FoldRotations
+
+    @classmethod
+    def of(cls, model: nn.Module, store: AdapterStore, step: FoldRotations) -> Before:
+        """The state now; ``step`` will know what happened to each site."""
+        trainable = tuple(p for p in store.parameters(tuple(store.adapters)) if p.requires_grad)
+        ties = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
+        return cls(store, store.active, trainable, getattr(model, "all_tied_weights_keys", None), ties, step)
+
+    def restore(self, model: nn.Module) -> None:
+        """Bring it back into the same model."""
+        restore(model, self.step.undo)
+        keep_store(model, self.store)
+        self.store.activate(model, self.active)
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
+        if self.tied is not None:
+            model.all_tied_weights_keys = self.tied
+        if self.ties_embeddings is not None:
+            model.config.tie_word_embeddings = self.ties_embeddings  # type: ignore[union-attr]
 
 
-def _outputs(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...]) -> list[torch.Tensor]:
-    training = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        with torch.no_grad():
-            out = model(**batch) if isinstance(batch, Mapping) else model(*batch)
-    finally:
-        for module, mode in training:
-            module.training = mode
-    leaves = pytree.tree_leaves(out)
-    return [t for t in leaves if isinstance(t, torch.Tensor) and t.is_floating_point()]
+def _batches(calibration: Any) -> list[Mapping[str, Any] | tuple[Any, ...]]:
+    if calibration is None:
+        return []
+    if isinstance(calibration, (Mapping, torch.Tensor, str)):
+        raise FoldError(
+            f"calibration: got a {type(calibration).__name__}, expected an iterable of inputs, e.g. [inputs]; each a dict "
+            "of keyword arguments or a tuple"
+        )
+    batches = list(calibration)
+    if wrong := [b for b in batches if not isinstance(b, (Mapping, tuple))]:
+        raise FoldError(f"calibration: a {type(wrong[0]).__name__} among the inputs; each is a dict or a tuple")
+    return batches
+
+
+def _floats(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...]) -> list[torch.Tensor]:
+    return [t for t in outputs_of(model, batch) if t.is_floating_point()]
 
 
 def _output_error(before: list[list[torch.Tensor]], after: list[list[torch.Tensor]]) -> float | None:

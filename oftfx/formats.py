@@ -96,14 +96,13 @@ class WeightFormat(ABC):
         """
         return None
 
-    def float_module(self, module: nn.Module) -> nn.Module:
-        """A plain layer with the dequantized weight and the same bias (``fold(quantized="float")``)."""
+    def float_module(self, module: nn.Module, weight: Tensor) -> nn.Module:
+        """A plain layer with ``weight (out, in)`` and the bias of ``module`` (``fold(quantized="float")``)."""
         linear = nn.Linear(1, 1, bias=False, device="meta")
-        geometry = self.geometry(module)
-        linear.in_features, linear.out_features = geometry.in_features, geometry.out_features
-        weight = self.dequantize(module).to(self.dtype(module))
+        linear.out_features, linear.in_features = weight.shape
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        linear.bias = module._parameters.get("bias")  # type: ignore[assignment]
+        bias = module._parameters.get("bias")
+        linear.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
         return linear.train(module.training)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,38 +30,41 @@ class RotateInput:
 
     Attributes:
         site: path of the site.
+        fixed: rotations that a fold left in front of a quantized weight; they belong to the layer and always act, first.
         rotations: adapter name to rotation; one that lives here or, where sites share an input, at another site.
         active: names of the adapters that act, in order; names this site does not know are passed over.
+        ran: whether the hook has been called at all; a layer used other than by calling it never does.
     """
 
     def __init__(self, site: str) -> None:
         self.site = site
-        self.rotations: dict[str, Rotation | FrozenRotation] = {}
+        self.fixed: list[FrozenRotation] = []
+        self.rotations: dict[str, Rotation] = {}
         self.active: tuple[str, ...] = ()
+        self.ran = False
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Replace the layer's input, given by position or as ``input=``."""
-        if not self.active:
+        """Replace the layer's input, given by position or by name."""
+        self.ran = True
+        if not self.active and not self.fixed:
             return None
         if args:
             return (self.rotate(args[0]), *args[1:]), kwargs
-        return args, {**kwargs, "input": self.rotate(kwargs["input"])}
+        name = "input" if "input" in kwargs else next(iter(inspect.signature(module.forward).parameters))
+        return args, {**kwargs, name: self.rotate(kwargs[name])}
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply the active rotations to ``x (..., in_features)``."""
-        for name in self.active:
-            rotation = self.rotations.get(name)
-            if isinstance(rotation, (SharedRotation, FrozenRotation)):
-                x = rotation(x, self.site)
-            elif rotation is not None:
-                x = rotation(x)
+        """Apply what acts to ``x (..., in_features)``."""
+        for rotation in self.in_effect():
+            shared = isinstance(rotation, (SharedRotation, FrozenRotation))
+            x = rotation(x, self.site) if shared else rotation(x)
         return x
 
     def in_effect(self) -> list[Rotation | FrozenRotation]:
         """The rotations that act now, in order."""
-        return [self.rotations[n] for n in self.active if n in self.rotations]
+        return [*self.fixed, *(self.rotations[n] for n in self.active if n in self.rotations)]
 
 
 def attach(module: nn.Module, site: str) -> RotateInput:
@@ -89,13 +93,14 @@ def hold(module: nn.Module, adapter: str, rotation: nn.Module) -> None:
 
 
 def detach(module: nn.Module, adapter: str | None = None) -> None:
-    """Remove one adapter's rotation from a layer, or all of them, and hook and holder once nothing is left."""
+    """Remove one adapter's rotation from a layer, or all and the fixed ones; hook and holder once nothing is left."""
     hook = rotate_input_of(module)
     holder = module._modules.get(CHILD)
     if hook is None:
         return
     if adapter is None:
         hook.rotations.clear()
+        hook.fixed.clear()
     else:
         hook.rotations.pop(adapter, None)
     hook.active = tuple(n for n in hook.active if n in hook.rotations)
@@ -104,7 +109,7 @@ def detach(module: nn.Module, adapter: str | None = None) -> None:
             holder._modules.pop(name, None)
         if not holder._modules:
             del module._modules[CHILD]
-    if not hook.rotations:
+    if not hook.rotations and not hook.fixed:
         key = next(k for k, h in module._forward_pre_hooks.items() if h is hook)
         del module._forward_pre_hooks[key]
         module._forward_pre_hooks_with_kwargs.pop(key, None)
@@ -125,8 +130,9 @@ def without_rotation(module: nn.Module) -> Iterator[None]:
     if hook is None:
         yield
         return
-    active, hook.active = hook.active, ()
+    active, fixed, ran = hook.active, hook.fixed, hook.ran
+    hook.active, hook.fixed = (), []
     try:
         yield
     finally:
-        hook.active = active
+        hook.active, hook.fixed, hook.ran = active, fixed, ran

@@ -9,17 +9,24 @@ from typing import Any, TypeVar
 import torch
 import torch.nn as nn
 
+from oftfx.errors import OftfxError
 from oftfx.formats import format_of
 
 M = TypeVar("M", bound=nn.Module)
+
+HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+"""Attributes of a module that hold its forward hooks."""
 
 
 def structural_copy(model: M) -> M:
     """A module tree of its own over the same tensors: same classes, names, hooks and attributes.
 
-    Buffers and frozen parameters are the same objects. A parameter that requires gradients becomes a new Parameter over
-    the same memory, so freezing the copy does not freeze the original. A quantized layer whose runtime may rewrite its
-    weight in place gets state objects of its own over the same bytes (`WeightFormat.own`).
+    Buffers are the same objects. Parameters are new ones over the same memory, so freezing or moving the copy leaves
+    the original alone. A quantized layer whose runtime may rewrite its weight in place gets state objects of its own over
+    the same bytes (`WeightFormat.own`).
+
+    Raises:
+        OftfxError: something in the model cannot be copied (a lock, an open file).
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -31,7 +38,13 @@ def structural_copy(model: M) -> M:
             for value in getattr(tensor, "__dict__", {}).values():
                 if not isinstance(value, nn.Module):
                     memo.setdefault(id(value), value)
-    result = copy.deepcopy(model, memo)
+    try:
+        result = copy.deepcopy(model, memo)
+    except TypeError as error:
+        raise OftfxError(
+            f"the structure of {type(model).__name__} cannot be copied: {error}. Use inplace=True, or "
+            "remove that attribute"
+        ) from error
     for module in result.modules():
         weight_format = format_of(module)
         if weight_format is not None:
@@ -40,9 +53,11 @@ def structural_copy(model: M) -> M:
 
 
 def _sharing(tensor: torch.Tensor) -> torch.Tensor:
-    if type(tensor) is nn.Parameter and tensor.requires_grad:
-        return nn.Parameter(tensor.detach())
-    return tensor
+    if type(tensor) is not nn.Parameter:
+        return tensor
+    result = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+    vars(result).update(vars(tensor))
+    return result
 
 
 def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
@@ -62,6 +77,14 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         yield from _tensors(vars(value), seen)
 
 
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is registered; a layer may have several names."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
 def twin(module: nn.Module) -> nn.Module:
     """A shallow copy of a module and its children over the same parameter and buffer dictionaries.
 
@@ -69,12 +92,7 @@ def twin(module: nn.Module) -> nn.Module:
     """
     result = module.__class__.__new__(module.__class__)
     vars(result).update(vars(module))
-    for name in (
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-    ):
+    for name in HOOKS:
         vars(result)[name] = vars(module)[name].copy()
     result._modules = {k: None if c is None else twin(c) for k, c in module._modules.items()}
     return result

@@ -10,8 +10,9 @@ from typing import Any, Literal, TypeVar
 
 import torch.nn as nn
 
-from oftfx.adapter.store import Adapter, check_name, find_store, store_of
+from oftfx.adapter.store import Adapter, check_name, find_store, store_of, transformed_part, unwrapped
 from oftfx.errors import AdapterError, OftfxWarning, RuleError, TraceError
+from oftfx.hooks import CHILD, SiteRotations
 from oftfx.passes.insert_rotations import InsertRotations
 from oftfx.passes.match_rules import MatchRules
 from oftfx.passes.protocol import PassManager, PassResult
@@ -91,6 +92,12 @@ def transform(
         raise AdapterError(f"the model already has an adapter {adapter!r}; it has {', '.join(existing.adapters)}")
     if emit not in ("modules", "graph"):
         raise RuleError(f"emit: got {emit!r}, expected 'modules' or 'graph'")
+    if unwrapped(model) is not model:
+        raise AdapterError(f"{type(model).__name__} wraps the model; transform the model itself, then wrap it")
+    if existing is None and (part := transformed_part(model)):
+        raise AdapterError(
+            f"the part {part!r} of this model was transformed on its own; fold it, or transform the part"
+        )
     planned = _planned(model, rules, example_inputs, train, train_bias, trace=emit == "graph")
     if not planned.program.plan:
         raise RuleError("no site is left to rotate: every rule is optional or excludes what it matches")
@@ -103,12 +110,39 @@ def transform(
 def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool) -> Adapter:
     """Insert a planned adapter into ``model``, inactive, and enter it in the model's store."""
     assert program.plan is not None
+    check_insertable(model, program.plan)
     first = find_store(model) is None
     result = PassManager([InsertRotations(adapter, activate=False)]).run(program.with_(model=model))
     store = store_of(model)
     if first:
         store.freeze_base(model)
     return store.add(model, Adapter(adapter, _noted(program.plan, result)), trainable=trainable)
+
+
+def check_insertable(model: nn.Module, plan: Plan) -> None:
+    """Find what would make an insertion fail half way.
+
+    Raises:
+        AdapterError: a layer has a child called ``oft`` of its own, or a parameter that is to train is not a float.
+        RuleError: a name the model does not have, or one named twice.
+    """
+    names = [e.fqn for e in plan]
+    if twice := next((n for n, c in Counter(names).items() if c > 1), None):
+        raise RuleError(f"the plan rotates {twice} twice")
+    for fqn in names:
+        child = model.get_submodule(fqn)._modules.get(CHILD)
+        if child is not None and not isinstance(child, SiteRotations):
+            raise AdapterError(
+                f"{fqn} has a child {CHILD!r} of its own ({type(child).__name__}), where a rotation would go"
+            )
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for name in plan.train:
+        if name not in parameters:
+            raise RuleError(f"the plan trains {name}, which {type(model).__name__} does not have as a parameter")
+        if not parameters[name].is_floating_point():
+            raise AdapterError(
+                f"{name} is stored as {parameters[name].dtype} and cannot train; name float modules only"
+            )
 
 
 def _noted(plan: Plan, result: PassResult) -> Plan:
@@ -163,6 +197,8 @@ def _planned(
     trace: bool,
 ) -> PassResult:
     if isinstance(rules, Plan):
+        if train or train_bias != "none":
+            raise RuleError("train and train_bias are part of a plan; give them to oftfx.plan instead")
         return PassResult(_carry_out(model, rules), True)
     asked = read_rules(rules)
     train = [*train, *(getattr(rules, "modules_to_save", None) or ())]
@@ -182,6 +218,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> Program:
     """A program with a ready plan, after checking that the plan fits the model."""
     program = Program.of(model)
     sites = {s.fqn: s for s in program.sites}
+    entries = []
     for entry in plan:
         found = sites.get(entry.fqn)
         if found is None:
@@ -191,7 +228,9 @@ def _carry_out(model: nn.Module, plan: Plan) -> Program:
                 f"the plan was made for {entry.fqn} with in_features {entry.site.in_features}; this model's has "
                 f"{found.in_features}"
             )
-    return program.with_(plan=plan)
+        # The plan may come from a float or a meta model; format and dtype are those of the layer that is here.
+        entries.append(replace(entry, site=found))
+    return program.with_(plan=replace(plan, entries=tuple(entries)))
 
 
 def _recorded_in_other_mode(model: nn.Module, example_inputs: Any) -> Any:

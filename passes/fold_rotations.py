@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import math
+import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 from oftfx.passes.freeze_rotations import Freezer, product_of
 from oftfx.passes.protocol import BOUNDS, Change, Pass, PassResult, relative_error
 
-from oftfx.errors import FoldError, PassError
+from oftfx.errors import FoldError, OftfxWarning, PassError
 from oftfx.formats import WeightFormat, WeightState, format_of
-from oftfx.hooks import CHILD, RotateInput, detach, rotate_input_of, rotated_sites
+from oftfx.hooks import CHILD, RotateInput, attach, detach, rotated_sites
 from oftfx.program import Program, Site
 from oftfx.rotation.module import FrozenRotation, Rotation
 from oftfx.rotation.rotate import rotate_weight
+from oftfx.structure import HOOKS, replace_module
 
 POLICIES = ("keep", "requantize", "float")
 LATER_POLICIES = ("calibrate", "reference")
@@ -59,8 +62,8 @@ class Undo:
     module: nn.Module
     format: WeightFormat
     state: WeightState
-    hook: RotateInput
-    rotations: Mapping[str, Rotation | FrozenRotation]
+    fixed: tuple[FrozenRotation, ...]
+    rotations: Mapping[str, Rotation]
     active: tuple[str, ...]
     holder: nn.Module | None
 
@@ -104,12 +107,17 @@ class FoldRotations(Pass):
         shared = {id(p) for s in program.sites if s.tied for p in _weights(program.model, s)}
         freezer = Freezer()
         changes = []
+        some_ran = any(hook.ran for _, _, hook in todo)
         for index, (fqn, module, hook) in enumerate(todo):
+            remark = _NEVER_RAN if some_ran and not hook.ran else _later_hooks(module, hook)
             weight_format = format_of(module)
             if weight_format is None:
                 raise FoldError(f"{fqn}: no known weight format reads this {type(module).__name__} any more")
             self.undo.append(_remember(fqn, module, weight_format, hook))
             done = _fold_site(program.model, fqn, module, hook, weight_format, policies[fqn], freezer, shared)
+            if remark:
+                done = replace(done, note="; ".join(n for n in (done.note, remark) if n))
+                warnings.warn(f"{fqn}: {remark}", OftfxWarning, stacklevel=2)
             self.sites.append(done)
             changes.append(Change(fqn, done.action, done.note))
             if self.progress is not None:
@@ -127,6 +135,20 @@ class FoldRotations(Pass):
         policy = self.quantized(sites[fqn])
         _check_policy(policy, f"quantized(Site {fqn})")
         return policy
+
+
+_NEVER_RAN = (
+    "this layer has never been called while others have, so its rotation may not be part of what the model computed "
+    "(its weight may be used by other code); compare folded and unfolded outputs, or exclude it by a rule"
+)
+
+
+def _later_hooks(module: nn.Module, hook: RotateInput) -> str:
+    """A remark where a pre-hook that was registered later sees the rotated input now and the plain one after a fold."""
+    hooks = list(module._forward_pre_hooks.values())
+    later = hooks[hooks.index(hook) + 1 :]
+    remark = f"{len(later)} pre-hook(s) registered after the rotation see the layer's unrotated input now"
+    return remark if later else ""
 
 
 def _check_policy(policy: object, where: str) -> None:
@@ -148,16 +170,8 @@ def _remember(fqn: str, module: nn.Module, weight_format: WeightFormat, hook: Ro
         shell = type(holder)()
         shell._modules.update(holder._modules)
         shell.training, holder = holder.training, shell
-    return Undo(
-        fqn,
-        module,
-        weight_format,
-        weight_format.read(module),
-        hook,
-        dict(hook.rotations),
-        hook.active,
-        holder,
-    )
+    state = weight_format.read(module)
+    return Undo(fqn, module, weight_format, state, tuple(hook.fixed), dict(hook.rotations), tuple(hook.active), holder)
 
 
 @torch.no_grad()
@@ -208,6 +222,8 @@ def _fold_site(
         detach(module)
     if not weight_format.lossless or weight_format.dtype(module) != target.dtype:  # else nothing was rounded
         error, survival = _arrived(base, target, weight_format.dequantize(module))
+    if not math.isfinite(error):
+        raise FoldError(f"{fqn}: the rotated weight overflows {weight_format.dtype(module)}; fold in a wider dtype")
     after = weight_format.nbytes(module)
     return SiteFold(fqn, name, action, update, error, survival, before, after, note)
 
@@ -248,23 +264,24 @@ def _replace(
     model: nn.Module, fqn: str, module: nn.Module, weight_format: WeightFormat, target: torch.Tensor
 ) -> nn.Module:
     """Put a float layer with the rotated weight in the place of a quantized one; hooks go along."""
-    new = weight_format.float_module(module)
-    new.weight = nn.Parameter(target.to(new.weight.dtype), requires_grad=False)
-    for name in (
-        "_forward_hooks",
-        "_forward_hooks_with_kwargs",
-        "_forward_pre_hooks",
-        "_forward_pre_hooks_with_kwargs",
-    ):
+    new = weight_format.float_module(module, target.to(_activation_dtype(model, module, weight_format)))
+    for name in HOOKS:
         getattr(new, name).update(getattr(module, name))
-    put(model, fqn, new)
+    replace_module(model, module, new)
     return new
 
 
-def put(model: nn.Module, fqn: str, module: nn.Module) -> None:
-    """Put ``module`` at a path, whatever its parent is."""
-    parent, _, name = fqn.rpartition(".")
-    model.get_submodule(parent)._modules[name] = module
+def _activation_dtype(model: nn.Module, module: nn.Module, weight_format: WeightFormat) -> torch.dtype:
+    """Dtype of the float parameters around a quantized layer: what its inputs have.
+
+    The layer itself casts, so the dtype its weight once had (bfloat16, say) need not be that of its inputs.
+    """
+    counts = Counter(
+        p.dtype
+        for n, p in model.named_parameters()
+        if type(p) is nn.Parameter and p.is_floating_point() and f".{CHILD}." not in n
+    )
+    return counts.most_common(1)[0][0] if counts else weight_format.dtype(module)
 
 
 def _own_forward(module: nn.Module) -> bool:
@@ -305,15 +322,12 @@ def restore(model: nn.Module, undo: list[Undo]) -> None:
     """Bring every folded site of ``model`` back: the same bytes, the same rotations."""
     for step in undo:
         module = model.get_submodule(step.fqn)
-        if type(module) is not type(step.module):
+        if module is not step.module:
+            replace_module(model, module, step.module)
             module = step.module
-            put(model, step.fqn, module)
         detach(module)
         step.format.write(module, step.state)
         if step.holder is not None:
             module._modules[CHILD] = step.holder
-        hook = rotate_input_of(module)
-        if hook is None:
-            hook = RotateInput(step.fqn)
-            module.register_forward_pre_hook(hook, with_kwargs=True)
-        hook.rotations, hook.active = dict(step.rotations), step.active
+        hook = attach(module, step.fqn)
+        hook.fixed, hook.rotations, hook.active = list(step.fixed), dict(step.rotations), step.active

@@ -7,9 +7,9 @@ import torch.nn as nn
 from oftfx.passes.protocol import Change, Pass, PassResult
 
 from oftfx.errors import PassError
-from oftfx.hooks import RotateInput, detach, hold, rotated_sites
+from oftfx.hooks import RotateInput, attach, detach, hold, rotated_sites
 from oftfx.program import Program
-from oftfx.rotation.module import FrozenRotation, Rotation, SharedRotation
+from oftfx.rotation.module import FrozenRotation, Rotation
 
 FROZEN = "frozen"
 """Name under which a frozen rotation stays at its site, ``<site>.oft.frozen``."""
@@ -59,19 +59,13 @@ class Freezer:
             self._done[key] = [FrozenRotation(b, members) for b in product_of(rotations)]
             self._alive += rotations
         frozen = self._done[key]
-        hook.active = ()
         detach(module)
         if not frozen:
             return
-        names = [FROZEN] if len(frozen) == 1 else [f"{FROZEN}_{i}" for i in range(len(frozen))]
-        # A new hook: detach has removed the old one with its last rotation.
-        new = RotateInput(site)
-        module.register_forward_pre_hook(new, with_kwargs=True)
-        for name, rotation in zip(names, frozen, strict=True):
-            new.rotations[name] = rotation
-            if first:
-                hold(module, name, rotation.train(training))
-        new.active = tuple(names)
+        new = attach(module, site)
+        new.fixed = list(frozen)
+        for index, rotation in enumerate(frozen if first else ()):
+            hold(module, FROZEN if len(frozen) == 1 else f"{FROZEN}_{index}", rotation.train(training))
 
 
 @torch.no_grad()
@@ -95,8 +89,6 @@ def product_of(rotations: list[Rotation | FrozenRotation]) -> list[torch.Tensor]
 
 def _members(rotations: list[Rotation | FrozenRotation]) -> tuple[str, ...]:
     """Sites that share the whole chain; a chain of mixed groups is not shared."""
-    if rotations and all(isinstance(r, SharedRotation) for r in rotations):
-        groups = {r.handout.members for r in rotations}  # type: ignore[union-attr]
-        if len(groups) == 1:
-            return groups.pop()
-    return ()
+    handouts = [getattr(r, "handout", None) for r in rotations]
+    groups = {h.members if h is not None else () for h in handouts}
+    return groups.pop() if len(groups) == 1 else ()

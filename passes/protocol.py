@@ -28,9 +28,9 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch.utils import _pytree as pytree
 
 from oftfx.errors import PassError
+from oftfx.modes import outputs_of
 from oftfx.program import Program
 
 Preserves = Literal["exact", "rounding", "lossy"]
@@ -122,7 +122,7 @@ class PassManager:
     def _run_one(self, step: Pass, program: Program) -> PassResult:
         before = program.fingerprint()
         checked = self.verify is not None and step.preserves != "lossy"
-        expected = _outputs(program, self.verify) if checked else []
+        expected = outputs_of(program.model, self.verify) if checked else []
         result = step.run(program)
         if not isinstance(result, PassResult):
             raise PassError(f"pass {step.name}: run() returned {type(result).__name__}, expected a PassResult")
@@ -136,7 +136,7 @@ class PassManager:
         except PassError as error:
             raise PassError(f"pass {step.name}: post-condition failed: {error}") from error
         if checked:
-            _compare(step, expected, _outputs(result.program, self.verify))
+            _compare(step, expected, outputs_of(result.program.model, self.verify))
         return result
 
     def _check_order(self) -> None:
@@ -144,19 +144,6 @@ class PassManager:
         for index, step in enumerate(self.passes):
             if late := [n for n in step.after if n in names[index:]]:
                 raise PassError(f"pass {step.name} has to run after {late[0]}; order given: {', '.join(names)}")
-
-
-def _outputs(program: Program, inputs: Any) -> list[torch.Tensor]:
-    model = program.model
-    modes = {m: m.training for m in model.modules()}
-    model.eval()
-    try:
-        with torch.no_grad():
-            out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-    return [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
 
 
 def _compare(step: Pass, expected: list[torch.Tensor], got: list[torch.Tensor]) -> None:

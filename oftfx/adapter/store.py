@@ -49,16 +49,16 @@ class AdapterStore:
 
     def add(self, root: nn.Module, adapter: Adapter, *, trainable: bool) -> Adapter:
         """Enter an adapter whose rotations are in place."""
+        self._take_back(root)
         self.adapters[adapter.name] = adapter
+        base = {n: self.originals.get(n, p) for n, p in root.named_parameters(remove_duplicate=False)}
+        wanted = {id(base[n]) for n in adapter.plan.train}
+        copies: dict[int, nn.Parameter] = {}
         own: dict[str, nn.Parameter] = {}
-        copies: dict[int, nn.Parameter] = {}  # tied names stay tied
-        for name in adapter.plan.train:
-            base = self.originals.setdefault(name, _get(root, name))
-            if id(base) not in copies:
-                copies[id(base)] = nn.Parameter(base.detach().clone(), requires_grad=trainable)
-            own[name] = copies[id(base)]
-        for name, parameter in list(root.named_parameters(remove_duplicate=False)):
-            if id(parameter) in copies and name not in own:
+        for name, parameter in base.items():  # every name of a tied parameter, so ties stay
+            if id(parameter) in wanted:
+                if id(parameter) not in copies:
+                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=trainable)
                 self.originals.setdefault(name, parameter)
                 own[name] = copies[id(parameter)]
         self.trained[adapter.name] = own
@@ -74,12 +74,36 @@ class AdapterStore:
 
     def activate(self, root: nn.Module, names: tuple[str, ...]) -> None:
         """Let exactly these adapters act, in this order; of parameters trained whole, the last named one's count."""
+        self._take_back(root)
         for _, _, hook in rotated_sites(root):
             hook.active = tuple(n for n in names if n in hook.rotations)
-        for parameter_name, original in self.originals.items():
-            owners = [n for n in names if parameter_name in self.trained[n]]
-            _put(root, parameter_name, self.trained[owners[-1]][parameter_name] if owners else original)
         self.active = names
+        for name in self.originals:
+            new, live = self._mounted(name), _get(root, name)
+            if new.dtype != live.dtype or new.device != live.device:
+                # The model was moved or cast meanwhile, which only reaches what is mounted.
+                new.data = new.data.to(live.device, live.dtype)
+            _put(root, name, new)
+
+    def _mounted(self, name: str) -> nn.Parameter:
+        """The version of a whole parameter that belongs in the model now."""
+        owners = [n for n in self.active if name in self.trained.get(n, {})]
+        return self.trained[owners[-1]][name] if owners else self.originals[name]
+
+    def _take_back(self, root: nn.Module) -> None:
+        """Learn of parameter objects that were replaced in the model (``load_state_dict(assign=True)``, FSDP)."""
+        for name in self.originals:
+            live, known = _get(root, name), self._mounted(name)
+            if live is known:
+                continue
+            for versions in (self.originals, *self.trained.values()):
+                for other, parameter in versions.items():
+                    if parameter is known and (other == name or _get(root, other) is live):
+                        versions[other] = live
+
+    def parameters(self, names: tuple[str, ...]) -> list[nn.Parameter]:
+        """What these adapters train whole, each parameter once."""
+        return list({id(p): p for n in names for p in self.trained[n].values()}.values())
 
     def rotations(self, root: nn.Module, name: str) -> list[Rotation]:
         """The distinct rotations of an adapter, in the order of its sites."""
@@ -101,32 +125,48 @@ class AdapterStore:
 
 def check_name(name: str) -> None:
     """Raise `AdapterError` for a name that cannot be part of a parameter's name."""
-    if (
-        not isinstance(name, str)
-        or not re.fullmatch(r"\w[\w-]*", name)
-        or hasattr(nn.Module, name)
-        or name == "training"
-    ):
+    reserved = hasattr(nn.Module(), str(name)) or str(name).startswith("frozen")
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or reserved:
         raise AdapterError(
-            f"adapter name {name!r}: expected letters, digits, '_' and '-', and no attribute of nn.Module, because it "
-            "becomes part of parameter names"
+            f"adapter name {name!r}: expected a letter or digit, then letters, digits, '_' and '-', not 'frozen...' and no "
+            "attribute of nn.Module, because it becomes part of parameter names"
         )
 
 
+_WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParallel")
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, FSDP, ``torch.compile`` or a recorded graph; ``model`` itself where it is none of these."""
+    while True:
+        inner = model.__dict__.get("eager") or model._modules.get("_orig_mod")
+        if inner is None and type(model).__name__ in _WRAPPERS:
+            inner = model._modules.get("module")
+        if inner is None:
+            return model
+        model = inner
+
+
 def located(model: nn.Module) -> tuple[nn.Module, AdapterStore]:
-    """The transformed module in ``model`` (itself, or inside DDP, ``torch.compile`` or the like) and its store.
+    """The transformed module (``model``, or what it wraps) and its store.
 
     Raises:
-        AdapterError: there is none.
+        AdapterError: there is none; the message names a part of the model that has one.
     """
-    # A recorded graph (ProgramGraph) leaves its adapters with the model it was recorded from.
-    for module in model.__dict__.get("eager", model).modules():
-        store = module.__dict__.get(ATTRIBUTE)
-        if isinstance(store, AdapterStore):
-            return module, store
+    root = unwrapped(model)
+    store = root.__dict__.get(ATTRIBUTE)
+    if isinstance(store, AdapterStore):
+        return root, store
+    if part := transformed_part(root):
+        raise AdapterError(f"{type(root).__name__} has no adapters itself, but its part {part!r} has; pass that part")
     raise AdapterError(
-        f"{type(model).__name__} has no adapters; put rotations into it with oftfx.transform or oftfx.load_adapter"
+        f"{type(root).__name__} has no adapters; put rotations into it with oftfx.transform or oftfx.load_adapter"
     )
+
+
+def transformed_part(model: nn.Module) -> str | None:
+    """Path of a module inside ``model`` that was transformed on its own, or None."""
+    return next((n for n, m in model.named_modules() if n and ATTRIBUTE in m.__dict__), None)
 
 
 def find_store(model: nn.Module) -> AdapterStore | None:
@@ -139,10 +179,12 @@ def find_store(model: nn.Module) -> AdapterStore | None:
 
 def store_of(model: nn.Module) -> AdapterStore:
     """The store of a model; made where there is none."""
-    store = find_store(model)
-    if store is None:
-        store = AdapterStore()
-        model.__dict__[ATTRIBUTE] = store
+    return find_store(model) or keep_store(model, AdapterStore())
+
+
+def keep_store(model: nn.Module, store: AdapterStore) -> AdapterStore:
+    """Make ``store`` the model's."""
+    model.__dict__[ATTRIBUTE] = store
     return store
 
 

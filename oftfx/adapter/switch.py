@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch.fx as fx
 import torch.nn as nn
 
-from oftfx.adapter.store import check_name, located
+from oftfx.adapter.store import AdapterStore, check_name, located
 from oftfx.errors import AdapterError, RuleError
 from oftfx.hooks import detach, rotated_sites
 from oftfx.plans import Plan
@@ -46,7 +47,7 @@ def add_adapter(
     from oftfx.surgery import _planned, insert
 
     check_name(name)
-    root, store = located(model)
+    root, store = _switchable(model)
     if name in store.adapters:
         raise AdapterError(f"the model already has an adapter {name!r}; it has {', '.join(store.adapters)}")
     planned = _planned(root, rules, example_inputs, train, train_bias, trace=False)
@@ -65,7 +66,7 @@ def set_adapter(model: nn.Module, name: str | Sequence[str] | None) -> None:
     Raises:
         AdapterError: an unknown name, or one named twice.
     """
-    root, store = located(model)
+    root, store = _switchable(model)
     names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
     store.require(*names)
     if len(set(names)) != len(names):
@@ -95,7 +96,7 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     Raises:
         AdapterError: an unknown name.
     """
-    root, store = located(model)
+    root, store = _switchable(model)
     store.require(name)
     store.remove(root, name)
     for _, module, _ in list(rotated_sites(root)):
@@ -105,13 +106,13 @@ def remove_adapter(model: nn.Module, name: str) -> None:
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """The base model, inside a ``with``: no rotation acts, parameters trained whole have their base values."""
-    root, store = located(model)
+    root, store = _switchable(model)
     active = store.active
     store.activate(root, ())
     try:
         yield
     finally:
-        store.activate(root, active)
+        store.activate(root, tuple(n for n in active if n in store.adapters))
 
 
 def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
@@ -125,6 +126,15 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.
     store.require(*names)
     found: dict[int, nn.Parameter] = {}
     for name in names:
-        for parameter in [*(r.skew for r in store.rotations(root, name)), *store.trained[name].values()]:
+        for parameter in [*(r.skew for r in store.rotations(root, name)), *store.parameters((name,))]:
             found.setdefault(id(parameter), parameter)
     return list(found.values())
+
+
+def _switchable(model: nn.Module) -> tuple[nn.Module, AdapterStore]:
+    if isinstance(model, fx.GraphModule):
+        raise AdapterError(
+            "a recorded graph computes with the adapters it was recorded with; switch them in the model (graph.eager) and "
+            "record again"
+        )
+    return located(model)

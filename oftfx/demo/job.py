@@ -22,7 +22,7 @@ from oftfx.demo.train import train
 from oftfx.errors import OftfxError
 from oftfx.report.rich_table import render
 
-LENGTH, BATCH, RATE = 128, 4, 1e-3
+LENGTH, BATCH, RATE = 128, 4, 2.5e-4
 FOLDS = ("keep", "float", "requantize")
 COLUMNS = ("model", "runs in", "weights", "MiB", "perplexity", "gain kept %", "ms 1x128")
 
@@ -35,7 +35,7 @@ class Size:
     held_out: int
 
 
-FULL, QUICK = Size(steps=60, held_out=40), Size(steps=8, held_out=6)
+FULL, QUICK = Size(steps=60, held_out=40), Size(steps=6, held_out=4)
 
 
 @dataclass

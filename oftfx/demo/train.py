@@ -26,7 +26,7 @@ def train(
     folder: Path,
     report: Callable[[int, float], None],
 ) -> list[float]:
-    """Train the active adapter on next-token loss with AdamW, after a short linear warm-up.
+    """Train the active adapter on next-token loss with AdamW, linear warm-up and decay.
 
     Args:
         model: a transformed causal language model.
@@ -49,7 +49,7 @@ def train(
     model.train()
     for step in range(len(losses), steps):
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / warm)
+            group["lr"] = rate * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
         ids = text.batch(data, step, size)
         loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
         loss.backward()

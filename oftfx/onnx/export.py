@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,7 +17,7 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 
-from oftfx.adapter.store import drop_store, find_store
+from oftfx.adapter.store import drop_store, find_store, unwrapped
 from oftfx.errors import ExportError, MissingExtraError
 from oftfx.onnx.finish import finish
 from oftfx.onnx.inputs import DynamicShapes, auto_dynamic_shapes, named_inputs, output_names, widened
@@ -103,6 +104,7 @@ def export_onnx(
     _require_packages(verify)
     _check_arguments(model, adapters, dialect)
     path = Path(path)
+    model = unwrapped(model)
     inputs = named_inputs(model, example_inputs)
     shapes = auto_dynamic_shapes(inputs) if dynamic_shapes == "auto" else _plain(dynamic_shapes)
     store = find_store(model)
@@ -116,14 +118,12 @@ def export_onnx(
             outputs = output_names(reference(**examples))
         program = _export(lowered, examples, shapes, outputs, opset or DEFAULT_OPSET)
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".part.onnx")
-        try:
-            operators, nbytes = finish(program, partial, path, _metadata(model, active))
-            checks = verify_onnx(partial, reference, model, examples, shapes, outputs, active) if verify else ()
-            _move(partial, path)
-        finally:
-            for leftover in (partial, _data(partial)):
-                leftover.unlink(missing_ok=True)
+        # Beside the target and under its final name: external data is found by name, and a move is a rename.
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+            made = Path(folder) / path.name
+            operators, nbytes = finish(program, made, _metadata(model, active))
+            checks = verify_onnx(made, reference, model, examples, shapes, outputs, active) if verify else ()
+            _move(made, path)
     return ExportReport(path, shapes, outputs, opset or DEFAULT_OPSET, operators, nbytes, active, checks)
 
 
@@ -209,11 +209,12 @@ def _metadata(model: nn.Module, active: tuple[str, ...]) -> dict[str, str]:
     }
 
 
-def _move(partial: Path, path: Path) -> None:
-    """The data first: a model file never points to data that is not there."""
-    if _data(partial).exists():
-        os.replace(_data(partial), _data(path))
-    os.replace(partial, path)
+def _move(made: Path, path: Path) -> None:
+    """The data first: a model file never points to data that is not there. Data of an older file goes."""
+    _data(path).unlink(missing_ok=True)
+    if _data(made).exists():
+        os.replace(_data(made), _data(path))
+    os.replace(made, path)
 
 
 def _data(path: Path) -> Path:

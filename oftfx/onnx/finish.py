@@ -13,13 +13,12 @@ LARGE = 1_500_000_000  # a protobuf ends at 2 GiB
 SMALL = 1024  # bytes; smaller tensors stay in the model file
 
 
-def finish(program: Any, path: Path, final: Path, metadata: Mapping[str, str]) -> tuple[dict[str, int], int]:
+def finish(program: Any, path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, int], int]:
     """Write an ``ONNXProgram`` and check the file.
 
     Args:
         program: what torch's exporter returned.
-        path: where to write now.
-        final: the name it will have, which its external data is named for.
+        path: the file; large weights go to ``<path>.data`` beside it.
         metadata: goes into the file's ``metadata_props``.
 
     Returns:

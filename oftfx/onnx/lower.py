@@ -11,8 +11,8 @@ from torch import Tensor
 from oftfx.errors import ExportError
 from oftfx.formats import format_of
 from oftfx.hooks import CHILD
-from oftfx.passes.fold_rotations import put
 from oftfx.passes.formats.bnb4 import scales_of
+from oftfx.structure import HOOKS, replace_module
 
 
 class MatMulBnb4(nn.Module):
@@ -74,7 +74,7 @@ def lower_quantized(model: nn.Module, dialect: str) -> nn.Module:
         new = lowering(module).train(module.training)
         if (rotations := module._modules.get(CHILD)) is not None:
             new._modules[CHILD] = rotations
-        for name in ("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks"):
+        for name in HOOKS:
             getattr(new, name).update(getattr(module, name))
-        put(model, fqn, new)
+        replace_module(model, module, new)
     return model

@@ -79,11 +79,72 @@ def test_removing_adapters_gives_the_plain_model_back(model):
     assert rel(model(x), nn.Sequential(*model)(x)) == 0.0
 
 
+class DataParallel(nn.Module):
+    """Holds the model as torch's own wrappers do."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+
 def test_wrapped_models_find_their_adapters(model):
-    wrapped = nn.ModuleDict({"module": model})
-    assert list(oftfx.adapters(wrapped)) == ["a", "b", "c"]
-    oftfx.set_adapter(wrapped, "c")
-    assert oftfx.active_adapters(model) == ("c",)
+    for wrapped in (DataParallel(model), torch.compile(model, backend="eager"), DataParallel(torch.compile(model))):
+        assert list(oftfx.adapters(wrapped)) == ["a", "b", "c"]
+        oftfx.set_adapter(wrapped, "c")
+        assert oftfx.active_adapters(model) == ("c",)
+        oftfx.set_adapter(wrapped, "a")
+        with pytest.raises(AdapterError, match="wraps the model; transform the model itself"):
+            oftfx.transform(wrapped, {"*2": OFT(4)}, adapter="d")
+
+
+def test_a_part_that_was_transformed_on_its_own_is_named(model):
+    outer = nn.Sequential(model, nn.Linear(5, 5))
+    with pytest.raises(AdapterError, match="Sequential has no adapters itself, but its part '0' has"):
+        oftfx.fold(outer)
+    with pytest.raises(AdapterError, match="the part '0' of this model was transformed on its own"):
+        oftfx.transform(outer, {"1": OFT(5)})
+
+
+def test_what_is_not_mounted_follows_moves_and_replaced_parameters(model):
+    """`.float()` and `load_state_dict(assign=True)` reach only what is in the model; the rest follows when it acts."""
+    oftfx.set_adapter(model, "b")
+    model.float()
+    x = torch.randn(4, 12)
+    for name in ("a", "b", None, "c"):
+        oftfx.set_adapter(model, name)
+        assert model(x).dtype == torch.float32
+    oftfx.set_adapter(model, "b")
+    state = {k: v.clone() + (k == "1.weight") for k, v in model.state_dict().items()}
+    model.load_state_dict(state, assign=True)
+    expected = model(x)
+    with oftfx.disable_adapters(model):
+        assert not torch.equal(model[1].weight, state["1.weight"])
+    assert torch.equal(model[1].weight, state["1.weight"])
+    assert torch.equal(model(x), expected)
+
+
+def test_a_second_adapter_keeps_the_tie_of_what_it_trains():
+    base = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 4), nn.Linear(4, 7, bias=False))
+    base[2].weight = base[0].weight
+    model = oftfx.transform(base, {"1": OFT(2)}, adapter="a", train=["2"])
+    oftfx.add_adapter(model, "b", {"1": OFT(4)}, train=["2"])
+    for name in ("a", "b", None):
+        oftfx.set_adapter(model, name)
+        assert model[2].weight is model[0].weight
+
+
+def test_removing_while_disabled(model):
+    with oftfx.disable_adapters(model):
+        oftfx.remove_adapter(model, "a")
+    assert oftfx.active_adapters(model) == ()
+    assert list(oftfx.adapters(model)) == ["b", "c"]
+
+
+def test_a_recorded_graph_says_that_it_cannot_switch(model):
+    graph = oftfx.graph(model, (torch.randn(3, 12, dtype=torch.float64),))
+    with pytest.raises(AdapterError, match="a recorded graph computes with the adapters it was recorded with"):
+        oftfx.set_adapter(graph, None)
+    assert len(oftfx.adapter_parameters(graph)) == 1
 
 
 def test_errors(model):

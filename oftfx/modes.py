@@ -1,0 +1,32 @@
+"""Run a model in eval mode and leave it as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside; every module's own mode afterwards (they may differ: frozen batch norms, say)."""
+    modes = [(m, m.training) for m in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            # `train` of a single module would set its children as well.
+            module.training = mode
+
+
+def outputs_of(model: nn.Module, inputs: Mapping[str, Any] | tuple[Any, ...]) -> list[torch.Tensor]:
+    """All tensors a model returns for keyword or positional inputs, in eval mode, without gradients."""
+    from torch.utils import _pytree as pytree
+
+    with evaluating(model), torch.no_grad():
+        out = model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+    return [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
