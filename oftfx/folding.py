@@ -148,8 +148,8 @@ def _batches(calibration: Any) -> list[Mapping[str, Any] | tuple[Any, ...]]:
         return []
     if isinstance(calibration, (Mapping, torch.Tensor, str)):
         raise FoldError(
-            f"calibration: got a {type(calibration).__name__}, expected an iterable of inputs, e.g. [inputs]; each a dict "
-            "of keyword arguments or a tuple"
+            f"calibration: got a {type(calibration).__name__}, expected an iterable of inputs, e.g. [inputs]; each a "
+            "dict of keyword arguments or a tuple"
         )
     batches = list(calibration)
     if wrong := [b for b in batches if not isinstance(b, (Mapping, tuple))]:

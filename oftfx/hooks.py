@@ -30,7 +30,7 @@ class RotateInput:
 
     Attributes:
         site: path of the site.
-        fixed: rotations that a fold left in front of a quantized weight; they belong to the layer and always act, first.
+        fixed: rotations that a fold left in front of a quantized weight; they are the layer's own and act first.
         rotations: adapter name to rotation; one that lives here or, where sites share an input, at another site.
         active: names of the adapters that act, in order; names this site does not know are passed over.
         ran: whether the hook has been called at all; a layer used other than by calling it never does.

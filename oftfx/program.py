@@ -29,6 +29,7 @@ class Site:
         out_features: rows of the weight matrix.
         dtype: float dtype of the weight, as text.
         tied: other paths of the same weight tensor.
+        aliases: other paths of the same layer; rules may name any.
         is_head: the model's output layer; ``"all-linear"`` leaves it alone.
     """
 
@@ -40,6 +41,7 @@ class Site:
     out_features: int
     dtype: str
     tied: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
     is_head: bool = False
 
     @property
@@ -92,6 +94,9 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
     """Every layer of ``model`` that some weight format can read, each module once."""
     head = output_head(model)
     names = _weight_names(model)
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        paths.setdefault(module, []).append(path)
     sites = []
     for fqn, module in model.named_modules():
         weight_format = format_of(module)
@@ -99,7 +104,8 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
             continue
         shape = weight_format.geometry(module)
         weight = module._parameters.get("weight")
-        tied = tuple(n for n in names.get(id(weight), ()) if n != f"{fqn}.weight") if weight is not None else ()
+        own = {f"{path}.weight" for path in paths[module]}
+        tied = tuple(n for n in names.get(id(weight), ()) if n not in own) if weight is not None else ()
         sites.append(
             Site(
                 fqn=fqn,
@@ -110,6 +116,7 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
                 out_features=shape.out_features,
                 dtype=str(weight_format.dtype(module)).removeprefix("torch."),
                 tied=tied,
+                aliases=tuple(p for p in paths[module] if p != fqn),
                 is_head=module is head,
             )
         )

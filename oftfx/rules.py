@@ -61,7 +61,7 @@ class Rule:
             return bool(self.target(site))
         if self.target == "all-linear":
             return site.is_linear and not site.is_head
-        return self.matches_name(site.fqn)
+        return any(map(self.matches_name, (site.fqn, *site.aliases)))
 
     def matches_name(self, fqn: str) -> bool:
         """Whether a textual target matches a module path."""

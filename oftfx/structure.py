@@ -22,8 +22,8 @@ def structural_copy(model: M) -> M:
     """A module tree of its own over the same tensors: same classes, names, hooks and attributes.
 
     Buffers are the same objects. Parameters are new ones over the same memory, so freezing or moving the copy leaves
-    the original alone. A quantized layer whose runtime may rewrite its weight in place gets state objects of its own over
-    the same bytes (`WeightFormat.own`).
+    the original alone. A quantized layer whose runtime may rewrite its weight in place gets state objects of its own
+    over the same bytes (`WeightFormat.own`).
 
     Raises:
         OftfxError: something in the model cannot be copied (a lock, an open file).

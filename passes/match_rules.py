@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch.nn as nn
 from oftfx.passes.protocol import Change, Pass, PassResult
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from oftfx.errors import RuleError
 from oftfx.plans import Plan, SitePlan, Skipped
@@ -37,6 +38,7 @@ class MatchRules(Pass):
         """
         modules = dict(program.model.named_modules())
         hits = [0] * len(self.rules)
+        wins = [0] * len(self.rules)
         entries, skipped, faults = [], [], []
         for site in program.sites:
             matching = [i for i, r in enumerate(self.rules) if r.matches(site, modules[site.fqn])]
@@ -47,6 +49,7 @@ class MatchRules(Pass):
                     reason = "the output head; 'all-linear' leaves it alone, name it to rotate it"
                     skipped.append(Skipped(site.fqn, site.module_class, reason))
                 continue
+            wins[matching[0]] += 1
             rule = self.rules[matching[0]]
             if rule.spec is None:
                 skipped.append(Skipped(site.fqn, site.module_class, f"excluded by {rule.label!r}"))
@@ -57,8 +60,9 @@ class MatchRules(Pass):
                 faults.append(str(fault))
         if faults:
             raise RuleError("\n".join([*faults[:5], *([f"... and {len(faults) - 5} more"] if len(faults) > 5 else [])]))
-        skipped += self._reached_without_site(program, modules, hits)
+        skipped += self._reached_without_site(program, modules, hits, wins)
         self._check_hits(program, hits, skipped)
+        self._check_wins(hits, wins)
         train = self._trained_names(program, modules, entries)
         plan = Plan(
             type(program.model).__name__,
@@ -76,7 +80,9 @@ class MatchRules(Pass):
         """There is a plan."""
         assert result.plan is not None
 
-    def _reached_without_site(self, program: Program, modules: dict[str, nn.Module], hits: list[int]) -> list[Skipped]:
+    def _reached_without_site(
+        self, program: Program, modules: dict[str, nn.Module], hits: list[int], wins: list[int]
+    ) -> list[Skipped]:
         """Layers with a weight matrix that a rule names but that cannot be rotated; their rule is not to blame."""
         known = {s.fqn for s in program.sites}
         found = []
@@ -87,6 +93,7 @@ class MatchRules(Pass):
                 named = rule.matches_name(fqn) or (isinstance(rule.target, type) and isinstance(module, rule.target))
                 if named:
                     hits[index] += rule.spec is None
+                    wins[index] += rule.spec is None
                     if rule.spec is not None:
                         found.append(Skipped(fqn, type(module).__name__, _why_no_site(module)))
                     break
@@ -106,6 +113,15 @@ class MatchRules(Pass):
                 f"rule {rule.label!r} matches no layer of {type(program.model).__name__}. {_nearest(rule, program)}"
                 "Use Rule(..., optional=True) where that is intended"
             )
+
+    def _check_wins(self, hits: list[int], wins: list[int]) -> None:
+        for index, rule in enumerate(self.rules):
+            if hits[index] and not wins[index] and not rule.optional:
+                earlier = ", ".join(repr(r.label) for r in self.rules[:index])
+                raise RuleError(
+                    f"rule {rule.label!r} decides nothing: the first match wins, and earlier rules ({earlier}) match all "
+                    "its layers. Move it up, or use Rule(..., optional=True)"
+                )
 
     def _trained_names(
         self, program: Program, modules: dict[str, nn.Module], entries: list[SitePlan]
@@ -156,6 +172,8 @@ def _has_matrix(module: nn.Module) -> bool:
 def _why_no_site(module: nn.Module) -> str:
     if hasattr(module, "parametrizations"):
         return "its weight is computed by a parametrization; remove that first (torch.nn.utils.parametrize)"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "nn.MultiheadAttention reads its weight without calling it, so a rotation in front would never act"
     if isinstance(module, nn.Linear):
         return f"a Linear whose weight is stored as {module.weight.dtype}, which no known format reads"
     return f"layers of class {type(module).__name__} cannot be rotated yet"
@@ -163,6 +181,8 @@ def _why_no_site(module: nn.Module) -> str:
 
 def _nearest(rule: Rule, program: Program) -> str:
     names = [s.fqn for s in program.sites]
+    if not names and isinstance(program.model, nn.Linear):
+        return "The model is itself the layer; wrap it: nn.Sequential(model). "
     if not names:
         return "The model has no layer that can be rotated. "
     if not isinstance(rule.target, str):

@@ -148,3 +148,51 @@ def test_train_and_bias(model):
         oftfx.plan(model, {"*.q": OFT(4)}, train=["0.q"])
     with pytest.raises(RuleError, match="train_bias: got 'some'"):
         oftfx.plan(model, {"*.q": OFT(4)}, train_bias="some")
+
+
+def test_a_rule_that_decides_nothing_is_refused(model):
+    with pytest.raises(RuleError, match=r"rule '0\.q' decides nothing: .* earlier rules \('\*'\) match all its layers"):
+        oftfx.plan(model, {"*": OFT(4), "0.q": None})
+    assert len(oftfx.plan(model, [Rule("*", OFT(4)), Rule("0.q", None, optional=True)])) == 6
+
+
+def test_layers_that_are_read_but_never_called_are_refused():
+    class Functional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x):
+            return nn.functional.linear(self.a(x), self.b.weight * 2, self.b.bias)
+
+    plan = oftfx.plan(Functional(), {"*": OFT(3)}, example_inputs=(torch.randn(2, 6),))
+    assert [e.fqn for e in plan] == ["a"]
+    assert [(s.fqn, s.reason.split(",")[0]) for s in plan.skipped] == [("b", "its weight is used by other code")]
+    # Without example inputs nobody can know; the fold then sees that the layer never ran.
+    x = torch.randn(2, 6)
+    model = oftfx.transform(Functional(), {"*": OFT(3)})
+    model(x)
+    with torch.no_grad():
+        for skew in oftfx.adapter_parameters(model):
+            skew.normal_(std=0.1)
+    with pytest.warns(oftfx.errors.OftfxWarning, match="b: this layer has never been called while others have"):
+        oftfx.fold(model)
+
+
+def test_the_projection_of_torchs_attention_is_refused():
+    model = nn.TransformerEncoderLayer(8, 2, 12)
+    plan = oftfx.plan(model, {"all-linear": OFT(4)})
+    assert [e.fqn for e in plan] == ["linear1", "linear2"]
+    with pytest.raises(RuleError, match="MultiheadAttention reads its weight without calling it"):
+        oftfx.plan(model, {"*.out_proj": OFT(4)})
+
+
+def test_a_layer_with_two_names_answers_to_both():
+    model = nn.ModuleDict({"a": nn.Linear(6, 6)})
+    model["b"] = model["a"]
+    assert [(e.fqn, e.site.aliases) for e in oftfx.plan(model, {"b": OFT(3)})] == [("a", ("b",))]
+
+
+def test_a_model_that_is_a_layer_is_explained():
+    with pytest.raises(RuleError, match=r"wrap it: nn\.Sequential\(model\)"):
+        oftfx.plan(nn.Linear(4, 4), "all-linear")

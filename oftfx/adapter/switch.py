@@ -134,7 +134,7 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.
 def _switchable(model: nn.Module) -> tuple[nn.Module, AdapterStore]:
     if isinstance(model, fx.GraphModule):
         raise AdapterError(
-            "a recorded graph computes with the adapters it was recorded with; switch them in the model (graph.eager) and "
-            "record again"
+            "a recorded graph computes with the adapters it was recorded with; switch them in the model (graph.eager) "
+            "and record again"
         )
     return located(model)

@@ -48,8 +48,14 @@ class HandOut:
                 self._pending = (source, known, result, left) if left else None
                 return result
         result = compute(x)
-        self._pending = (weakref.ref(x), key, result, frozenset(self.members) - {member})
+        # A member that is never called must not keep the result: it goes with x, or when its graph is used up.
+        self._pending = (weakref.ref(x, self._drop), key, result, frozenset(self.members) - {member})
+        if result.requires_grad:
+            result.register_hook(self._drop)
         return result
+
+    def _drop(self, _: object) -> None:
+        self._pending = None
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members, "_pending": None}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.utils import _pytree as pytree
 
 from oftfx.errors import GuardError
 
@@ -15,46 +16,59 @@ class ShapeGuard(nn.Module):
 
     Args:
         model: class name of the model, for messages.
-        inputs: for each tensor input its name, dtype and example shape (None where a dimension is free).
-        constants: for each other input its name and the value it had.
+        example: the arguments it was recorded with, by name; symbolic sizes are free.
         expression: the conditions on sizes that the recording relied on, as torch writes them, or "".
-        training: the mode of the recording where the graph depends on it, else None.
+
+    Attributes:
+        recorded_training: the mode of the recording where the graph depends on it, else None.
     """
 
-    def __init__(
-        self,
-        model: str,
-        inputs: list[tuple[str, torch.dtype, tuple[int | None, ...]]],
-        constants: list[tuple[str, Any]],
-        expression: str,
-        training: bool | None,
-    ) -> None:
+    def __init__(self, model: str, example: dict[str, Any], expression: str) -> None:
         super().__init__()
-        self.model, self.inputs, self.constants = model, inputs, constants
-        self.expression, self.recorded_training = expression, training
+        self.model, self.expression = model, expression
+        self.recorded_training: bool | None = None
+        self.arguments = tuple(example)
+        self.structures = {n: pytree.tree_structure(v) for n, v in example.items()}
+        # Of each leaf its name and, for a tensor, dtype and shape (None where free); for anything else its value.
+        self.leaves: list[tuple[str, torch.dtype | None, Any]] = []
+        for name, value in example.items():
+            for path, leaf in pytree.tree_flatten_with_path(value)[0]:
+                self.leaves.append((name + pytree.keystr(path), *_recorded(leaf)))
 
     def forward(self, *values: Any) -> None:
-        """Check tensors, then the other values, in the order they were recorded.
+        """Check every argument, in the order they were recorded.
 
         Raises:
             GuardError: a value differs in a way that the graph cannot follow.
         """
-        tensors, others = values[: len(self.inputs)], values[len(self.inputs) :]
         if self.recorded_training is not None and self.training != self.recorded_training:
             self._refuse("mode", _mode(self.training), _mode(self.recorded_training))
-        for (name, dtype, shape), tensor in zip(self.inputs, tensors, strict=True):
-            if not isinstance(tensor, torch.Tensor):
-                self._refuse(name, type(tensor).__name__, "a tensor")
-            if tensor.dtype != dtype:
-                self._refuse(name, tensor.dtype, dtype)
-            if tensor.dim() != len(shape) or not all(map(_fits, tensor.shape, shape)):
-                self._refuse(name, f"shape {tuple(tensor.shape)}", f"shape {_shape(shape)}")
-        for (name, expected), value in zip(self.constants, others, strict=True):
-            if value is not expected and value != expected:
-                self._refuse(name, repr(value), repr(expected))
+        found: list[Any] = []
+        for name, value in zip(self.arguments, values, strict=True):
+            leaves, structure = pytree.tree_flatten(value)
+            if structure != self.structures[name]:
+                self._refuse(name, f"the structure {structure}", f"{self.structures[name]}")
+            found += leaves
+        tensors = []
+        for (name, dtype, recorded), leaf in zip(self.leaves, found, strict=True):
+            if dtype is None:
+                if leaf is not recorded and leaf != recorded:
+                    self._refuse(name, repr(leaf), repr(recorded))
+                continue
+            self._check_tensor(name, leaf, dtype, recorded)
+            tensors.append(leaf)
         if self.expression and not _evaluate(self.expression, tensors):
-            sizes = ", ".join(f"{n} {tuple(t.shape)}" for (n, _, _), t in zip(self.inputs, tensors, strict=True))
-            self._refuse("sizes", sizes, f"sizes with {_readable(self.expression, self.inputs)}")
+            names = [n for n, d, _ in self.leaves if d is not None]
+            sizes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(names, tensors, strict=True))
+            self._refuse("sizes", sizes, f"sizes with {_readable(self.expression, names)}")
+
+    def _check_tensor(self, name: str, value: Any, dtype: torch.dtype, shape: tuple[int | None, ...]) -> None:
+        if not isinstance(value, torch.Tensor):
+            self._refuse(name, type(value).__name__, "a tensor")
+        if value.dtype != dtype:
+            self._refuse(name, value.dtype, dtype)
+        if value.dim() != len(shape) or not all(map(_fits, value.shape, shape)):
+            self._refuse(name, f"shape {tuple(value.shape)}", f"shape {_shape(shape)}")
 
     def _refuse(self, what: str, got: object, expected: object) -> None:
         raise GuardError(
@@ -63,7 +77,13 @@ class ShapeGuard(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}: {_shape(shape)}" for name, _, shape in self.inputs)
+        return ", ".join(f"{name}: {_shape(shape)}" for name, dtype, shape in self.leaves if dtype is not None)
+
+
+def _recorded(leaf: Any) -> tuple[torch.dtype | None, Any]:
+    if not isinstance(leaf, torch.Tensor):
+        return None, leaf
+    return leaf.dtype, tuple(None if isinstance(s, torch.SymInt) else int(s) for s in leaf.shape)
 
 
 def _fits(size: int, recorded: int | None) -> bool:
@@ -78,14 +98,14 @@ def _shape(shape: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("*" if s is None else str(s) for s in shape) + ")"
 
 
-def _evaluate(expression: str, tensors: tuple[Any, ...]) -> bool:
+def _evaluate(expression: str, tensors: list[Any]) -> bool:
     """Evaluate conditions that ``ShapeEnv.produce_guards_expression`` wrote; never text from a file."""
     from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 
     return bool(eval(expression, dict(SYMPY_INTERP), {"L": {f"t{i}": t for i, t in enumerate(tensors)}}))
 
 
-def _readable(expression: str, inputs: list[tuple[str, torch.dtype, tuple[int | None, ...]]]) -> str:
-    for index, (name, _, _) in enumerate(inputs):
+def _readable(expression: str, names: list[str]) -> str:
+    for index, name in enumerate(names):
         expression = expression.replace(f"L['t{index}']", name)
     return expression

@@ -93,12 +93,11 @@ def record(
     values = [*args, *kwargs.values()]
     with ExitStack() as stack:
         stack.enter_context(capture_settings(model))
+        stack.enter_context(_Undisturbed(model, real=not fake))
         shape_env = None
         if fake:
             shape_env, values = _enter_fake_mode(stack, values, dynamic)
-        else:
-            stack.enter_context(_undisturbed(model))
-        guard_slot = _placeholders(recorder, names, values)
+        _placeholders(recorder, names, values)
         new_args, new_kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
         # Gradients only matter to the real thing; a quantized layer may behave differently without them.
         stack.enter_context(torch.enable_grad() if fake else torch.no_grad())
@@ -114,7 +113,7 @@ def record(
     if executable:
         recorder.graph.output(_output(recorder, out))
         guard = _guard(model, names, values, shape_env, dynamic)
-        _insert_guard(recorder.graph, guard_slot, names, values)
+        _insert_guard(recorder.graph)
         module = build(model, recorder.graph, recorder.constants, guard)
     else:
         recorder.graph.output(())
@@ -147,25 +146,38 @@ def _enter_fake_mode(stack: ExitStack, values: list[Any], dynamic: bool) -> tupl
     return mode.shape_env, values
 
 
-class _undisturbed:  # noqa: N801  (a context manager, used like a function)
-    """Real values may change buffers (batch norm), quantized weights and the random state: eval mode, all restored."""
+class _Undisturbed:
+    """Whatever a recorded forward does to the model is undone.
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    Buffers, attributes it sets (a mask made on first use would be a fake tensor), quantized weights that a runtime
+    repacks, the random state; ``real`` values run in eval mode.
+    """
+
+    def __init__(self, model: nn.Module, *, real: bool) -> None:
+        self.model, self.real = model, real
 
     def __enter__(self) -> None:
-        self.modes = [(m, m.training) for m in self.model.modules()]
+        self.attributes = [
+            (m, dict(vars(m)), {k: dict(vars(m)[k]) for k in ("_parameters", "_buffers", "_modules")})
+            for m in self.model.modules()
+        ]
         self.buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
         self.random = torch.get_rng_state()
         found = [(m, format_of(m)) for m in self.model.modules()]
         self.release = [f.hold_still(m) for m, f in found if f is not None]
-        self.model.eval()
+        if self.real:
+            self.model.eval()
 
     def __exit__(self, *_: object) -> None:
-        for module, mode in self.modes:
-            module.training = mode
         for release in self.release:
             release()
+        for module, attributes, contents in self.attributes:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, items in contents.items():
+                # The dictionaries themselves are shared with graphs, so they are refilled, not replaced.
+                vars(module)[name].clear()
+                vars(module)[name].update(items)
         with torch.no_grad():
             for buffer, value in self.buffers:
                 buffer.copy_(value)
@@ -182,8 +194,8 @@ def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
     return [*positional, *kwargs]
 
 
-def _placeholders(recorder: Recorder, names: list[str], values: list[Any]) -> fx.Node:
-    """One placeholder an argument; tensors inside containers are read from it. Returns the last of these nodes."""
+def _placeholders(recorder: Recorder, names: list[str], values: list[Any]) -> None:
+    """One placeholder an argument; tensors inside containers are read from it."""
     with_tensors = [isinstance(v, torch.Tensor) or bool(_leaves(v)) for v in values]
     holders = []
     for name, value, has_tensor in zip(names, values, with_tensors, strict=True):
@@ -195,11 +207,9 @@ def _placeholders(recorder: Recorder, names: list[str], values: list[Any]) -> fx
             for key in path:
                 node = recorder.graph.call_function(_getitem(key), (node, _key(key)))
             recorder.bind(tensor, node)
-    last = next(iter(reversed(recorder.graph.nodes)))
     for holder in [recorder._nodes[id(t)] for v in values for _, t in _leaves(v)]:
         for dim, size in enumerate(holder.meta["val"].shape):
             recorder.symbols.define(size, holder, dim)
-    return last
 
 
 def _leaves(value: Any) -> list[tuple[Any, torch.Tensor]]:
@@ -217,19 +227,9 @@ def _key(key: Any) -> Any:
 
 
 def _guard(model: nn.Module, names: list[str], values: list[Any], shape_env: Any, dynamic: bool) -> ShapeGuard:
-    inputs, constants, tensors = [], [], []
-    for name, value in zip(names, values, strict=True):
-        found = _leaves(value)
-        if not found:
-            constants.append((name, value))
-        for path, tensor in found:
-            shape = tuple(None if isinstance(s, torch.SymInt) else int(s) for s in tensor.shape)
-            inputs.append((name + pytree.keystr(path), tensor.dtype, shape))
-            tensors.append(tensor)
-    expression = ""
-    if shape_env is not None and dynamic:
-        expression = _size_conditions(shape_env, tensors)
-    return ShapeGuard(type(model).__name__, inputs, constants, expression, None)
+    tensors = [t for v in values for _, t in _leaves(v)]
+    expression = _size_conditions(shape_env, tensors) if shape_env is not None and dynamic else ""
+    return ShapeGuard(type(model).__name__, dict(zip(names, values, strict=True)), expression)
 
 
 def _size_conditions(shape_env: Any, tensors: list[torch.Tensor]) -> str:
@@ -241,22 +241,11 @@ def _size_conditions(shape_env: Any, tensors: list[torch.Tensor]) -> str:
     return " and ".join(g for g in found if ".stride()" not in g and ".storage_offset()" not in g)
 
 
-def _insert_guard(graph: fx.Graph, last_input: fx.Node, names: list[str], values: list[Any]) -> None:
-    nodes = [n for n in graph.nodes if n.op == "placeholder"]
-    holders = dict(zip(names, nodes, strict=True))
-    tensors, others = [], []
-    for name, value in zip(names, values, strict=True):
-        found = _leaves(value)
-        if not found:
-            others.append(holders[name])
-        for path, _ in found:
-            node = holders[name]
-            for key in path:
-                node = next(u for u in node.users if u.args[1] == _key(key))
-            tensors.append(node)
-    # After the reads of nested inputs, before the first size.
-    with graph.inserting_after(last_input):
-        graph.call_module("_guard", (*tensors, *others))
+def _insert_guard(graph: fx.Graph) -> None:
+    """Before the first read of a nested input or a size."""
+    holders = [n for n in graph.nodes if n.op == "placeholder"]
+    with graph.inserting_after(holders[-1]):
+        graph.call_module("_guard", tuple(holders))
 
 
 def _output(recorder: Recorder, out: Any) -> Any:

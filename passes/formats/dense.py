@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from oftfx.formats import Geometry, WeightFormat, WeightState, register_format
 
@@ -21,6 +22,8 @@ class Dense(WeightFormat):
 
     def matches(self, module: nn.Module) -> bool:
         """A Linear whose weight is a plain float Parameter, not computed by a parametrization."""
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            return False  # nn.MultiheadAttention reads its weight and never calls it
         weight: Any = module._parameters.get("weight") if isinstance(module, nn.Linear) else None
         return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype in FLOATS
 

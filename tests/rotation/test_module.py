@@ -202,3 +202,16 @@ def test_gradients_of_a_shared_rotation_add_up():
     got, shared.skew.grad = shared.skew.grad, None
     (shared(x).square().sum() + (2 * shared(x)).exp().sum()).backward()
     assert rel(got, shared.skew.grad) < 1e-6
+
+
+def test_a_result_whose_graph_is_used_up_is_not_handed_out():
+    shared = SharedRotation(20, OFT(5), members=("a", "b"))
+    x = torch.randn(3, 20)
+    shared(x, "a").sum().backward()
+    shared(x, "b").sum().backward()  # would fail on a freed graph
+    with torch.no_grad():
+        rotated = shared(x, "a")
+    assert shared.handout._pending is not None
+    del x
+    assert shared.handout._pending is None  # member "b" never came; nothing is kept for it
+    assert rotated.shape == (3, 20)

@@ -266,3 +266,51 @@ def test_a_copy_of_a_graph_is_whole_and_independent(tiny_llama, ids):
     assert torch.equal(graph(**ids()).logits, model(**ids()).logits)
     folded = oftfx.fold(other).model
     assert rel(folded(**ids()).logits, other(**ids()).logits) < 1e-5
+
+
+class Lazy(nn.Module):
+    """Makes a mask on first use, counts its calls and moves a buffer, as many models do."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.mask, self.calls = nn.Linear(6, 6), None, 0
+        self.norm = nn.BatchNorm1d(6)
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x):
+        if self.mask is None:
+            self.mask = torch.ones(x.shape[0], 1)
+        self.calls += 1
+        self.mean = self.mean * 0.9 + x.mean(0)
+        return self.norm(self.a(x * self.mask))
+
+
+@pytest.mark.parametrize("fake", [True, False])
+def test_recording_leaves_no_trace_in_the_model(fake):
+    model = Lazy().train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    record(model, (torch.randn(4, 6),), fake=fake)
+    assert model.mask is None
+    assert model.calls == 0
+    assert type(model.mean) is torch.Tensor
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert type(model(torch.randn(4, 6))) is torch.Tensor
+
+
+def test_the_length_of_a_container_is_guarded():
+    class Total(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 4)
+
+        def forward(self, xs, scale=2.0):
+            return scale * sum(self.a(x) for x in xs) / len(xs)
+
+    model, xs = Total(), [torch.randn(3, 6), torch.randn(3, 6)]
+    graph = oftfx.graph(model, {"xs": xs, "scale": 2.0})
+    assert torch.equal(graph(xs), model(xs))
+    with pytest.raises(GuardError, match="xs: got the structure"):
+        graph([*xs, torch.randn(3, 6)])
+    with pytest.raises(GuardError, match=r"scale: got 3\.0, recorded for 2\.0"):
+        graph(xs, scale=3.0)
