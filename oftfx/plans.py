@@ -149,15 +149,18 @@ class Plan:
             raise RuleError("this text is not an oftfx plan; expected what Plan.to_json() wrote") from None
         if version != VERSION:
             raise RuleError(f"this plan has version {version}; this oftfx reads version {VERSION}")
-        return cls(
-            model_class=data["model_class"],
-            entries=tuple(_entry(e) for e in data["entries"]),
-            skipped=tuple(Skipped(**s) for s in data["skipped"]),
-            trace=TraceInfo(**_tuples(data["trace"])),
-            train=tuple(data["train"]),
-            train_modules=tuple(data["train_modules"]),
-            train_bias=data["train_bias"],
-        )
+        try:
+            return cls(
+                model_class=data["model_class"],
+                entries=tuple(_entry(e) for e in data["entries"]),
+                skipped=tuple(Skipped(**s) for s in data["skipped"]),
+                trace=TraceInfo(**_tuples(data["trace"])),
+                train=tuple(data["train"]),
+                train_modules=tuple(data["train_modules"]),
+                train_bias=data["train_bias"],
+            )
+        except (KeyError, TypeError) as error:
+            raise RuleError(f"this text is a damaged oftfx plan: {type(error).__name__}: {error}") from None
 
     def table(self, *, full: bool = False) -> str:
         """The plan as a table (needs the ``report`` extra).

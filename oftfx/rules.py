@@ -117,11 +117,14 @@ def _read_toml(path: Path) -> tuple[Rule, ...]:
 
     try:
         with path.open("rb") as file:
-            tables = tomllib.load(file).get("rule", [])
+            document = tomllib.load(file)
     except FileNotFoundError:
         raise RuleError(f"rules: no file {path}") from None
     except tomllib.TOMLDecodeError as error:
         raise RuleError(f"rules: {path} is not TOML: {error}") from None
+    tables = document.get("rule")
+    if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise RuleError(f"rules: {path}: expected [[rule]] tables, found {', '.join(document) or 'nothing'}")
     result = []
     for table in tables:
         fields = dict(table)

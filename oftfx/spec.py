@@ -61,8 +61,12 @@ class OFT:
             f"one of {list(PARAMETERIZATIONS)}",
         )
         self._check("terms", _is_int(self.terms, 1), "an integer >= 1")
-        self._check("coft_eps", self.coft_eps is None or self.coft_eps > 0, "a number > 0 or None")
-        self._check("dropout", 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
+        self._check(
+            "coft_eps", self.coft_eps is None or (_is_number(self.coft_eps) and self.coft_eps > 0), "a number > 0"
+        )
+        self._check("dropout", _is_number(self.dropout) and 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
+        self._check("block_share", isinstance(self.block_share, bool), "true or false")
+        self._check("share_input", isinstance(self.share_input, bool), "true or false")
         self._check("init", self.init in ("identity", "normal"), '"identity" or "normal"')
         self._check("on_indivisible", self.on_indivisible in ("error", "nearest"), '"error" or "nearest"')
 
@@ -113,6 +117,10 @@ class OFT:
 
 def _is_int(value: object, least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def divisors(n: int) -> list[int]:

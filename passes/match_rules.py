@@ -119,8 +119,8 @@ class MatchRules(Pass):
             if hits[index] and not wins[index] and not rule.optional:
                 earlier = ", ".join(repr(r.label) for r in self.rules[:index])
                 raise RuleError(
-                    f"rule {rule.label!r} decides nothing: the first match wins, and earlier rules ({earlier}) match all "
-                    "its layers. Move it up, or use Rule(..., optional=True)"
+                    f"rule {rule.label!r} decides nothing: the first match wins, and earlier rules ({earlier}) match "
+                    "all its layers. Move it up, or use Rule(..., optional=True)"
                 )
 
     def _trained_names(

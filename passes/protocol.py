@@ -121,8 +121,8 @@ class PassManager:
 
     def _run_one(self, step: Pass, program: Program) -> PassResult:
         before = program.fingerprint()
-        checked = self.verify is not None and step.preserves != "lossy"
-        expected = outputs_of(program.model, self.verify) if checked else []
+        inputs = None if step.preserves == "lossy" else self.verify
+        expected = [] if inputs is None else outputs_of(program.model, inputs)
         result = step.run(program)
         if not isinstance(result, PassResult):
             raise PassError(f"pass {step.name}: run() returned {type(result).__name__}, expected a PassResult")
@@ -135,8 +135,8 @@ class PassManager:
             step.check(result.program)
         except PassError as error:
             raise PassError(f"pass {step.name}: post-condition failed: {error}") from error
-        if checked:
-            _compare(step, expected, outputs_of(result.program.model, self.verify))
+        if inputs is not None:
+            _compare(step, expected, outputs_of(result.program.model, inputs))
         return result
 
     def _check_order(self) -> None:

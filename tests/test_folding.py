@@ -204,3 +204,85 @@ def test_layers_with_a_forward_of_their_own_are_verified():
     model = randomize(oftfx.transform(nn.Sequential(Scaled(12, 5)), {"0": OFT(4)}))
     x = torch.randn(3, 12)
     assert rel(oftfx.fold(model).model(x), model(x)) < 1e-6
+
+
+def test_two_unfolds_of_one_result_are_independent():
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 3)), {"0": OFT(4)}, train=["1"]))
+    x, expected = torch.randn(3, 12), None
+    expected = model(x)
+    result = oftfx.fold(model)
+    first, second = oftfx.unfold(result), oftfx.unfold(result)
+    assert [n for n, p in first.named_parameters() if p.requires_grad] == ["0.oft.default.skew", "1.weight", "1.bias"]
+    oftfx.remove_adapter(first, "default")
+    oftfx.set_adapter(model, None)
+    assert torch.equal(second(x), expected)
+    assert oftfx.active_adapters(second) == ("default",)
+    again = oftfx.unfold(oftfx.fold(second, inplace=True))
+    assert again is second
+    assert [n for n, p in second.named_parameters() if p.requires_grad] == ["0.oft.default.skew", "1.weight", "1.bias"]
+    assert torch.equal(second(x), expected)
+
+
+def test_an_interrupted_fold_in_place_is_undone():
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 4)), {"0": OFT(4), "1": OFT(5)}))
+    x = torch.randn(3, 12)
+    expected = model(x)
+
+    def stop(done, _):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        oftfx.fold(model, inplace=True, progress=stop)
+    assert torch.equal(model(x), expected)
+    with oftfx.disable_adapters(model):
+        assert not torch.equal(model(x), expected)
+
+
+def test_bad_calibration_is_refused_and_changes_nothing():
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(12, 5)), {"0": OFT(4)}, adapter="a"))
+    oftfx.add_adapter(model, "b", {"0": OFT(3)})
+    for wrong in ({"x": torch.randn(2, 12)}, torch.randn(2, 12), [torch.randn(2, 12)]):
+        with pytest.raises(FoldError, match="calibration: "):
+            oftfx.fold(model, adapter="b", inplace=True, calibration=wrong)
+    assert oftfx.active_adapters(model) == ("a",)
+    with pytest.raises(AdapterError, match="named twice"):
+        oftfx.fold(model, adapter=["a", "a"])
+
+
+def test_casting_a_folded_model_leaves_the_original_alone():
+    base = nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 3)).requires_grad_(False)
+    model = randomize(oftfx.transform(base, {"0": OFT(4)}))
+    x = torch.randn(3, 12)
+    expected = model(x)
+    oftfx.fold(model).model.half()
+    assert torch.equal(model(x), expected)
+    model.double()
+    assert base(x).dtype == torch.float32
+
+
+def test_a_weight_that_overflows_its_dtype_is_refused():
+    base = nn.Sequential(nn.Linear(2, 1, bias=False).half())
+    nn.init.constant_(base[0].weight, 6e4)
+    model = oftfx.transform(base, {"0": OFT(2, parameterization="cayley")})
+    with torch.no_grad():
+        model[0].oft.default.skew.fill_(-0.4)
+    with pytest.raises(FoldError, match=r"0: the rotated weight overflows torch\.float16"):
+        oftfx.fold(model)
+
+
+def test_a_hook_that_would_see_another_input_is_reported():
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(12, 5)), {"0": OFT(4)}))
+    model[0].register_forward_pre_hook(lambda module, args: None)
+    with pytest.warns(oftfx.errors.OftfxWarning, match=r"0: 1 pre-hook\(s\) registered after the rotation"):
+        report = oftfx.fold(model).report
+    assert "pre-hook" in next(iter(report)).note
+
+
+@pytest.mark.needs("transformers")
+def test_unfolding_in_place_restores_the_tie(tiny_llama):
+    model = randomize(oftfx.transform(tiny_llama(tie_word_embeddings=True), {"lm_head": OFT(16)}))
+    ties = dict(model.all_tied_weights_keys)
+    oftfx.unfold(oftfx.fold(model, inplace=True))
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert model.config.tie_word_embeddings
+    assert model.all_tied_weights_keys == ties

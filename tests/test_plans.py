@@ -89,9 +89,9 @@ def test_a_plan_is_json_both_ways_and_prints(model):
     assert plan.table(full=True).count("linear") == 4
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"oftfx_plan": 99}'])
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"oftfx_plan": 99}', '{"oftfx_plan": 1}'])
 def test_from_json_refuses_what_is_not_a_plan(text):
-    with pytest.raises(RuleError, match=r"not an oftfx plan|version 99"):
+    with pytest.raises(RuleError, match=r"not an oftfx plan|version 99|damaged oftfx plan"):
         Plan.from_json(text)
 
 

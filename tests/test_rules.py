@@ -23,6 +23,10 @@ def test_oft_defaults_and_round_trip():
         ({"parameterization": "polar"}, "parameterization='polar'"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"coft_eps": -1}, "coft_eps=-1"),
+        ({"dropout": "x"}, "dropout='x'"),
+        ({"coft_eps": "x"}, "coft_eps='x'"),
+        ({"share_input": "no"}, "share_input='no'"),
+        ({"block_share": 3}, "block_share=3"),
         ({"init": "zeros"}, "init='zeros'"),
         ({"on_indivisible": "pad"}, "on_indivisible='pad'"),
     ],
@@ -90,6 +94,9 @@ def test_bad_rules_are_refused(rules, message):
         ("x = [", "is not TOML"),
         ("[[rule]]\nblock_size=3", "has no target"),
         ('[[rule]]\ntarget="a"\nrank=3', "no field 'rank'"),
+        ("[rule]\ntarget='a'", "expected \\[\\[rule\\]\\] tables"),
+        ("rule = 3", "expected \\[\\[rule\\]\\] tables"),
+        ("[[rules]]\ntarget='a'", "expected \\[\\[rule\\]\\] tables"),
     ],
 )
 def test_bad_rule_files_are_refused(tmp_path, text, message):

@@ -81,6 +81,21 @@ def rules_from_config(config: Any) -> tuple[Rule, ...]:
     return (Rule(selected, spec_from_config(values)),)
 
 
+def configured_sites(config: Mapping[str, Any], sites: Iterable[str]) -> set[str]:
+    """Those of the model's sites that a configuration names one by one or by regular expression; all of them are in a
+    complete file. Of ``"all-linear"`` PEFT decides by the layers' classes, so nothing is expected.
+    """
+    target = config.get("target_modules")
+    if not target or target == "all-linear":
+        return set()
+    excluded, layers, pattern = (config.get(k) for k in ("exclude_modules", "layers_to_transform", "layers_pattern"))
+    return {
+        s
+        for s in sites
+        if _named(target, s) and not (excluded and _named(excluded, s)) and _in_layers(s, layers, pattern)
+    }
+
+
 def _named(wanted: str | Iterable[str], fqn: str) -> bool:
     """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or their last parts."""
     if isinstance(wanted, str):

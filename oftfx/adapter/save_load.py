@@ -61,8 +61,11 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     }
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
-    _write(directory / peft.WEIGHT_FILE, save(tensors, metadata={"format": "pt"}))
+    # The side file decides what the numbers mean; one of another layout must not stay beside them.
+    for stale in {peft.CONFIG_FILE, PLAN_FILE} - {side[0]}:
+        (directory / stale).unlink(missing_ok=True)
     _write(directory / side[0], side[1].encode())
+    _write(directory / peft.WEIGHT_FILE, save(tensors, metadata={"format": "pt"}))
     return directory
 
 
@@ -167,13 +170,23 @@ def _plan_of_file(
     names = {e.fqn: e.spec for e in saved} if saved else {}
     where = directory / peft.WEIGHT_FILE
     entries = []
-    for fqn, skew in sorted(skews.items(), key=lambda item: list(sites).index(item[0]) if item[0] in sites else -1):
+    order = {fqn: index for index, fqn in enumerate(sites)}
+    for fqn, skew in sorted(skews.items(), key=lambda item: order.get(item[0], -1)):
         if fqn not in sites:
             raise AdapterError(
                 f"{where}: rotates {fqn}, which is no layer of {type(root).__name__}. {_nearest(fqn, sites)}"
             )
         spec = names.get(fqn) or peft.spec_from_config(config)
         entries.append(_entry(sites[fqn], spec, skew, where))
+    expected = {e.fqn for e in saved} if saved else peft.configured_sites(config, sites)
+    if missing := sorted(expected - set(skews)):
+        raise AdapterFileError(
+            f"{directory / peft.WEIGHT_FILE}: no rotation for {missing[0]}"
+            + (f" and {len(missing) - 1} more sites" if len(missing) > 1 else "")
+            + f", which {PLAN_FILE if saved else peft.CONFIG_FILE} names; is the file complete?"
+        )
+    if saved and (extra := sorted(set(skews) - expected)):
+        raise AdapterFileError(f"{directory / peft.WEIGHT_FILE}: rotates {extra[0]}, which {PLAN_FILE} does not name")
     known = dict(root.named_parameters(remove_duplicate=False))
     for name, tensor in parameters.items():
         if name not in known:

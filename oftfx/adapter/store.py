@@ -128,8 +128,8 @@ def check_name(name: str) -> None:
     reserved = hasattr(nn.Module(), str(name)) or str(name).startswith("frozen")
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9][\w-]*", name) or reserved:
         raise AdapterError(
-            f"adapter name {name!r}: expected a letter or digit, then letters, digits, '_' and '-', not 'frozen...' and no "
-            "attribute of nn.Module, because it becomes part of parameter names"
+            f"adapter name {name!r}: expected a letter or digit, then letters, digits, '_' and '-', not 'frozen...' "
+            "and no attribute of nn.Module, because it becomes part of parameter names"
         )
 
 

@@ -106,7 +106,7 @@ def export_onnx(
     path = Path(path)
     model = unwrapped(model)
     inputs = named_inputs(model, example_inputs)
-    shapes = auto_dynamic_shapes(inputs) if dynamic_shapes == "auto" else _plain(dynamic_shapes)
+    shapes = auto_dynamic_shapes(inputs) if dynamic_shapes == "auto" else _plain(dynamic_shapes, inputs)
     store = find_store(model)
     active = store.active if store is not None else ()
     torch_model = structural_copy(model).eval()
@@ -115,7 +115,7 @@ def export_onnx(
     examples = widened(inputs, shapes)
     with capture_settings(lowered), capture_settings(reference):
         with torch.no_grad():
-            outputs = output_names(reference(**examples))
+            outputs = output_names(reference(**examples), examples)
         program = _export(lowered, examples, shapes, outputs, opset or DEFAULT_OPSET)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target and under its final name: external data is found by name, and a move is a rename.
@@ -149,7 +149,9 @@ def _check_arguments(model: nn.Module, adapters: str, dialect: str) -> None:
         )
 
 
-def _plain(shapes: DynamicShapes | None) -> dict[str, dict[int, str]]:
+def _plain(shapes: DynamicShapes | None, inputs: Mapping[str, Any]) -> dict[str, dict[int, str]]:
+    if unknown := sorted(set(shapes or {}) - set(inputs)):
+        raise ExportError(f"dynamic_shapes: no input {unknown[0]!r}; the inputs are {', '.join(inputs)}")
     return {name: dict(axes) for name, axes in (shapes or {}).items()}
 
 

@@ -88,18 +88,34 @@ def resized(
     return result
 
 
-def output_names(out: Any) -> tuple[str, ...]:
-    """Names of the tensors a model returns, in the exporter's order: ``logits``, or ``output_0`` and so on."""
-    return tuple(name for name, _ in flat_outputs(out))
+def output_names(out: Any, inputs: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """Names of the tensors a model returns, in the exporter's order: ``logits``, or ``output_0`` and so on.
+
+    Raises:
+        ExportError: an output is an input, or another output; such a graph has no value of that name.
+    """
+    flat = flat_outputs(out, tuple(inputs))
+    seen = {id(t): f"input {n}" for n, t in inputs.items()}
+    for name, tensor in flat:
+        if id(tensor) in seen:
+            raise ExportError(f"output {name} is the same tensor as {seen[id(tensor)]}; let the model return a clone")
+        seen[id(tensor)] = f"output {name}"
+    return tuple(name for name, _ in flat)
 
 
-def flat_outputs(out: Any) -> list[tuple[str, Tensor]]:
-    """Tensors of a result with their names."""
+def flat_outputs(out: Any, taken: tuple[str, ...] = ()) -> list[tuple[str, Tensor]]:
+    """Tensors of a result with their names, different from each other and from those ``taken``."""
     from torch.utils import _pytree as pytree
 
     found = [(p, t) for p, t in pytree.tree_flatten_with_path(out)[0] if isinstance(t, Tensor)]
-    names = [_name(path, index) for index, (path, _) in enumerate(found)]
-    return list(zip(names, (t for _, t in found), strict=True))
+    used, result = set(taken), []
+    for index, (path, tensor) in enumerate(found):
+        name = _name(path, index)
+        while name in used:
+            name += "_out"
+        used.add(name)
+        result.append((name, tensor))
+    return result
 
 
 def _name(path: Any, index: int) -> str:

@@ -100,7 +100,7 @@ def _check(
     outputs: tuple[str, ...],
     active: tuple[str, ...],
 ) -> Verification:
-    expected = dict(flat_outputs(reference(**inputs)))
+    expected = dict(flat_outputs(reference(**inputs), tuple(inputs)))
     feed = {n: v.detach().cpu().numpy() for n, v in inputs.items()}
     shapes = {n: tuple(v.shape) for n, v in inputs.items()}
     try:
@@ -135,5 +135,5 @@ def _check(
 
 def _adapter_effect(model: nn.Module, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
     with evaluating(model), disable_adapters(model):
-        base = dict(flat_outputs(model(**inputs)))
+        base = dict(flat_outputs(model(**inputs), tuple(inputs)))
     return max(relative_error(base[n], expected[n]) for n in expected if expected[n].is_floating_point())

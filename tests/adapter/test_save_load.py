@@ -204,3 +204,37 @@ def test_unknown_names(tmp_path):
         oftfx.save_adapter(model, tmp_path, layout="kohya")
     with pytest.raises(AdapterError, match="Sequential has no adapters"):
         oftfx.save_adapter(base(), tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["peft", "oftfx"])
+def test_a_file_that_lacks_a_site_is_refused(tmp_path, layout):
+    model = randomize(
+        oftfx.transform(base(), {"0": OFT(8), "1": OFT(5)} if layout == "oftfx" else {"0": OFT(2), "1": OFT(2)})
+    )
+    oftfx.save_adapter(model, tmp_path, layout=layout)
+    rewrite(tmp_path, lambda t: t.pop("base_model.model.1.oft_R.weight"))
+    with pytest.raises(AdapterFileError, match="no rotation for 1, which .*json names; is the file complete"):
+        oftfx.load_adapter(base(), tmp_path)
+
+
+def test_saving_in_another_layout_leaves_no_stale_meaning(tmp_path):
+    exact = randomize(oftfx.transform(base(), {"0": OFT(8, parameterization="cayley")}))
+    series = randomize(oftfx.transform(base(), {"0": OFT(8)}))
+    x = torch.randn(3, 24)
+    for first, second in ((exact, series), (series, exact)):
+        oftfx.save_adapter(first, tmp_path, layout="oftfx")
+        oftfx.save_adapter(second, tmp_path)
+        assert torch.equal(oftfx.load_adapter(base(), tmp_path)(x), second(x))
+        oftfx.save_adapter(first, tmp_path, layout="oftfx")
+        assert torch.equal(oftfx.load_adapter(base(), tmp_path)(x), first(x))
+
+
+def test_a_failing_insertion_leaves_the_model_as_it_was(saved):
+    model = base()
+    model[0].add_module("oft", nn.Identity())
+    with pytest.raises(AdapterError, match="0 has a child 'oft' of its own"):
+        oftfx.load_adapter(model, saved)
+    with pytest.raises(AdapterError, match="0 has a child 'oft' of its own"):
+        oftfx.transform(model, {"*": OFT(2)}, inplace=True)
+    assert not any(m._forward_pre_hooks for m in model.modules())
+    assert all(p.requires_grad for p in model.parameters())

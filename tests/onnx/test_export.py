@@ -231,3 +231,47 @@ def test_equal_rotations_of_several_layers_stay_apart(tiny_llama, ids, tmp_path)
     oftfx.export_onnx(model, tmp_path / "m.onnx", ids())
     names = [i.name for i in graph(tmp_path / "m.onnx").initializer]
     assert sum(n.endswith(".oft.frozen.blocks") for n in names) == 14
+
+
+def test_large_weights_lie_beside_the_file_under_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("oftfx.onnx.finish.LARGE", 1000)
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(64, 64)), {"0": OFT(8)}))
+    report = oftfx.export_onnx(model, tmp_path / "m.onnx", (torch.randn(2, 64),))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    assert report.nbytes == sum(p.stat().st_size for p in tmp_path.iterdir())
+    x = torch.randn(5, 64)
+    assert rel(run(tmp_path / "m.onnx", {"input": x}), model(x)) < 1e-6
+    monkeypatch.undo()
+    oftfx.export_onnx(model, tmp_path / "m.onnx", (torch.randn(2, 64),))
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]  # no data of the older file is left
+    assert rel(run(tmp_path / "m.onnx", {"input": x}), model(x)) < 1e-6
+
+
+class Outputs(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.a, self.kind = nn.Linear(6, 6), kind
+
+    def forward(self, x):
+        y = self.a(x)
+        return {"names": {"x": y, "y": y + 1}, "twice": (y, y), "input": (y, x)}[self.kind]
+
+
+def test_output_names_and_aliases(tmp_path):
+    x = torch.randn(2, 6)
+    report = oftfx.export_onnx(Outputs("names"), tmp_path / "m.onnx", {"x": x})
+    assert report.outputs == ("x_out", "y")
+    with pytest.raises(ExportError, match="output output_1 is the same tensor as output output_0"):
+        oftfx.export_onnx(Outputs("twice"), tmp_path / "m.onnx", {"x": x})
+    with pytest.raises(ExportError, match="output output_1 is the same tensor as input x"):
+        oftfx.export_onnx(Outputs("input"), tmp_path / "m.onnx", {"x": x})
+    with pytest.raises(ExportError, match="dynamic_shapes: no input 'X'; the inputs are x"):
+        oftfx.export_onnx(Outputs("names"), tmp_path / "m.onnx", {"x": x}, dynamic_shapes={"X": {0: "n"}})
+
+
+def test_a_recorded_graph_exports_as_its_model(tmp_path):
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(12, 7)), {"0": OFT(4)}))
+    graph = oftfx.graph(model, (torch.randn(3, 12),))
+    oftfx.export_onnx(graph, tmp_path / "m.onnx", (torch.randn(2, 12),))
+    x = torch.randn(5, 12)
+    assert rel(run(tmp_path / "m.onnx", {"input": x}), model(x)) < 1e-6

@@ -7,7 +7,7 @@ from oftfx.passes.formats.bnb4 import make_linear4bit
 
 import oftfx
 from oftfx import OFT
-from oftfx.errors import OftfxWarning
+from oftfx.errors import OftfxWarning, RuleError
 from oftfx.formats import format_named
 from tests.reference import dense_rotation, randomize, rel
 
@@ -177,3 +177,61 @@ def test_shared_rotation_in_front_of_kept_weights():
 def test_a_layer_that_was_never_quantized_is_no_site():
     base = nn.Sequential(bnb.nn.Linear4bit(64, 32))
     assert not BNB4.matches(base[0])
+
+
+def test_what_a_fold_kept_still_acts_under_a_new_adapter():
+    model = randomize(oftfx.transform(nn.Sequential(make_linear4bit(nn.Linear(64, 32))), {"0": OFT(8)}), std=0.3)
+    kept = oftfx.fold(model).model.eval()
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        expected = kept(x)
+        second = oftfx.transform(kept, {"0": OFT(16)}, adapter="second").eval()
+        assert torch.equal(second(x), expected)
+        randomize(second)
+        assert rel(second(x), expected) > 0.01
+        again = oftfx.fold(second).model
+        assert rel(again(x), second(x)) < 1e-6
+        with oftfx.disable_adapters(second):
+            assert torch.equal(second(x), expected)
+        oftfx.remove_adapter(second, "second")
+        assert torch.equal(second(x), expected)
+
+
+def test_a_layer_with_two_names_is_replaced_at_both(tmp_path):
+    base = nn.ModuleDict({"a": make_linear4bit(nn.Linear(64, 64))})
+    base["b"] = base["a"]
+    model = randomize(oftfx.transform(base, {"a": OFT(8)}))
+    folded = oftfx.fold(model, quantized="float").model
+    assert folded["a"] is folded["b"]
+    assert type(folded["b"]) is nn.Linear
+
+
+def test_a_plan_made_on_the_float_model_prepares_the_quantized_one():
+    plan = oftfx.plan(nn.Sequential(nn.Linear(256, 128)), {"0": OFT(32)})
+    model = randomize(oftfx.transform(nn.Sequential(make_linear4bit(nn.Linear(256, 128))), plan))
+    assert oftfx.adapters(model)["default"]["0"].site.format == "bnb4"
+    x = torch.randn(3, 256)
+    with torch.no_grad():
+        model.eval()(x)
+    model.train()(x).sum().backward()
+    assert model[0].oft.default.skew.grad.abs().sum() > 0
+    with pytest.raises(RuleError, match="train and train_bias are part of a plan"):
+        oftfx.transform(nn.Sequential(nn.Linear(256, 128)), plan, train=["0"])
+
+
+def test_the_float_layer_takes_the_dtype_of_the_model_around_it():
+    """Weights that were bfloat16 before quantization, in a model that computes in float32."""
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.layer = nn.LayerNorm(64), make_linear4bit(nn.Linear(64, 32).bfloat16())
+
+        def forward(self, x):
+            return self.layer(self.norm(x))
+
+    model, x = randomize(oftfx.transform(Model(), {"layer": OFT(8)})).eval(), torch.randn(3, 64)
+    folded = oftfx.fold(model, quantized="float").model
+    assert folded.layer.weight.dtype == torch.float32
+    with torch.no_grad():
+        assert rel(folded(x), model(x)) < 1e-2
