@@ -10,6 +10,7 @@ import torch
 import torch.nn as nn
 
 from oftfx.formats import format_of
+from oftfx.structure import is_own_module
 
 if TYPE_CHECKING:
     from oftfx.plans import Plan
@@ -121,11 +122,6 @@ def find_sites(model: nn.Module) -> tuple[Site, ...]:
             )
         )
     return tuple(sites)
-
-
-def is_own_module(module: nn.Module) -> bool:
-    """Whether a module is one of ours (a rotation), which no rule ever reaches."""
-    return type(module).__module__.startswith("oftfx.")
 
 
 def output_head(model: nn.Module) -> nn.Module | None:

@@ -77,6 +77,11 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
         yield from _tensors(vars(value), seen)
 
 
+def is_own_module(module: nn.Module) -> bool:
+    """Whether a module is one of ours (a rotation), which no rule ever reaches."""
+    return type(module).__module__.startswith("oftfx.")
+
+
 def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
     """Put ``new`` wherever ``old`` is registered; a layer may have several names."""
     for parent in model.modules():

@@ -11,8 +11,9 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from oftfx.errors import RuleError
 from oftfx.plans import Plan, SitePlan, Skipped
-from oftfx.program import Program, Site, is_own_module
+from oftfx.program import Program, Site
 from oftfx.rules import Rule
+from oftfx.structure import is_own_module
 
 
 class MatchRules(Pass):

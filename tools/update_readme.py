@@ -35,8 +35,8 @@ def tables():
 
 def filled(text):
     for name, table in tables().items():
-        pattern = rf"(<!-- {name} -->\n).*?(\n<!-- end -->)"
-        text, count = re.subn(pattern, lambda m, t=table: m.group(1) + t + m.group(2), text, flags=re.DOTALL)
+        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
+        text, count = re.subn(pattern, lambda m, t=table: m.group(1) + t + "\n" + m.group(2), text, flags=re.DOTALL)
         assert count == 1, name
     return text
 

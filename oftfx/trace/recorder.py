@@ -19,8 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from oftfx.errors import TraceError
-from oftfx.program import is_own_module
 from oftfx.rotation.module import Rotation, no_cache
+from oftfx.structure import is_own_module
 from oftfx.trace.symbols import SymbolNodes
 
 # Tensor methods that are written as operators; a graph reads better with the operator.
