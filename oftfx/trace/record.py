@@ -157,8 +157,9 @@ class _Undisturbed:
         self.model, self.real = model, real
 
     def __enter__(self) -> None:
+        # Each module's attributes, and what is in those that are dictionaries or lists (parameters, hooks, caches).
         self.attributes = [
-            (m, dict(vars(m)), {k: dict(vars(m)[k]) for k in ("_parameters", "_buffers", "_modules")})
+            (m, dict(vars(m)), [(v, v.copy()) for v in vars(m).values() if isinstance(v, (dict, list))])
             for m in self.model.modules()
         ]
         self.buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
@@ -174,10 +175,10 @@ class _Undisturbed:
         for module, attributes, contents in self.attributes:
             vars(module).clear()
             vars(module).update(attributes)
-            for name, items in contents.items():
-                # The dictionaries themselves are shared with graphs, so they are refilled, not replaced.
-                vars(module)[name].clear()
-                vars(module)[name].update(items)
+            for container, items in contents:
+                # The containers themselves may be shared (with a graph, say), so they are refilled, not replaced.
+                container.clear()
+                container.update(items) if isinstance(container, dict) else container.extend(items)
         with torch.no_grad():
             for buffer, value in self.buffers:
                 buffer.copy_(value)

@@ -273,13 +273,14 @@ class Lazy(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.a, self.mask, self.calls = nn.Linear(6, 6), None, 0
+        self.a, self.mask, self.calls, self.seen = nn.Linear(6, 6), None, 0, []
         self.norm = nn.BatchNorm1d(6)
         self.register_buffer("mean", torch.zeros(6))
 
     def forward(self, x):
         if self.mask is None:
             self.mask = torch.ones(x.shape[0], 1)
+            self.a.register_forward_hook(lambda module, args, out: self.seen.append(out))
         self.calls += 1
         self.mean = self.mean * 0.9 + x.mean(0)
         return self.norm(self.a(x * self.mask))
@@ -292,6 +293,8 @@ def test_recording_leaves_no_trace_in_the_model(fake):
     record(model, (torch.randn(4, 6),), fake=fake)
     assert model.mask is None
     assert model.calls == 0
+    assert model.seen == []
+    assert not model.a._forward_hooks
     assert type(model.mean) is torch.Tensor
     assert model.training
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
