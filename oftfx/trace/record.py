@@ -162,7 +162,10 @@ class _Undisturbed:
             (m, dict(vars(m)), [(v, v.copy()) for v in vars(m).values() if isinstance(v, (dict, list))])
             for m in self.model.modules()
         ]
-        self.buffers = [(b, b.detach().clone()) for b in self.model.buffers()]
+        # Large integer buffers are packed weights: nothing counts in them, and copying them would double a model.
+        self.buffers = [
+            (b, b.detach().clone()) for b in self.model.buffers() if b.is_floating_point() or b.numel() < 2**16
+        ]
         self.random = torch.get_rng_state()
         found = [(m, format_of(m)) for m in self.model.modules()]
         self.release = [f.hold_still(m) for m, f in found if f is not None]
