@@ -84,11 +84,11 @@ class WeightFormat(ABC):
         Some runtimes repack a weight in place; without this, running the original would repack its copy as well.
         """
 
-    def hold_still(self, module: nn.Module) -> Callable[[], None]:
+    def hold_still(self, module: nn.Module) -> Callable[[], None]:  # noqa: ARG002
         """Forbid what a forward may do to the weight; the function returned lifts the ban again."""
         return lambda: None
 
-    def prepare(self, module: nn.Module) -> str | None:
+    def prepare(self, module: nn.Module) -> str | None:  # noqa: ARG002
         """Make a layer's runtime keep its weight as it is, undoing what it already did.
 
         Returns:

@@ -20,7 +20,7 @@ CHILD = "oft"
 class SiteRotations(nn.Module):
     """The rotations that live at a site, one child an adapter. It only holds them; `RotateInput` applies them."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *_: Any, **__: Any) -> Any:
         """Not meant to be called; a container like ModuleList."""
         raise OftfxError("an `oft` child only holds rotations; call the layer it belongs to")
 
@@ -68,7 +68,7 @@ class RotateInput:
 
 
 def attach(module: nn.Module, site: str) -> RotateInput:
-    """The hook of a layer; made and registered where it has none. Runs before the user's own pre-hooks' results."""
+    """The hook of a layer; made and registered where it has none, after the pre-hooks that are there."""
     hook = rotate_input_of(module)
     if hook is None:
         hook = RotateInput(site)

@@ -45,11 +45,6 @@ class SitePlan:
         return self.site.fqn
 
     @property
-    def placement(self) -> str:
-        """Where the rotation acts: in front of the layer."""
-        return "activation"
-
-    @property
     def trainable(self) -> int:
         """Trainable numbers this site adds; 0 where it shares another's rotation."""
         if self.owner != self.fqn:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -66,7 +66,6 @@ class Program:
     sites: tuple[Site, ...]
     plan: Plan | None = None
     recording: Recording | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, model: nn.Module, recording: Recording | None = None) -> Program:

@@ -10,12 +10,12 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
-from oftfx.passes.freeze_rotations import Freezer, product_of
-from oftfx.passes.protocol import BOUNDS, Change, Pass, PassResult, relative_error
 
 from oftfx.errors import FoldError, OftfxWarning, PassError
 from oftfx.formats import WeightFormat, WeightState, format_of
 from oftfx.hooks import CHILD, RotateInput, attach, detach, rotated_sites
+from oftfx.passes.freeze_rotations import Freezer, product_of
+from oftfx.passes.protocol import BOUNDS, Change, Pass, PassResult, relative_error
 from oftfx.program import Program, Site
 from oftfx.rotation.module import FrozenRotation, Rotation
 from oftfx.rotation.rotate import rotate_weight
@@ -210,11 +210,11 @@ def _fold_site(
         detach(module)
         if probe is not None:
             _check_probe(fqn, module, probe)
-        _untie(model, fqn, shared, module)
+        _untie(model, fqn)
     elif policy == "float":
         action = "dequantized"
         detach(module)
-        module = _replace(model, fqn, module, weight_format, target)
+        module = _replace(model, module, weight_format, target)
         weight_format = _format(module)
     else:
         action = "requantized"
@@ -260,9 +260,7 @@ def _format(module: nn.Module) -> WeightFormat:
     return found
 
 
-def _replace(
-    model: nn.Module, fqn: str, module: nn.Module, weight_format: WeightFormat, target: torch.Tensor
-) -> nn.Module:
+def _replace(model: nn.Module, module: nn.Module, weight_format: WeightFormat, target: torch.Tensor) -> nn.Module:
     """Put a float layer with the rotated weight in the place of a quantized one; hooks go along."""
     new = weight_format.float_module(module, target.to(_activation_dtype(model, module, weight_format)))
     for name in HOOKS:
@@ -306,7 +304,7 @@ def _check_probe(fqn: str, module: nn.Module, probe: tuple[torch.Tensor, torch.T
         )
 
 
-def _untie(model: nn.Module, fqn: str, shared: set[int], module: nn.Module) -> None:
+def _untie(model: nn.Module, fqn: str) -> None:
     """Tell transformers that a weight is no longer tied, or loading a saved model would tie it again."""
     config = getattr(model, "config", None)
     tied = getattr(model, "all_tied_weights_keys", None)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn as nn
-from oftfx.passes.protocol import Change, Pass, PassResult
 
 from oftfx.errors import PassError
 from oftfx.hooks import RotateInput, attach, detach, hold, rotated_sites
+from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.program import Program
 from oftfx.rotation.module import FrozenRotation, Rotation
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import torch
-from oftfx.passes.protocol import Change, Pass, PassResult
 
 from oftfx.errors import AdapterError, PassError
 from oftfx.formats import format_named
 from oftfx.hooks import attach, hold, rotate_input_of
+from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.plans import SitePlan
 from oftfx.program import Program, weight_device
 from oftfx.rotation.module import Rotation, SharedRotation

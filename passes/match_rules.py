@@ -6,10 +6,10 @@ import difflib
 from collections.abc import Sequence
 
 import torch.nn as nn
-from oftfx.passes.protocol import Change, Pass, PassResult
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from oftfx.errors import RuleError
+from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.plans import Plan, SitePlan, Skipped
 from oftfx.program import Program, Site
 from oftfx.rules import Rule
@@ -61,8 +61,9 @@ class MatchRules(Pass):
                 faults.append(str(fault))
         if faults:
             raise RuleError("\n".join([*faults[:5], *([f"... and {len(faults) - 5} more"] if len(faults) > 5 else [])]))
-        skipped += self._reached_without_site(program, modules, hits, wins)
-        self._check_hits(program, hits, skipped)
+        unfit = self._reached_without_site(program, modules, hits, wins)
+        skipped += [s for found in unfit.values() for s in found]
+        self._check_hits(program, hits, unfit)
         self._check_wins(hits, wins)
         train = self._trained_names(program, modules, entries)
         plan = Plan(
@@ -83,10 +84,10 @@ class MatchRules(Pass):
 
     def _reached_without_site(
         self, program: Program, modules: dict[str, nn.Module], hits: list[int], wins: list[int]
-    ) -> list[Skipped]:
-        """Layers with a weight matrix that a rule names but that cannot be rotated; their rule is not to blame."""
+    ) -> dict[int, list[Skipped]]:
+        """By rule, layers with a weight matrix that it names but that cannot be rotated."""
         known = {s.fqn for s in program.sites}
-        found = []
+        found: dict[int, list[Skipped]] = {}
         for fqn, module in modules.items():
             if fqn in known or not fqn or is_own_module(module) or not _has_matrix(module):
                 continue
@@ -96,16 +97,16 @@ class MatchRules(Pass):
                     hits[index] += rule.spec is None
                     wins[index] += rule.spec is None
                     if rule.spec is not None:
-                        found.append(Skipped(fqn, type(module).__name__, _why_no_site(module)))
+                        reason = Skipped(fqn, type(module).__name__, _why_no_site(module))
+                        found.setdefault(index, []).append(reason)
                     break
         return found
 
-    def _check_hits(self, program: Program, hits: list[int], skipped: list[Skipped]) -> None:
-        for rule, count in zip(self.rules, hits, strict=True):
-            if count or rule.optional:
+    def _check_hits(self, program: Program, hits: list[int], unfit_by_rule: dict[int, list[Skipped]]) -> None:
+        for index, rule in enumerate(self.rules):
+            if hits[index] or rule.optional:
                 continue
-            unfit = [s for s in skipped if rule.matches_name(s.fqn)]
-            if unfit:
+            if unfit := unfit_by_rule.get(index):
                 raise RuleError(
                     f"rule {rule.label!r} matches {len(unfit)} layers, none of which can be rotated, e.g. "
                     f"{unfit[0].fqn} ({unfit[0].module_class}): {unfit[0].reason}"

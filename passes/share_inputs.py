@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 import torch.fx as fx
 import torch.nn as nn
-from oftfx.passes.protocol import Change, Pass, PassResult
 
+from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.plans import Plan, SitePlan, Skipped, TraceInfo
 from oftfx.program import Program
 
@@ -35,7 +35,7 @@ class ShareInputs(Pass):
         plan, recording = program.plan, program.recording
         assert plan is not None
         if recording is None:
-            return self._alone(program, plan)
+            return PassResult(program, False)
         plan, refused = _without_functional(plan, recording.graph, recording.calls)
         inputs = _inputs_by_site(recording.graph, dict(program.model.named_modules()))
         groups: dict[object, list[SitePlan]] = defaultdict(list)
@@ -65,9 +65,6 @@ class ShareInputs(Pass):
         entries = tuple(new.get(e.fqn, e) for e in plan)
         result = replace(plan, entries=entries, trace=info)
         return PassResult(program.with_(plan=result), result != program.plan, tuple(changes))
-
-    def _alone(self, program: Program, plan: Plan) -> PassResult:
-        return PassResult(program, False)
 
 
 def _without_functional(plan: Plan, graph: fx.Graph, calls: dict[str, int]) -> tuple[Plan, list[Skipped]]:

@@ -54,6 +54,7 @@ def test_every_kind_of_target(model, target, expected):
         ("re:.*dwn", r"Nearest: \*\.down"),
         (nn.Bilinear, r"rule 'Bilinear' matches no layer.*of class \['Linear'\]"),
         ("*.conv", r"matches 2 layers, none of which can be rotated, e\.g\. 0\.conv \(Conv2d\)"),
+        (nn.Conv2d, r"rule 'Conv2d' matches 2 layers, none of which can be rotated, e\.g\. 0\.conv \(Conv2d\)"),
     ],
 )
 def test_a_rule_that_matches_nothing_names_the_nearest(model, target, message):

@@ -15,7 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.adapter import peft
-from oftfx.adapter.store import AdapterStore, check_name, find_store, located, store_of
+from oftfx.adapter.store import AdapterStore, check_name, find_store, located, store_of, unwrapped
 from oftfx.errors import AdapterError, AdapterFileError
 from oftfx.plans import Plan, SitePlan
 from oftfx.program import Program, Site
@@ -96,7 +96,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     skews = {fqn: tensors[k] for fqn, k in skew_keys.items()}
     parameters = {name: tensors[k] for name, k in parameter_keys.items()}
     store = find_store(model)
-    root = located(model)[0] if store is not None else model
+    root = unwrapped(model)
     plan = _plan_of_file(root, directory, skews, parameters)
     if store is not None and adapter in store.adapters:
         _check_same(store.adapters[adapter].plan, plan, skews, adapter)

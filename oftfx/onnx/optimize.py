@@ -86,18 +86,20 @@ def merge_constants(model: Any, keep: set[str]) -> None:
 def transpose_weights(model: Any) -> None:
     """Replace ``Transpose(weight)`` by a weight stored transposed, under the weight's own name.
 
-    A weight that is read both ways (a tied embedding) keeps the node.
+    A weight that is read both ways (a tied embedding), or whose transpose is a result, keeps the node.
     """
     import onnx_ir as ir
 
     for name, value in list(model.graph.initializers.items()):
         consumers = [use.node for use in value.uses()]
-        if not consumers or any(n.op_type != "Transpose" for n in consumers) or value.const_value is None:
+        if not consumers or value.const_value is None or value.const_value.dtype.itemsize < 1:
             continue
-        orders = {tuple(n.attributes["perm"].as_ints()) for n in consumers if "perm" in n.attributes}
-        if len(orders) != 1 or value.const_value.dtype.itemsize < 1:
+        if any(n.op_type != "Transpose" or n.outputs[0].is_graph_output() for n in consumers):
             continue
+        orders = {tuple(n.attributes["perm"].as_ints()) if "perm" in n.attributes else () for n in consumers}
         order = orders.pop()
+        if orders or not order:
+            continue
         new = _transposed(ir, name, value.const_value, order)
         del model.graph.initializers[name]
         model.graph.initializers[name] = new

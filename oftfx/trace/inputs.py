@@ -48,14 +48,6 @@ def example_call(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple
     return (), inputs
 
 
-def default_inputs(model: nn.Module) -> dict[str, Any] | None:
-    """Example inputs that the model names itself, or None."""
-    try:
-        return example_call(model, None)[1]
-    except TraceError:
-        return None
-
-
 _OVERRIDES: tuple[tuple[str, Any], ...] = (
     # A cache is a mutable object of its own; a graph would freeze it as a constant.
     ("use_cache", False),

@@ -103,12 +103,14 @@ def record(
         stack.enter_context(torch.enable_grad() if fake else torch.no_grad())
         with recorder.recording():
             out = model(*new_args, **new_kwargs)
-    doubts = [f"{n}() in {where or 'the model'}" for n, where in recorder.data_dependent]
+    doubts = [reason] if reason else []
+    if recorder.data_dependent:
+        steps = [f"{n}() in {where or 'the model'}" for n, where in recorder.data_dependent]
+        doubts.append("depends on data: " + ", ".join(steps[:3]))
     if recorder.autocast_changes:
         doubts.append(f"autocast is switched inside {recorder.autocast_changes[0]}")
+    reason = "; ".join(doubts)
     rung = "graph" if fake and not doubts else "analysis"
-    if doubts:
-        reason = "; ".join([*([reason] if reason else []), "depends on data: " + ", ".join(doubts[:3])])
     module = None
     if executable:
         recorder.graph.output(_output(recorder, out))
@@ -159,7 +161,7 @@ class _Undisturbed:
     def __enter__(self) -> None:
         # Each module's attributes, and what is in those that are dictionaries or lists (parameters, hooks, caches).
         self.attributes = [
-            (m, dict(vars(m)), [(v, v.copy()) for v in vars(m).values() if isinstance(v, (dict, list))])
+            (m, dict(vars(m)), [(v, _contents(v)) for v in vars(m).values() if isinstance(v, (dict, list))])
             for m in self.model.modules()
         ]
         # Large integer buffers are packed weights: nothing counts in them, and copying them would double a model.
@@ -188,6 +190,10 @@ class _Undisturbed:
         torch.set_rng_state(self.random)
 
 
+def _contents(container: Any) -> Any:
+    return dict(container) if isinstance(container, dict) else list(container)
+
+
 def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     parameters = [
         p.name
@@ -200,10 +206,11 @@ def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, A
 
 def _placeholders(recorder: Recorder, names: list[str], values: list[Any]) -> None:
     """One placeholder an argument; tensors inside containers are read from it."""
-    with_tensors = [isinstance(v, torch.Tensor) or bool(_leaves(v)) for v in values]
+    # Python wants arguments without default first, so only what follows the last tensor gets one.
+    last = max((i for i, v in enumerate(values) if _leaves(v)), default=-1)
     holders = []
-    for name, value, has_tensor in zip(names, values, with_tensors, strict=True):
-        default = () if has_tensor else (value,)
+    for index, (name, value) in enumerate(zip(names, values, strict=True)):
+        default = (value,) if index > last else ()
         holders.append(recorder.graph.create_node("placeholder", name, default, name=name))
     for holder, value in zip(holders, values, strict=True):
         for path, tensor in _leaves(value):

@@ -238,3 +238,12 @@ def test_a_failing_insertion_leaves_the_model_as_it_was(saved):
         oftfx.transform(model, {"*": OFT(2)}, inplace=True)
     assert not any(m._forward_pre_hooks for m in model.modules())
     assert all(p.requires_grad for p in model.parameters())
+
+
+def test_loading_into_a_wrapped_base_reaches_the_model(saved):
+    model = base()
+    compiled = torch.compile(model, backend="eager")
+    oftfx.load_adapter(compiled, saved)
+    assert list(oftfx.adapters(model)) == ["default"]
+    x = torch.randn(3, 24)
+    assert torch.equal(model(x), oftfx.load_adapter(base(), saved)(x))

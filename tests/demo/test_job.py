@@ -8,7 +8,7 @@ import torch
 import oftfx
 from oftfx import OFT
 from oftfx.demo import text
-from oftfx.demo.job import QUICK, Job, Size, table_rows
+from oftfx.demo.job import QUICK, Job, table_rows
 from oftfx.demo.perplexity import in_torch, perplexity
 from oftfx.demo.train import train
 from oftfx.errors import OftfxError
@@ -79,4 +79,3 @@ def test_table_rows_say_what_was_kept():
     }  # fmt: skip
     results = {"rows": {n: {"perplexity": p, "mib": 1.0, "ms": 2.0, "runs_in": "torch"} for n, p in rows.items()}}
     assert [r[5] for r in table_rows(results)] == ["", "", "100.0", "50.0"]
-    assert Size(3, 4) != QUICK

@@ -317,3 +317,20 @@ def test_the_length_of_a_container_is_guarded():
         graph([*xs, torch.randn(3, 6)])
     with pytest.raises(GuardError, match=r"scale: got 3\.0, recorded for 2\.0"):
         graph(xs, scale=3.0)
+
+
+def test_a_constant_before_a_tensor_is_an_argument_without_default():
+    class Flagged(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 4)
+
+        def forward(self, double, x, shift=0.0):
+            return self.a(x) * (2 if double else 1) + shift
+
+    model, x = Flagged(), torch.randn(3, 6)
+    for inputs in ({"double": True, "x": x}, (True, x)):
+        graph = oftfx.graph(model, inputs)
+        assert torch.equal(graph(True, x), model(True, x))
+        with pytest.raises(GuardError, match="double: got False, recorded for True"):
+            graph(False, x)

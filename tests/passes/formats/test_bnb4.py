@@ -3,12 +3,12 @@ import copy
 import pytest
 import torch
 import torch.nn as nn
-from oftfx.passes.formats.bnb4 import make_linear4bit
 
 import oftfx
 from oftfx import OFT
 from oftfx.errors import OftfxWarning, RuleError
 from oftfx.formats import format_named
+from oftfx.passes.formats.bnb4 import make_linear4bit
 from tests.reference import dense_rotation, randomize, rel
 
 pytestmark = pytest.mark.needs("bitsandbytes")
