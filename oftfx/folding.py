@@ -12,7 +12,7 @@ import torch.nn as nn
 from oftfx.adapter.store import AdapterStore, drop_store, keep_store, located
 from oftfx.errors import AdapterError, FoldError
 from oftfx.modes import outputs_of
-from oftfx.passes.fold_rotations import FoldRotations, Policy, restore
+from oftfx.passes.fold_rotations import FoldRotations, Policy
 from oftfx.passes.protocol import PassManager, relative_error
 from oftfx.program import Program
 from oftfx.report.fold_report import FoldReport
@@ -132,7 +132,8 @@ class Before:
 
     def restore(self, model: nn.Module) -> None:
         """Bring it back into the same model."""
-        restore(model, self.step.undo)
+        for site in self.step.undo:
+            site.restore(model)
         keep_store(model, self.store)
         self.store.activate(model, self.active)
         for parameter in self.trainable:

@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FormatError
+from oftfx.layout import Layout
 
 WeightState = Mapping[str, Any]
 """The attributes of a layer that hold its weight, by name; opaque outside the format that made it."""
@@ -24,11 +25,21 @@ WeightState = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape of a layer's weight as matrix ``(out_features, in_features)``, and the kind of layer."""
+    """Shape of a layer's weight as matrix ``(out_features, in_features)``, and the kind of layer.
+
+    Attributes:
+        kind: ``"linear"``, ``"conv2d"``, ...; see `oftfx.sites.Site`.
+        in_features: length of the axis that is rotated; for an embedding the size of its output.
+        out_features: rows.
+        placements: where a rotation can act, the best first.
+        experts: number of experts that the tensor holds one after another; 0 for none.
+    """
 
     kind: str
     in_features: int
     out_features: int
+    placements: tuple[str, ...] = ("activation",)
+    experts: int = 0
 
 
 class WeightFormat(ABC):
@@ -41,6 +52,10 @@ class WeightFormat(ABC):
 
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
+
+    def layout(self, module: nn.Module) -> Layout:  # noqa: ARG002
+        """How the stored tensor reads as matrix."""
+        return Layout()
 
     @abstractmethod
     def matches(self, module: nn.Module) -> bool:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from oftfx.coverage import Coverage, Unreached
 from oftfx.errors import RuleError
-from oftfx.program import Site
+from oftfx.layout import Layout
+from oftfx.rotation.module import skew_rows
 from oftfx.rotation.skew import skew_size
+from oftfx.sites import Site
 from oftfx.spec import OFT
 
 VERSION = 1
@@ -22,11 +25,12 @@ class SitePlan:
     Attributes:
         site: the layer.
         spec: how it is rotated.
-        blocks: number of blocks.
-        block_size: their size; ``blocks * block_size == site.in_features``.
+        blocks: number of blocks; of an own rotation for each expert, of all of them.
+        block_size: their size; ``blocks * block_size == site.in_features * copies``.
         rule: the target of the rule that chose it.
         owner: path of the site that holds the rotation; the site itself unless it shares another's.
         same_input: other planned sites of the same parent that read the same tensor.
+        placement: where the rotation acts: ``"activation"`` or ``"weight"``.
         notes: what a user should know about this site.
     """
 
@@ -38,6 +42,22 @@ class SitePlan:
     owner: str
     same_input: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    placement: str = "activation"
+
+    @property
+    def copies(self) -> int:
+        """Rotations in a row: one for each expert where the spec asks for that."""
+        return self.site.experts if self.each else 1
+
+    @property
+    def each(self) -> bool:
+        """Whether every expert has a rotation of its own."""
+        return self.spec.experts == "each" and self.site.experts > 0
+
+    @property
+    def rows(self) -> int:
+        """Rows of the skew that this site needs."""
+        return skew_rows(self.spec, self.blocks // self.copies, self.copies)
 
     @property
     def fqn(self) -> str:
@@ -49,7 +69,7 @@ class SitePlan:
         """Trainable numbers this site adds; 0 where it shares another's rotation."""
         if self.owner != self.fqn:
             return 0
-        return (1 if self.spec.block_share else self.blocks) * skew_size(self.block_size)
+        return self.rows * skew_size(self.block_size)
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,7 @@ class Plan:
         train: names of parameters, other than rotations, that train whole and are saved with the adapter.
         train_modules: the modules that were asked for by ``train``.
         train_bias: the biases that were asked for: ``"none"``, ``"all"`` or ``"oft"``.
+        coverage: bytes of weight matrices that are rotated, and which are not.
     """
 
     model_class: str
@@ -100,6 +121,7 @@ class Plan:
     train: tuple[str, ...] = ()
     train_modules: tuple[str, ...] = ()
     train_bias: str = "none"
+    coverage: Coverage = field(default_factory=Coverage)
 
     def __iter__(self) -> Iterator[SitePlan]:
         return iter(self.entries)
@@ -153,6 +175,7 @@ class Plan:
                 train=tuple(data["train"]),
                 train_modules=tuple(data["train_modules"]),
                 train_bias=data["train_bias"],
+                coverage=_coverage(data.get("coverage", {})),
             )
         except (KeyError, TypeError) as error:
             raise RuleError(f"this text is a damaged oftfx plan: {type(error).__name__}: {error}") from None
@@ -177,8 +200,15 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
 
 
+def _coverage(values: dict[str, Any]) -> Coverage:
+    unreached = tuple(Unreached(**_tuples(u)) for u in values.get("unreached", ()))
+    return Coverage(**{**values, "unreached": unreached})
+
+
 def _entry(values: dict[str, Any]) -> SitePlan:
     fields = _tuples(values)
-    fields["site"] = Site(**_tuples(fields["site"]))
+    site = _tuples(fields["site"])
+    site["layout"] = Layout(**site.get("layout", {}))
+    fields["site"] = Site(**site)
     fields["spec"] = OFT.from_dict(fields["spec"])
     return SitePlan(**fields)

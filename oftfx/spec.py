@@ -26,6 +26,9 @@ class OFT:
         coft_eps: constrained OFT: clip the norm of each skew block to ``coft_eps / sqrt(blocks)``.
         dropout: probability that a block is replaced by the identity, drawn for each block in every training forward.
         share_input: sites of one parent module that read the same tensor get one rotation.
+        placement: ``"activation"`` rotates what a layer reads, ``"weight"`` the weight it reads it with; ``"auto"`` is
+            the better one for each kind of layer. The results are the same; not every site can do both.
+        experts: of a layer of experts, ``"shared"``: one rotation for all of them, or ``"each"``: one for every.
         init: ``"identity"`` (skew 0: the model starts unchanged) or ``"normal"`` (std 0.1).
         on_indivisible: ``"error"``, or ``"nearest"``: take the divisor nearest to the size asked for, as PEFT does.
 
@@ -42,6 +45,8 @@ class OFT:
     coft_eps: float | None = None
     dropout: float = 0.0
     share_input: bool = False
+    placement: Literal["auto", "activation", "weight"] = "auto"
+    experts: Literal["shared", "each"] = "shared"
     init: Literal["identity", "normal"] = "identity"
     on_indivisible: Literal["error", "nearest"] = "error"
 
@@ -67,6 +72,8 @@ class OFT:
         self._check("dropout", _is_number(self.dropout) and 0.0 <= self.dropout < 1.0, "a number in [0, 1)")
         self._check("block_share", isinstance(self.block_share, bool), "true or false")
         self._check("share_input", isinstance(self.share_input, bool), "true or false")
+        self._check("placement", self.placement in ("auto", "activation", "weight"), '"auto", "activation" or "weight"')
+        self._check("experts", self.experts in ("shared", "each"), '"shared" or "each"')
         self._check("init", self.init in ("identity", "normal"), '"identity" or "normal"')
         self._check("on_indivisible", self.on_indivisible in ("error", "nearest"), '"error" or "nearest"')
 

@@ -14,7 +14,13 @@ from oftfx.formats import format_of
 
 M = TypeVar("M", bound=nn.Module)
 
-HOOKS = ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs")
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
 """Attributes of a module that hold its forward hooks."""
 
 

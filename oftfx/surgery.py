@@ -12,18 +12,22 @@ import torch.nn as nn
 
 from oftfx.adapter.store import Adapter, check_name, find_store, store_of, transformed_part, unwrapped
 from oftfx.errors import AdapterError, OftfxWarning, RuleError, TraceError
-from oftfx.hooks import CHILD, SiteRotations
+from oftfx.passes.find_functional import FindFunctional
 from oftfx.passes.insert_rotations import InsertRotations
 from oftfx.passes.match_rules import MatchRules
+from oftfx.passes.measure_coverage import MeasureCoverage
 from oftfx.passes.protocol import PassManager, PassResult
 from oftfx.passes.share_inputs import ShareInputs
+from oftfx.placement import SiteRotations, child_name
 from oftfx.plans import Plan
 from oftfx.program import Program
-from oftfx.rules import Rules, read_rules
+from oftfx.rules import Rule, Rules, read_rules
+from oftfx.sites import choose_placement, fits
 from oftfx.structure import structural_copy
 from oftfx.trace.graph_module import ProgramGraph
 from oftfx.trace.inputs import ExampleInputs
 from oftfx.trace.record import record, record_best
+from oftfx.unreachable import can_look_into, unreachable
 
 M = TypeVar("M", bound=nn.Module)
 TrainBias = Literal["none", "all", "oft"]
@@ -129,11 +133,12 @@ def check_insertable(model: nn.Module, plan: Plan) -> None:
     names = [e.fqn for e in plan]
     if twice := next((n for n, c in Counter(names).items() if c > 1), None):
         raise RuleError(f"the plan rotates {twice} twice")
-    for fqn in names:
-        child = model.get_submodule(fqn)._modules.get(CHILD)
+    for entry in plan:
+        child_at = child_name(entry.site.parameter)
+        child = model.get_submodule(entry.site.module)._modules.get(child_at)
         if child is not None and not isinstance(child, SiteRotations):
             raise AdapterError(
-                f"{fqn} has a child {CHILD!r} of its own ({type(child).__name__}), where a rotation would go"
+                f"{entry.fqn} has a child {child_at!r} of its own ({type(child).__name__}), where a rotation would go"
             )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in plan.train:
@@ -206,12 +211,26 @@ def _planned(
         bias: str = rules.bias  # type: ignore[union-attr]
         train_bias = "oft" if bias == "oft_only" else bias
     program = Program.of(model)
-    # Rules are checked before the slow part.
-    result = PassManager([MatchRules(asked, train=train, train_bias=train_bias)]).run(program)
-    if trace or example_inputs is not None or any(r.spec is not None and r.spec.share_input for r in asked):
-        recorded = result.program.with_(recording=record_best(model, example_inputs))
-        result = PassManager([ShareInputs()]).run(recorded)
+    match = MatchRules(asked, train=train, train_bias=train_bias)
+    raw = _asked_parameters(program, asked)
+    if not raw:
+        # Rules are checked before the slow part.
+        result = PassManager([match, MeasureCoverage()]).run(program)
+    if raw or trace or example_inputs is not None or any(r.spec is not None and r.spec.share_input for r in asked):
+        recorded = program.with_(recording=record_best(model, example_inputs, look_into=raw))
+        result = PassManager([FindFunctional(), match, ShareInputs(), MeasureCoverage()]).run(recorded)
     return result
+
+
+def _asked_parameters(program: Program, rules: Sequence[Rule]) -> set[nn.Module]:
+    """Modules with a parameter that rules name and that only a recording shows the meaning of."""
+    found = set()
+    for path, holder, _ in unreachable(program):
+        rule = next((r for r in rules if r.matches_name(path) or r.matches_name(holder)), None)
+        module = program.model.get_submodule(holder)
+        if rule is not None and rule.spec is not None and path not in program.refused and can_look_into(module):
+            found.add(module)
+    return found
 
 
 def _carry_out(model: nn.Module, plan: Plan) -> Program:
@@ -221,6 +240,8 @@ def _carry_out(model: nn.Module, plan: Plan) -> Program:
     entries = []
     for entry in plan:
         found = sites.get(entry.fqn)
+        if found is None and not entry.site.is_layer and fits(model, entry.site):
+            found = entry.site  # a parameter that only a recording shows the meaning of
         if found is None:
             raise RuleError(f"the plan rotates {entry.fqn}, which {type(model).__name__} does not have as a layer")
         if found.in_features != entry.site.in_features:
@@ -229,7 +250,8 @@ def _carry_out(model: nn.Module, plan: Plan) -> Program:
                 f"{found.in_features}"
             )
         # The plan may come from a float or a meta model; format and dtype are those of the layer that is here.
-        entries.append(replace(entry, site=found))
+        placement = entry.placement if entry.placement in found.placements else choose_placement(found, entry.spec)
+        entries.append(replace(entry, site=found, placement=placement))
     return program.with_(plan=replace(plan, entries=tuple(entries)))
 
 

@@ -5,67 +5,34 @@ from __future__ import annotations
 import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 import torch.nn as nn
 
 from oftfx.errors import FoldError, OftfxWarning, PassError
-from oftfx.formats import WeightFormat, WeightState, format_of
-from oftfx.hooks import CHILD, RotateInput, attach, detach, rotated_sites
+from oftfx.fold_record import SiteFold, Undo
+from oftfx.formats import WeightFormat, format_of
 from oftfx.passes.freeze_rotations import Freezer, product_of
 from oftfx.passes.protocol import BOUNDS, Change, Pass, PassResult, relative_error
-from oftfx.program import Program, Site
-from oftfx.rotation.module import FrozenRotation, Rotation
-from oftfx.rotation.rotate import rotate_weight
+from oftfx.placement import CHILD, Placement, RotateInput, rotated_sites
+from oftfx.probe import has_own_forward, probe
+from oftfx.program import Program
+from oftfx.rotation.module import Rotation
+from oftfx.sites import Site
 from oftfx.structure import HOOKS, replace_module
+from oftfx.untie import untie
 
 POLICIES = ("keep", "requantize", "float")
 LATER_POLICIES = ("calibrate", "reference")
 Policy = str | Callable[[Site], str]
 
-
-@dataclass(frozen=True)
-class SiteFold:
-    """What a fold did to one site.
-
-    Attributes:
-        fqn: module path.
-        format: weight format before the fold.
-        action: ``"folded"`` (float weight rotated), ``"kept"`` (quantized weight untouched, rotation in front),
-            ``"requantized"``, ``"dequantized"`` (now a float layer) or ``"untouched"`` (the rotation was the identity).
-        update: ``|W_target - W| / |W|``, how far the rotation moved the weight.
-        relative_error: ``|W_folded - W_target| / |W_target|``, Frobenius; 0 where nothing was rounded.
-        survival: ``<W_folded - W, W_target - W> / |W_target - W|^2``, the share of the update that arrived.
-        bytes_before: size of the stored weight.
-        bytes_after: the same afterwards, with a rotation that stays in front.
-        note: what a user should know.
-    """
-
-    fqn: str
-    format: str
-    action: str
-    update: float
-    relative_error: float
-    survival: float
-    bytes_before: int
-    bytes_after: int
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Undo:
-    """What a site was before the fold: the layer object, its weight, its rotations."""
-
-    fqn: str
-    module: nn.Module
-    format: WeightFormat
-    state: WeightState
-    fixed: tuple[FrozenRotation, ...]
-    rotations: Mapping[str, Rotation]
-    active: tuple[str, ...]
-    holder: nn.Module | None
+_NEVER_RAN = (
+    "this layer has never been called while others have, so its rotation may not be part of what the model computed "
+    "(its weight may be used by other code); compare folded and unfolded outputs, or exclude it by a rule"
+)
+_NOT_PROBED = "its class has a forward of its own that could not be tried alone; compare folded and unfolded outputs"
 
 
 class FoldRotations(Pass):
@@ -81,7 +48,7 @@ class FoldRotations(Pass):
 
     Attributes:
         sites: one `SiteFold` a site, after ``run``.
-        undo: what `restore` needs, after ``run``.
+        undo: what it takes to bring each site back, after ``run``.
     """
 
     name = "fold_rotations"
@@ -103,20 +70,24 @@ class FoldRotations(Pass):
         """
         sites = {s.fqn: s for s in program.sites}
         todo = list(rotated_sites(program.model))
-        policies = {fqn: self._policy(sites, fqn) for fqn, _, _ in todo}  # a bad one is found before anything changes
-        shared = {id(p) for s in program.sites if s.tied for p in _weights(program.model, s)}
-        freezer = Freezer()
+        policies = {fqn: self._policy(sites, fqn) for fqn, _ in todo}  # a bad one is found before anything changes
+        counts = Counter(id(p) for _, p in program.model.named_parameters(remove_duplicate=False))
+        aliases = {id(p) for m in _several_names(program.model) for p in m._parameters.values() if p is not None}
+        shared = {i for i, n in counts.items() if n > 1 and i not in aliases}
+        folder = _Folder(program.model, shared)
         changes = []
-        some_ran = any(hook.ran for _, _, hook in todo)
-        for index, (fqn, module, hook) in enumerate(todo):
-            remark = _NEVER_RAN if some_ran and not hook.ran else _later_hooks(module, hook)
-            weight_format = format_of(module)
+        some_ran = any(placement.ran for _, placement in todo)
+        for index, (fqn, placement) in enumerate(todo):
+            remark = _NEVER_RAN if some_ran and not placement.ran else _later_hooks(placement)
+            weight_format = placement.weight_format()
             if weight_format is None:
-                raise FoldError(f"{fqn}: no known weight format reads this {type(module).__name__} any more")
-            self.undo.append(_remember(fqn, module, weight_format, hook))
-            done = _fold_site(program.model, fqn, module, hook, weight_format, policies[fqn], freezer, shared)
+                kind = type(placement.module).__name__
+                raise FoldError(f"{fqn}: no known weight format reads this {kind} any more")
+            path = folder.paths[placement.module]
+            self.undo.append(Undo.of(path, placement, weight_format))
+            done = folder.fold(fqn, placement, weight_format, policies[fqn])
             if remark:
-                done = replace(done, note="; ".join(n for n in (done.note, remark) if n))
+                done = replace(done, note=_joined(done.note, remark))
                 warnings.warn(f"{fqn}: {remark}", OftfxWarning, stacklevel=2)
             self.sites.append(done)
             changes.append(Change(fqn, done.action, done.note))
@@ -130,23 +101,25 @@ class FoldRotations(Pass):
             raise PassError(f"{left[0]} was not folded")
 
     def _policy(self, sites: Mapping[str, Site], fqn: str) -> str:
-        if isinstance(self.quantized, str):
-            return self.quantized
+        if isinstance(self.quantized, str) or fqn not in sites:  # what only a recording shows is a float parameter
+            return self.quantized if isinstance(self.quantized, str) else "keep"
         policy = self.quantized(sites[fqn])
         _check_policy(policy, f"quantized(Site {fqn})")
         return policy
 
 
-_NEVER_RAN = (
-    "this layer has never been called while others have, so its rotation may not be part of what the model computed "
-    "(its weight may be used by other code); compare folded and unfolded outputs, or exclude it by a rule"
-)
+def _several_names(model: nn.Module) -> list[nn.Module]:
+    counts = Counter(m for _, m in model.named_modules(remove_duplicate=False))
+    return [m for m, n in counts.items() if n > 1]
 
 
-def _later_hooks(module: nn.Module, hook: RotateInput) -> str:
+def _later_hooks(placement: Placement) -> str:
     """A remark where a pre-hook that was registered later sees the rotated input now and the plain one after a fold."""
-    hooks = list(module._forward_pre_hooks.values())
-    later = hooks[hooks.index(hook) + 1 :]
+    if not isinstance(placement, RotateInput):
+        return ""
+    hooks = list(placement.module._forward_pre_hooks.values())
+    later = hooks[hooks.index(placement) + 1 :]
+    later = [h for h in later if not isinstance(h, Placement)]
     remark = f"{len(later)} pre-hook(s) registered after the rotation see the layer's unrotated input now"
     return remark if later else ""
 
@@ -158,74 +131,69 @@ def _check_policy(policy: object, where: str) -> None:
         raise FoldError(f"{where}: got {policy!r}, expected one of {', '.join(POLICIES)}")
 
 
-def _weights(model: nn.Module, site: Site) -> Iterator[nn.Parameter]:
-    weight = model.get_submodule(site.fqn)._parameters.get("weight")
-    if weight is not None:
-        yield weight
+class _Folder:
+    """Folds the sites of one model."""
 
+    def __init__(self, model: nn.Module, shared: set[int]) -> None:
+        self.model, self.shared = model, shared
+        self.freezer = Freezer()
+        self.paths = {m: n for n, m in model.named_modules()}
 
-def _remember(fqn: str, module: nn.Module, weight_format: WeightFormat, hook: RotateInput) -> Undo:
-    holder = module._modules.get(CHILD)
-    if holder is not None:  # a shell of its own: folding empties the original
-        shell = type(holder)()
-        shell._modules.update(holder._modules)
-        shell.training, holder = holder.training, shell
-    state = weight_format.read(module)
-    return Undo(fqn, module, weight_format, state, tuple(hook.fixed), dict(hook.rotations), tuple(hook.active), holder)
+    @torch.no_grad()
+    def fold(self, fqn: str, placement: Placement, weight_format: WeightFormat, policy: str) -> SiteFold:
+        """Fold one site by a policy."""
+        module, chain, name = placement.module, product_of(placement.in_effect()), weight_format.name
+        before = weight_format.nbytes(module)
+        base = weight_format.dequantize(module)
+        if all(_is_identity(b) for b in chain):
+            placement.drop()
+            return SiteFold(fqn, name, "untouched", 0.0, 0.0, 1.0, before, before)
+        layout = weight_format.layout(module)
+        target = layout.turned_by(base, [b.to(base.device) for b in chain])
+        update = _share(_size(target - base), _size(base))
+        if not math.isfinite(update):
+            raise FoldError(f"{fqn}: the rotated weight is not finite; look at the adapter's values there")
+        is_shared = id(module._parameters.get(placement.parameter)) in self.shared
+        note = "its weight was shared with another module and is now its own" if is_shared else ""
+        if policy == "keep" and not weight_format.lossless:
+            self.freezer.freeze(placement)
+            after = before + sum(b.numel() * b.element_size() for b in chain)
+            return SiteFold(fqn, name, "kept", update, 0.0, 1.0, before, after, note)
+        if weight_format.lossless:
+            action = "folded"
+            note = _joined(note, self._fold_float(fqn, placement, weight_format, target))
+        elif policy == "float":
+            action = "dequantized"
+            placement.drop()
+            module = _replace(self.model, module, weight_format, target)
+            weight_format = _format(module)
+        else:
+            action = "requantized"
+            weight_format.write(module, weight_format.requantize(target, module))
+            placement.drop()
+        error, survival = 0.0, 1.0
+        if not weight_format.lossless or weight_format.dtype(module) != target.dtype:  # else nothing was rounded
+            error, survival = _arrived(base, target, weight_format.dequantize(module))
+        if not math.isfinite(error):
+            raise FoldError(f"{fqn}: the rotated weight overflows {weight_format.dtype(module)}; fold in a wider dtype")
+        return SiteFold(fqn, name, action, update, error, survival, before, weight_format.nbytes(module), note)
 
-
-@torch.no_grad()
-def _fold_site(
-    model: nn.Module,
-    fqn: str,
-    module: nn.Module,
-    hook: RotateInput,
-    weight_format: WeightFormat,
-    policy: str,
-    freezer: Freezer,
-    shared: set[int],
-) -> SiteFold:
-    chain, name = product_of(hook.in_effect()), weight_format.name
-    before = weight_format.nbytes(module)
-    base = weight_format.dequantize(module)
-    if all(_is_identity(b) for b in chain):
-        detach(module)
-        return SiteFold(fqn, name, "untouched", 0.0, 0.0, 1.0, before, before)
-    target = base
-    for blocks in reversed(chain):  # x R1 R2 W^T = x (W R2^T R1^T)^T
-        target = rotate_weight(target, blocks.to(target.device))
-    update = _share(_size(target - base), _size(base))
-    if not math.isfinite(update):
-        raise FoldError(f"{fqn}: the rotated weight is not finite; look at the adapter's values there")
-    note = "its weight was shared with another module and is now its own" if id(_weight(module)) in shared else ""
-    error, survival, after = 0.0, 1.0, before
-    if policy == "keep" and not weight_format.lossless:
-        freezer.freeze(module, hook)
-        after += sum(b.numel() * b.element_size() for b in chain)
-        return SiteFold(fqn, name, "kept", update, error, survival, before, after, note)
-    if weight_format.lossless:
-        action = "folded"
-        probe = _probe(module, base.shape[1]) if _own_forward(module) else None
+    def _fold_float(self, fqn: str, placement: Placement, weight_format: WeightFormat, target: torch.Tensor) -> str:
+        """Write the rotated weight; returns a remark."""
+        module = placement.module
+        tried = placement.format is None and has_own_forward(module)
+        probed = probe(module) if tried else None
         weight_format.write(module, weight_format.requantize(target, module))
-        detach(module)
-        if probe is not None:
-            _check_probe(fqn, module, probe)
-        _untie(model, fqn)
-    elif policy == "float":
-        action = "dequantized"
-        detach(module)
-        module = _replace(model, module, weight_format, target)
-        weight_format = _format(module)
-    else:
-        action = "requantized"
-        weight_format.write(module, weight_format.requantize(target, module))
-        detach(module)
-    if not weight_format.lossless or weight_format.dtype(module) != target.dtype:  # else nothing was rounded
-        error, survival = _arrived(base, target, weight_format.dequantize(module))
-    if not math.isfinite(error):
-        raise FoldError(f"{fqn}: the rotated weight overflows {weight_format.dtype(module)}; fold in a wider dtype")
-    after = weight_format.nbytes(module)
-    return SiteFold(fqn, name, action, update, error, survival, before, after, note)
+        placement.drop()
+        if probed is not None:
+            _check_probe(fqn, module, *probed)
+        path = self.paths[module]
+        untie(self.model, f"{path}.{placement.parameter}" if path else placement.parameter)
+        return _NOT_PROBED if tried and probed is None else ""
+
+
+def _joined(*notes: str) -> str:
+    return "; ".join(n for n in notes if n)
 
 
 def _size(weight: torch.Tensor) -> float:
@@ -248,10 +216,6 @@ def _share(part: float, whole: float) -> float:
 def _is_identity(blocks: torch.Tensor) -> bool:
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     return bool((blocks == eye).all())
-
-
-def _weight(module: nn.Module) -> nn.Parameter | None:
-    return module._parameters.get("weight")
 
 
 def _format(module: nn.Module) -> WeightFormat:
@@ -282,50 +246,10 @@ def _activation_dtype(model: nn.Module, module: nn.Module, weight_format: Weight
     return counts.most_common(1)[0][0] if counts else weight_format.dtype(module)
 
 
-def _own_forward(module: nn.Module) -> bool:
-    """Whether a subclass computes something of its own, so that ``x @ W^T`` has to be verified."""
-    return isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
-
-
-def _probe(module: nn.Module, in_features: int) -> tuple[torch.Tensor, torch.Tensor]:
-    weight = module.weight
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(4, in_features, generator=generator).to(weight.device, weight.dtype)  # type: ignore[arg-type]
-    return x, module(x)
-
-
-def _check_probe(fqn: str, module: nn.Module, probe: tuple[torch.Tensor, torch.Tensor]) -> None:
-    x, expected = probe
+def _check_probe(fqn: str, module: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> None:
     error = relative_error(module(x), expected)
     if not error <= BOUNDS[expected.dtype]:
         raise FoldError(
             f"{fqn}: a {type(module).__name__} has a forward of its own that does not compute x @ W^T: folded and "
             f"unfolded differ by a relative {error:.2g}. Exclude it by a rule, or leave the model unfolded"
         )
-
-
-def _untie(model: nn.Module, fqn: str) -> None:
-    """Tell transformers that a weight is no longer tied, or loading a saved model would tie it again."""
-    config = getattr(model, "config", None)
-    tied = getattr(model, "all_tied_weights_keys", None)
-    name = f"{fqn}.weight"
-    if not isinstance(tied, dict) or not any(name in pair for pair in tied.items()):
-        return
-    model.all_tied_weights_keys = {k: v for k, v in tied.items() if name not in (k, v)}  # type: ignore[assignment]
-    if getattr(config, "tie_word_embeddings", False):
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
-
-
-def restore(model: nn.Module, undo: list[Undo]) -> None:
-    """Bring every folded site of ``model`` back: the same bytes, the same rotations."""
-    for step in undo:
-        module = model.get_submodule(step.fqn)
-        if module is not step.module:
-            replace_module(model, module, step.module)
-            module = step.module
-        detach(module)
-        step.format.write(module, step.state)
-        if step.holder is not None:
-            module._modules[CHILD] = step.holder
-        hook = attach(module, step.fqn)
-        hook.fixed, hook.rotations, hook.active = list(step.fixed), dict(step.rotations), step.active

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import torch
-import torch.nn as nn
 
 from oftfx.errors import PassError
-from oftfx.hooks import RotateInput, attach, detach, hold, rotated_sites
 from oftfx.passes.protocol import Change, Pass, PassResult
+from oftfx.placement import Placement, rotated_sites
 from oftfx.program import Program
 from oftfx.rotation.module import FrozenRotation, Rotation
 
@@ -30,9 +29,9 @@ class FreezeRotations(Pass):
         """Freeze every site, in the model of ``program`` itself."""
         freezer = Freezer()
         changes = []
-        for fqn, module, hook in list(rotated_sites(program.model)):
-            changes.append(Change(fqn, "frozen" if hook.in_effect() else "rotation removed: inactive"))
-            freezer.freeze(module, hook)
+        for fqn, placement in list(rotated_sites(program.model)):
+            changes.append(Change(fqn, "frozen" if placement.in_effect() else "rotation removed: inactive"))
+            freezer.freeze(placement)
         return PassResult(program, bool(changes), tuple(changes))
 
     def check(self, result: Program) -> None:
@@ -48,24 +47,23 @@ class Freezer:
         self._done: dict[tuple[int, ...], list[FrozenRotation]] = {}
         self._alive: list[object] = []
 
-    def freeze(self, module: nn.Module, hook: RotateInput) -> None:
+    def freeze(self, placement: Placement) -> None:
         """Freeze what acts at one site."""
-        rotations = hook.in_effect()
-        site, key = hook.site, tuple(id(r) for r in rotations)
-        training = module.training
+        rotations = placement.in_effect()
+        key = tuple(id(r) for r in rotations)
         first = key not in self._done
         if first:
             members = _members(rotations)
             self._done[key] = [FrozenRotation(b, members) for b in product_of(rotations)]
             self._alive += rotations
         frozen = self._done[key]
-        detach(module)
+        placement.drop()
         if not frozen:
             return
-        new = attach(module, site)
-        new.fixed = list(frozen)
+        placement.fixed = list(frozen)
+        placement.register()
         for index, rotation in enumerate(frozen if first else ()):
-            hold(module, FROZEN if len(frozen) == 1 else f"{FROZEN}_{index}", rotation.train(training))
+            placement.hold(FROZEN if len(frozen) == 1 else f"{FROZEN}_{index}", rotation)
 
 
 @torch.no_grad()

@@ -1,24 +1,27 @@
-"""Put a rotation in front of every planned site."""
+"""Put a rotation at every planned site."""
 
 from __future__ import annotations
 
 import torch
+import torch.nn as nn
 
 from oftfx.errors import AdapterError, PassError
 from oftfx.formats import format_named
-from oftfx.hooks import attach, hold, rotate_input_of
 from oftfx.passes.protocol import Change, Pass, PassResult
+from oftfx.placement import Placement, RotateInput, RotateOutput, RotateWeight, rotated_sites
 from oftfx.plans import SitePlan
-from oftfx.program import Program, weight_device
+from oftfx.program import Program
 from oftfx.rotation.module import Rotation, SharedRotation
+from oftfx.sites import Site, format_at, weight_device
 
 
 class InsertRotations(Pass):
     """The node ``y = layer(x)`` becomes ``R = cayley(skew); y = layer(rotate(x, R))``.
 
     The rotation is a child of its site (``<site>.oft.<adapter>``), or of the first of the sites that share it, and
-    acts in a forward pre-hook. The layer object, its class and the names of its parameters stay. With skew at zero the
-    product is by exact ones and zeros, so the model computes bit for bit what it did.
+    acts in a hook: on what the layer reads, on what an embedding gives out, or on the weight (see
+    `oftfx.placement`). The layer object, its class and the names of its parameters stay. With skew at zero the product
+    is by exact ones and zeros, so the model computes bit for bit what it did.
 
     Args:
         adapter: name of the adapter that the rotations belong to.
@@ -33,50 +36,87 @@ class InsertRotations(Pass):
         self.adapter, self.activate = adapter, activate
 
     def run(self, program: Program) -> PassResult:
-        """Make the rotations and attach them, in the model of ``program`` itself."""
+        """Make the rotations and attach them, in the model of ``program`` itself.
+
+        Raises:
+            AdapterError: a site has this adapter already, or another one that acts in another place.
+        """
         plan = program.plan
         assert plan is not None
         modules = dict(program.model.named_modules())
+        known = dict(rotated_sites(program.model))
         for entry in plan:
-            hook = rotate_input_of(modules[entry.fqn])
-            if hook is not None and self.adapter in hook.rotations:
-                raise AdapterError(f"{entry.fqn} already has a rotation of adapter {self.adapter!r}")
+            self._check(entry, known.get(entry.fqn))
         owned: dict[str, Rotation] = {}
         changes = []
         for entry in plan:
-            module = modules[entry.fqn]
-            notice = format_named(entry.site.format).prepare(module)
+            module = modules[entry.site.module]
+            notice = format_named(entry.site.format).prepare(module) if entry.site.is_layer else None
+            placement = known.get(entry.fqn) or attach(modules, entry.site, entry.placement, each=entry.each)
             rotation = owned.get(entry.owner)
             if rotation is None:
                 rotation = _make(entry, [e.fqn for e in plan if e.owner == entry.owner], weight_device(module))
                 rotation.train(module.training)
-                hold(module, self.adapter, rotation)
+                placement.hold(self.adapter, rotation)
                 owned[entry.owner] = rotation
-            hook = attach(module, entry.fqn)
-            hook.rotations[self.adapter] = rotation
+            placement.rotations[self.adapter] = rotation
             if self.activate:
-                hook.active = (self.adapter,)
+                placement.active = (self.adapter,)
             changes.append(Change(entry.fqn, "rotated", notice or ""))
         return PassResult(program, bool(changes), tuple(changes))
+
+    def _check(self, entry: SitePlan, found: Placement | None) -> None:
+        if found is None:
+            return
+        if self.adapter in found.rotations:
+            raise AdapterError(f"{entry.fqn} already has a rotation of adapter {self.adapter!r}")
+        if found.kind != entry.placement:
+            raise AdapterError(
+                f"{entry.fqn}: another adapter rotates its {found.kind}, this one its {entry.placement}, so they could "
+                f"not act in the order named; use OFT(placement={found.kind!r})"
+            )
+        if entry.site.experts and found.each != entry.each:
+            raise AdapterError(f"{entry.fqn}: another adapter has the other setting of OFT(experts=...); use the same")
 
     def check(self, result: Program) -> None:
         """Every planned site has the rotation."""
         assert result.plan is not None
+        known = dict(rotated_sites(result.model))
         for entry in result.plan:
-            hook = rotate_input_of(result.model.get_submodule(entry.fqn))
-            if hook is None or self.adapter not in hook.rotations:
+            if entry.fqn not in known or self.adapter not in known[entry.fqn].rotations:
                 raise PassError(f"{entry.fqn} has no rotation of adapter {self.adapter!r}")
 
 
+def attach(modules: dict[str, nn.Module], site: Site, placement: str, *, each: bool = False) -> Placement:
+    """A new placement of a site, its hooks registered."""
+    module = modules[site.module]
+    stored = None if site.is_layer else format_at(module, site, each=each)
+    result: Placement
+    if site.layout.side == "output" and placement == "activation":
+        result = RotateOutput(site.fqn, module, parameter=site.parameter, format=stored)
+    elif placement == "weight":
+        reader = None if site.reader is None else modules[site.reader]
+        result = RotateWeight(site.fqn, module, parameter=site.parameter, format=stored, reader=reader)
+    else:
+        axis, groups = (-1, 1) if site.kind in ("linear", "conv1d_gpt2", "experts") else channels(module)
+        result = RotateInput(site.fqn, module, parameter=site.parameter, format=stored, axis=axis, groups=groups)
+    result.register()
+    return result
+
+
+def channels(module: nn.Module) -> tuple[int, int]:
+    """Axis of a convolution's input channels, counted from the end, and its groups."""
+    return -1 - len(module.kernel_size), module.groups  # type: ignore[arg-type, return-value]
+
+
 def _make(entry: SitePlan, members: list[str], device: torch.device) -> Rotation:
-    wide = torch.float64 if entry.site.dtype == "float64" else torch.float32
+    site = entry.site
+    settings = {
+        "where": entry.fqn,
+        "copies": entry.copies,
+        "dtype": torch.float64 if site.dtype == "float64" else torch.float32,
+        "device": device,
+    }
     if len(members) > 1:
-        return SharedRotation(
-            entry.site.in_features,
-            entry.spec,
-            where=entry.fqn,
-            dtype=wide,
-            device=device,
-            members=tuple(members),
-        )
-    return Rotation(entry.site.in_features, entry.spec, where=entry.fqn, dtype=wide, device=device)
+        return SharedRotation(site.in_features, entry.spec, members=tuple(members), **settings)
+    return Rotation(site.in_features, entry.spec, **settings)

@@ -6,14 +6,15 @@ import difflib
 from collections.abc import Sequence
 
 import torch.nn as nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from oftfx.errors import RuleError
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.plans import Plan, SitePlan, Skipped
-from oftfx.program import Program, Site
+from oftfx.program import Program
 from oftfx.rules import Rule
+from oftfx.sites import Site, choose_placement
 from oftfx.structure import is_own_module
+from oftfx.unreachable import unreachable
 
 
 class MatchRules(Pass):
@@ -42,11 +43,11 @@ class MatchRules(Pass):
         wins = [0] * len(self.rules)
         entries, skipped, faults = [], [], []
         for site in program.sites:
-            matching = [i for i, r in enumerate(self.rules) if r.matches(site, modules[site.fqn])]
+            matching = [i for i, r in enumerate(self.rules) if r.matches(site, modules[site.module])]
             for index in matching:
                 hits[index] += 1
             if not matching:
-                if site.is_head and any(r.target == "all-linear" for r in self.rules):
+                if site.is_head and site.is_linear and any(r.target == "all-linear" for r in self.rules):
                     reason = "the output head; 'all-linear' leaves it alone, name it to rotate it"
                     skipped.append(Skipped(site.fqn, site.module_class, reason))
                 continue
@@ -85,20 +86,17 @@ class MatchRules(Pass):
     def _reached_without_site(
         self, program: Program, modules: dict[str, nn.Module], hits: list[int], wins: list[int]
     ) -> dict[int, list[Skipped]]:
-        """By rule, layers with a weight matrix that it names but that cannot be rotated."""
-        known = {s.fqn for s in program.sites}
+        """By rule, weight matrices that it names but that cannot be rotated."""
         found: dict[int, list[Skipped]] = {}
-        for fqn, module in modules.items():
-            if fqn in known or not fqn or is_own_module(module) or not _has_matrix(module):
-                continue
+        for path, holder, reason in unreachable(program):
+            module = modules[holder]
             for index, rule in enumerate(self.rules):
-                named = rule.matches_name(fqn) or (isinstance(rule.target, type) and isinstance(module, rule.target))
-                if named:
+                by_class = isinstance(rule.target, type) and isinstance(module, rule.target)
+                if rule.matches_name(path) or rule.matches_name(holder) or by_class:
                     hits[index] += rule.spec is None
                     wins[index] += rule.spec is None
                     if rule.spec is not None:
-                        reason = Skipped(fqn, type(module).__name__, _why_no_site(module))
-                        found.setdefault(index, []).append(reason)
+                        found.setdefault(index, []).append(Skipped(path, type(module).__name__, reason))
                     break
         return found
 
@@ -156,29 +154,21 @@ class MatchRules(Pass):
 
 def _entry(site: Site, rule: Rule) -> SitePlan:
     assert rule.spec is not None
+    placement = choose_placement(site, rule.spec)
     blocks, block_size = rule.spec.geometry(site.in_features, site.fqn)
     notes = []
     asked = rule.spec.block_size if rule.spec.blocks is None else rule.spec.blocks
     if asked not in (block_size, blocks):
         notes.append(f"size {asked} does not divide {site.in_features}; the nearest that does is used")
+    if block_size == 1:
+        notes.append("blocks of one element: nothing to train; choose a size that divides")
     if site.tied:
         notes.append(f"weight shared with {', '.join(site.tied)}; folding gives this layer a weight of its own")
-    return SitePlan(site, rule.spec, blocks, block_size, rule.label, owner=site.fqn, notes=tuple(notes))
-
-
-def _has_matrix(module: nn.Module) -> bool:
-    tensors = [*module._parameters.values(), *module._buffers.values()]
-    return any(t is not None and t.dim() >= 2 for t in tensors)
-
-
-def _why_no_site(module: nn.Module) -> str:
-    if hasattr(module, "parametrizations"):
-        return "its weight is computed by a parametrization; remove that first (torch.nn.utils.parametrize)"
-    if isinstance(module, NonDynamicallyQuantizableLinear):
-        return "nn.MultiheadAttention reads its weight without calling it, so a rotation in front would never act"
-    if isinstance(module, nn.Linear):
-        return f"a Linear whose weight is stored as {module.weight.dtype}, which no known format reads"
-    return f"layers of class {type(module).__name__} cannot be rotated yet"
+    if rule.spec.experts == "each" and site.experts:
+        blocks *= site.experts
+    return SitePlan(
+        site, rule.spec, blocks, block_size, rule.label, owner=site.fqn, notes=tuple(notes), placement=placement
+    )
 
 
 def _nearest(rule: Rule, program: Program) -> str:

@@ -10,7 +10,7 @@ import torch.fx as fx
 import torch.nn as nn
 
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.plans import Plan, SitePlan, Skipped, TraceInfo
+from oftfx.plans import SitePlan, TraceInfo
 from oftfx.program import Program
 
 # Functions and layers that hand a value on unchanged, as far as a rotation of its last axis goes.
@@ -36,20 +36,20 @@ class ShareInputs(Pass):
         assert plan is not None
         if recording is None:
             return PassResult(program, False)
-        plan, refused = _without_functional(plan, recording.graph, recording.calls)
         inputs = _inputs_by_site(recording.graph, dict(program.model.named_modules()))
         groups: dict[object, list[SitePlan]] = defaultdict(list)
         for entry in plan:
-            if values := inputs.get(entry.fqn):
+            values = inputs.get(entry.site.module) if entry.placement == "activation" else None
+            if values and entry.site.layout.side == "input":
                 groups[entry.fqn.rpartition(".")[0], tuple(values)].append(entry)
         info = TraceInfo(
             recording.rung,
             recording.reason,
             len(recording.graph.nodes),
-            tuple(e.fqn for e in plan if recording.rung != "tree" and not recording.calls.get(e.fqn)),
+            tuple(e.fqn for e in plan if recording.rung != "tree" and not recording.calls.get(e.site.called)),
         )
         new: dict[str, SitePlan] = {}
-        changes = [Change(s.fqn, "skipped", s.reason, refused=True) for s in refused]
+        changes = []
         for group in groups.values():
             for entry in group:
                 others = tuple(e.fqn for e in group if e is not entry)
@@ -65,19 +65,6 @@ class ShareInputs(Pass):
         entries = tuple(new.get(e.fqn, e) for e in plan)
         result = replace(plan, entries=entries, trace=info)
         return PassResult(program.with_(plan=result), result != program.plan, tuple(changes))
-
-
-def _without_functional(plan: Plan, graph: fx.Graph, calls: dict[str, int]) -> tuple[Plan, list[Skipped]]:
-    """Take out sites that are never called but whose weight is read: a rotation in front of them would never act."""
-    read = {str(n.target) for n in graph.nodes if n.op == "get_attr"}
-    functional = {e.fqn for e in plan if not calls.get(e.fqn) and f"{e.fqn}.weight" in read}
-    refused = [
-        Skipped(e.fqn, e.site.module_class, "its weight is used by other code, and the layer itself is never called")
-        for e in plan
-        if e.fqn in functional
-    ]
-    entries = tuple(e for e in plan if e.fqn not in functional)
-    return replace(plan, entries=entries, skipped=(*plan.skipped, *refused)), refused
 
 
 def _owner(entry: SitePlan, group: list[SitePlan]) -> str:

@@ -11,7 +11,7 @@ class Block(nn.Module):
     def __init__(self):
         super().__init__()
         self.q, self.k = nn.Linear(12, 8), nn.Linear(12, 8)
-        self.norm, self.conv = nn.LayerNorm(12), nn.Conv2d(3, 5, 3)
+        self.norm, self.mixed = nn.LayerNorm(12), nn.Bilinear(3, 5, 3)
         self.down = nn.Linear(8, 12)
 
     def forward(self, x):
@@ -52,9 +52,9 @@ def test_every_kind_of_target(model, target, expected):
         ("q", r"rule 'q' matches no layer of Sequential\. Did you mean '\*\.q'\?"),
         ("*.dwn", r"Nearest: \*\.down"),
         ("re:.*dwn", r"Nearest: \*\.down"),
-        (nn.Bilinear, r"rule 'Bilinear' matches no layer.*of class \['Linear'\]"),
-        ("*.conv", r"matches 2 layers, none of which can be rotated, e\.g\. 0\.conv \(Conv2d\)"),
-        (nn.Conv2d, r"rule 'Conv2d' matches 2 layers, none of which can be rotated, e\.g\. 0\.conv \(Conv2d\)"),
+        (nn.Conv2d, r"rule 'Conv2d' matches no layer.*of class \['Linear'\]"),
+        ("*.mixed", r"matches 2 layers, none of which can be rotated, e\.g\. 0\.mixed \(Bilinear\)"),
+        (nn.Bilinear, r"rule 'Bilinear' matches 2 layers, none of which can be rotated, e\.g\. 0\.mixed \(Bilinear\)"),
     ],
 )
 def test_a_rule_that_matches_nothing_names_the_nearest(model, target, message):
@@ -168,7 +168,9 @@ def test_layers_that_are_read_but_never_called_are_refused():
 
     plan = oftfx.plan(Functional(), {"*": OFT(3)}, example_inputs=(torch.randn(2, 6),))
     assert [e.fqn for e in plan] == ["a"]
-    assert [(s.fqn, s.reason.split(",")[0]) for s in plan.skipped] == [("b", "its weight is used by other code")]
+    assert [(s.fqn, s.reason) for s in plan.skipped] == [
+        ("b", "it is used by mul in the model itself, where no axis is its input")
+    ]
     # Without example inputs nobody can know; the fold then sees that the layer never ran.
     x = torch.randn(2, 6)
     model = oftfx.transform(Functional(), {"*": OFT(3)})
@@ -180,12 +182,17 @@ def test_layers_that_are_read_but_never_called_are_refused():
         oftfx.fold(model)
 
 
-def test_the_projection_of_torchs_attention_is_refused():
+def test_torchs_attention_is_linear():
     model = nn.TransformerEncoderLayer(8, 2, 12)
     plan = oftfx.plan(model, {"all-linear": OFT(4)})
-    assert [e.fqn for e in plan] == ["linear1", "linear2"]
-    with pytest.raises(RuleError, match="MultiheadAttention reads its weight without calling it"):
-        oftfx.plan(model, {"*.out_proj": OFT(4)})
+    assert [(e.fqn, e.placement) for e in plan] == [
+        ("self_attn.in_proj_weight", "weight"),
+        ("self_attn.out_proj", "weight"),
+        ("linear1", "activation"),
+        ("linear2", "activation"),
+    ]
+    assert plan["self_attn.out_proj"].site.reader == "self_attn"
+    assert [e.fqn for e in oftfx.plan(model, {"self_attn": OFT(4)})] == ["self_attn.in_proj_weight"]
 
 
 def test_a_layer_with_two_names_answers_to_both():

@@ -16,12 +16,12 @@ import torch.nn as nn
 
 from oftfx.errors import AdapterError, AdapterFileError, RuleError
 from oftfx.plans import Plan
-from oftfx.program import Site
 from oftfx.rules import Rule
+from oftfx.sites import Site
 from oftfx.spec import OFT, nearest_divisor
 
 PREFIX = "base_model.model."
-SKEW = ".oft_R.weight"
+SKEW, EMBEDDING_SKEW = ".oft_R.weight", ".oft_embedding_R.weight"
 VERSION = "0.21.2"
 CONFIG_FILE, WEIGHT_FILE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -72,7 +72,7 @@ def rules_from_config(config: Any) -> tuple[Rule, ...]:
         if config.exclude_modules is not None and _named(config.exclude_modules, site.fqn):
             return False
         if target == "all-linear":
-            chosen = site.is_linear and not site.is_head
+            chosen = site.is_linear and site.is_layer and not site.is_head
         else:
             chosen = _named(target, site.fqn)
         return chosen and _in_layers(site.fqn, config.layers_to_transform, config.layers_pattern)
@@ -119,9 +119,9 @@ def _version(text: str | None) -> tuple[int, int]:
     return (int(found.group(1)), int(found.group(2))) if found else (0, 0)
 
 
-def key_of_skew(fqn: str) -> str:
+def key_of_skew(site: Site) -> str:
     """File key of a site's skew."""
-    return f"{PREFIX}{fqn}{SKEW}"
+    return f"{PREFIX}{site.fqn}{EMBEDDING_SKEW if site.kind == 'embedding' else SKEW}"
 
 
 def key_of_parameter(name: str, rotated: Iterable[str]) -> str:
@@ -141,8 +141,8 @@ def read_keys(keys: Iterable[str], where: str) -> tuple[dict[str, str], dict[str
         if not key.startswith(PREFIX):
             raise AdapterFileError(f"{where}: key {key!r} does not start with {PREFIX!r}; this is not a PEFT OFT file")
         name = key.removeprefix(PREFIX)
-        if name.endswith(SKEW):
-            skews[name.removesuffix(SKEW)] = key
+        if name.endswith((SKEW, EMBEDDING_SKEW)):
+            skews[name.removesuffix(SKEW).removesuffix(EMBEDDING_SKEW)] = key
         elif foreign := _FOREIGN.search(name):
             raise AdapterFileError(
                 f"{where}: key {key!r} ({foreign.group(0).strip('._')}) is not of PEFT's OFT format >= 0.16, the one "
@@ -155,9 +155,7 @@ def read_keys(keys: Iterable[str], where: str) -> tuple[dict[str, str], dict[str
     return skews, parameters
 
 
-_FOREIGN = re.compile(
-    r"lora_\w+|hada_\w+|lokr_\w+|oft_r\b|oft_s\b|oft_blocks|oft_diag|oft_embedding_R|boft_\w+|ia3_\w+"
-)
+_FOREIGN = re.compile(r"lora_\w+|hada_\w+|lokr_\w+|oft_r\b|oft_s\b|oft_blocks|oft_diag|boft_\w+|ia3_\w+")
 
 
 def config_for(plan: Plan, root: nn.Module) -> dict[str, Any]:
@@ -168,6 +166,10 @@ def config_for(plan: Plan, root: nn.Module) -> dict[str, Any]:
     """
     spec = plan.entries[0].spec
     for entry in plan:
+        if entry.site.kind in ("experts", "functional") or not entry.site.is_layer:
+            raise AdapterError(
+                f"PEFT's layout knows layers only, not the parameter {entry.fqn}. Save with layout='oftfx'"
+            )
         differing = [k for k in _SHARED if getattr(entry.spec, k) != getattr(spec, k)]
         if differing or entry.block_size != _peft_block_size(spec, entry.site.in_features):
             what = differing[0] if differing else "block_size"

@@ -17,9 +17,12 @@ from torch import Tensor
 from oftfx.adapter import peft
 from oftfx.adapter.store import AdapterStore, check_name, find_store, located, store_of, unwrapped
 from oftfx.errors import AdapterError, AdapterFileError
+from oftfx.placement import rotated_sites
 from oftfx.plans import Plan, SitePlan
-from oftfx.program import Program, Site
+from oftfx.program import Program
+from oftfx.rotation.module import skew_rows
 from oftfx.rotation.skew import skew_size
+from oftfx.sites import Site, choose_placement, fits
 from oftfx.spec import OFT
 
 PLAN_FILE = "oftfx_plan.json"
@@ -113,16 +116,14 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
 def _tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[str, Tensor]]:
     plan = store.adapters[adapter].plan
     rotations = _rotation_by_site(root, adapter)
-    result: list[tuple[str, Tensor]] = [(peft.key_of_skew(e.fqn), rotations[e.fqn].skew) for e in plan]
+    result: list[tuple[str, Tensor]] = [(peft.key_of_skew(e.site), rotations[e.fqn].skew) for e in plan]
     rotated = [e.fqn for e in plan]
     result += [(peft.key_of_parameter(n, rotated), store.trained[adapter][n]) for n in plan.train]
     return result
 
 
 def _rotation_by_site(root: nn.Module, adapter: str) -> dict[str, Any]:
-    from oftfx.hooks import rotated_sites
-
-    return {fqn: hook.rotations[adapter] for fqn, _, hook in rotated_sites(root) if adapter in hook.rotations}
+    return {fqn: p.rotations[adapter] for fqn, p in rotated_sites(root) if adapter in p.rotations}
 
 
 def _write(path: Path, data: bytes) -> None:
@@ -163,10 +164,12 @@ def _plan_of_file(
     root: nn.Module, directory: Path, skews: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
 ) -> Plan:
     """The plan that a file stands for, checked against the model."""
-    sites = {s.fqn: s for s in Program.of(root).sites}
     own = (directory / PLAN_FILE) if (directory / PLAN_FILE).is_file() else None
     saved = Plan.from_json(own.read_text(encoding="utf-8")) if own else None
     config = {} if saved else _config(directory / peft.CONFIG_FILE)
+    sites = {s.fqn: s for s in Program.of(root).sites}
+    if saved:
+        sites |= {e.fqn: e.site for e in saved if e.fqn not in sites and fits(root, e.site)}
     names = {e.fqn: e.spec for e in saved} if saved else {}
     where = directory / peft.WEIGHT_FILE
     entries = []
@@ -214,7 +217,7 @@ def _plan_of_file(
 def _with_owner(entry: SitePlan, saved: SitePlan) -> SitePlan:
     from dataclasses import replace
 
-    return replace(entry, owner=saved.owner, same_input=saved.same_input)
+    return replace(entry, owner=saved.owner, same_input=saved.same_input, placement=saved.placement)
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -233,8 +236,9 @@ def _config(path: Path) -> dict[str, Any]:
 def _entry(site: Site, spec: OFT, skew: Tensor, where: Path) -> SitePlan:
     size = _block_size(skew.shape[-1]) if skew.dim() == 2 else None
     rows = skew.shape[0] if skew.dim() == 2 else 0
+    copies = site.experts if spec.experts == "each" and site.experts else 1
     blocks = site.in_features // size if size else 0
-    if size is None or blocks * size != site.in_features or rows != (1 if spec.block_share else blocks):
+    if size is None or blocks * size != site.in_features or rows != skew_rows(spec, blocks, copies):
         asked = spec.block_size or spec.blocks
         raise AdapterError(
             f"{where}: {site.fqn}: skew of shape {tuple(skew.shape)} does not fit in_features {site.in_features}"
@@ -242,7 +246,10 @@ def _entry(site: Site, spec: OFT, skew: Tensor, where: Path) -> SitePlan:
             + f" (configuration: {asked}). Is it an adapter of another model?"
         )
     exact = spec if spec.geometry(site.in_features, site.fqn) == (blocks, size) else _resized(spec, size)
-    return SitePlan(site, exact, blocks, size, f"file {where.parent.name}", owner=site.fqn)
+    placement = choose_placement(site, exact)
+    return SitePlan(
+        site, exact, blocks * copies, size, f"file {where.parent.name}", owner=site.fqn, placement=placement
+    )
 
 
 def _resized(spec: OFT, size: int) -> OFT:

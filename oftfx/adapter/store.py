@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from oftfx.errors import AdapterError
-from oftfx.hooks import rotated_sites
+from oftfx.placement import rotated_sites
 from oftfx.plans import Plan
 from oftfx.rotation.module import Rotation
 
@@ -75,8 +75,8 @@ class AdapterStore:
     def activate(self, root: nn.Module, names: tuple[str, ...]) -> None:
         """Let exactly these adapters act, in this order; of parameters trained whole, the last named one's count."""
         self._take_back(root)
-        for _, _, hook in rotated_sites(root):
-            hook.active = tuple(n for n in names if n in hook.rotations)
+        for _, placement in rotated_sites(root):
+            placement.active = tuple(n for n in names if n in placement.rotations)
         self.active = names
         for name in self.originals:
             new, live = self._mounted(name), _get(root, name)
@@ -108,8 +108,8 @@ class AdapterStore:
     def rotations(self, root: nn.Module, name: str) -> list[Rotation]:
         """The distinct rotations of an adapter, in the order of its sites."""
         found: dict[int, Rotation] = {}
-        for _, _, hook in rotated_sites(root):
-            rotation = hook.rotations.get(name)
+        for _, placement in rotated_sites(root):
+            rotation = placement.rotations.get(name)
             if isinstance(rotation, Rotation):
                 found.setdefault(id(rotation), rotation)
         return list(found.values())

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from oftfx.adapter.store import AdapterStore, check_name, located
 from oftfx.errors import AdapterError, RuleError
-from oftfx.hooks import detach, rotated_sites
+from oftfx.placement import rotated_sites
 from oftfx.plans import Plan
 from oftfx.rules import Rules
 from oftfx.trace.inputs import ExampleInputs
@@ -99,8 +99,8 @@ def remove_adapter(model: nn.Module, name: str) -> None:
     root, store = _switchable(model)
     store.require(name)
     store.remove(root, name)
-    for _, module, _ in list(rotated_sites(root)):
-        detach(module, name)
+    for _, placement in list(rotated_sites(root)):
+        placement.drop(name)
 
 
 @contextmanager

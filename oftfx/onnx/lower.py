@@ -10,8 +10,8 @@ from torch import Tensor
 
 from oftfx.errors import ExportError
 from oftfx.formats import format_of
-from oftfx.hooks import CHILD
 from oftfx.passes.formats.bnb4 import scales_of
+from oftfx.placement import CHILD, placements_on
 from oftfx.structure import HOOKS, replace_module
 
 
@@ -76,5 +76,7 @@ def lower_quantized(model: nn.Module, dialect: str) -> nn.Module:
             new._modules[CHILD] = rotations
         for name in HOOKS:
             getattr(new, name).update(getattr(module, name))
+        for placement in placements_on(module):
+            placement.module = new
         replace_module(model, module, new)
     return model

@@ -13,7 +13,7 @@ from oftfx.errors import MissingExtraError
 from oftfx.report.rich_table import render
 
 if TYPE_CHECKING:
-    from oftfx.passes.fold_rotations import SiteFold
+    from oftfx.fold_record import SiteFold
 
 COLUMNS = (
     "site",

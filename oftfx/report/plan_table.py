@@ -12,7 +12,7 @@ from oftfx.report.rich_table import render
 if TYPE_CHECKING:
     from oftfx.plans import Plan, SitePlan
 
-COLUMNS = ("site", "n", "kind", "format", "in", "out", "blocks", "rotation", "same input as", "notes")
+COLUMNS = ("site", "n", "kind", "format", "in", "out", "blocks", "rotates", "rotation", "same input as", "notes")
 
 
 def plan_table(plan: Plan, *, full: bool = False) -> str:
@@ -51,6 +51,7 @@ def _cells(entry: SitePlan) -> tuple[str, ...]:
         str(site.in_features),
         str(site.out_features),
         f"{entry.blocks} x {entry.block_size}",
+        "output" if site.layout.side == "output" else "input" if entry.placement == "activation" else "weight",
         owner,
         " ".join(map(short, entry.same_input)),
         "; ".join(entry.notes),
@@ -67,6 +68,12 @@ def _summary(plan: Plan) -> list[str]:
         f"{len(plan)} sites, {plan.rotations} rotations, {plan.trainable:,} trainable numbers",
         f"captured: {captured.get(trace.rung, 'module tree only')}" + (f" ({trace.reason})" if trace.reason else ""),
     ]
+    coverage = plan.coverage
+    if coverage.total:
+        lines.append(
+            f"reaches {coverage.share:.1%} of {coverage.total / 2**20:,.1f} MiB of weight matrices"
+            + (f"; not: {_largest(plan)}" if coverage.unreached else "")
+        )
     if trace.never_called:
         lines.append(f"never called by the example inputs: {', '.join(trace.never_called)}")
     if plan.train:
@@ -75,6 +82,18 @@ def _summary(plan: Plan) -> list[str]:
         names = [s.fqn for s in group]
         lines.append(f"not rotated: {_ranges(names) if _same(names) else ', '.join(names[:5])}: {reason}")
     return lines
+
+
+def _largest(plan: Plan, count: int = 8) -> str:
+    """The matrices that are not reached, those of equal layers together, the largest first."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    sizes: dict[str, int] = defaultdict(int)
+    for weight in plan.coverage.unreached:
+        groups[_pattern(weight.name)].append(weight.name)
+        sizes[_pattern(weight.name)] += weight.nbytes
+    order = sorted(groups, key=lambda p: -sizes[p])
+    shown = [f"{_ranges(groups[p])} ({sizes[p] / plan.coverage.total:.1%})" for p in order[:count]]
+    return ", ".join(shown) + (f" and {len(order) - count} more" if len(order) > count else "")
 
 
 def _pattern(fqn: str) -> str:

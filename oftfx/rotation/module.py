@@ -33,6 +33,11 @@ def no_cache() -> Iterator[None]:
         _caching.reset(token)
 
 
+def caching() -> bool:
+    """Whether results may be kept from one forward to the next."""
+    return not torch.compiler.is_compiling() and _caching.get()
+
+
 class BlockDropout(nn.Module):
     """Replace each block by the identity with probability ``p``, in training; drawn anew in every forward.
 
@@ -61,11 +66,21 @@ class Rotation(nn.Module):
     (an optimiser step, ``load_state_dict``, ``copy_``), it moves, or the module changes mode. Writing through
     ``skew.data`` in eval mode is invisible to torch and to this cache; call ``forget()`` after it.
 
+    Args:
+        in_features: length of the axis that one rotation turns.
+        spec: how.
+        where: module path, for messages.
+        copies: rotations in a row, one for each expert of a layer; the axis is ``copies * in_features`` long.
+        repeat: ``(groups, times)``: the blocks of each of the groups are used that often, so that grouped heads of an
+            attention get the rotation of the one head that they read (see `passes.find_producers`).
+        dtype: of ``skew``.
+        device: of ``skew``.
+
     Attributes:
-        skew: ``(blocks, b (b - 1) / 2)``, or ``(1, ...)`` with ``block_share``; float32, or float64 for
+        skew: ``(blocks, b (b - 1) / 2)``, or ``(copies, ...)`` with ``block_share``; float32, or float64 for
             float64 weights.
         spec: the `OFT` it was made from.
-        blocks: number of blocks.
+        blocks: number of blocks, of all copies together.
         block_size: ``b``.
     """
 
@@ -75,14 +90,18 @@ class Rotation(nn.Module):
         spec: OFT,
         *,
         where: str = "rotation",
+        copies: int = 1,
+        repeat: tuple[int, int] = (1, 1),
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.in_features = in_features
-        self.blocks, self.block_size = spec.geometry(in_features, where)
-        rows = 1 if spec.block_share else self.blocks
+        self.copies, self.repeat = copies, repeat
+        self.in_features = in_features * copies
+        blocks, self.block_size = spec.geometry(in_features, where)
+        self.blocks = blocks * copies
+        rows = skew_rows(spec, blocks, copies, repeat)
         self.skew = nn.Parameter(torch.empty(rows, skew_size(self.block_size), dtype=dtype, device=device))
         self.dropout = BlockDropout(spec.dropout) if spec.dropout else None
         self.reset()
@@ -108,17 +127,39 @@ class Rotation(nn.Module):
             self.block_size,
             parameterization=spec.parameterization,
             terms=spec.terms,
-            coft_eps=spec.coft_eps,
+            # The bound of one rotation counts its own blocks only.
+            coft_eps=None if spec.coft_eps is None else spec.coft_eps * self.copies**0.5,
         )
-        return result.expand(self.blocks, -1, -1) if spec.block_share else result
+        return self.spread(result)
+
+    def spread(self, rows: Tensor) -> Tensor:
+        """One entry a block ``(blocks, ...)`` from one a row of ``skew``, where blocks share a row."""
+        if rows.shape[0] == self.blocks:
+            return rows
+        tail = (-1,) * (rows.dim() - 1)
+        if self.spec.block_share:
+            return rows.unsqueeze(1).expand(-1, self.blocks // self.copies, *tail).flatten(0, 1)
+        groups, times = self.repeat
+        return rows.unflatten(0, (groups, 1, -1)).expand(-1, times, -1, *tail).flatten(0, 2)
+
+    def effective(self) -> Tensor:
+        """Blocks ``(blocks, b, b)`` of this forward: in training with dropout."""
+        blocks = self.matrices()
+        return blocks if self.dropout is None else self.dropout(blocks)
+
+    def state(self) -> tuple[Any, ...] | None:
+        """What the blocks depend on, where they may be kept for the next forward; None where they may not."""
+        if not self._cacheable():
+            return None
+        return self.skew._version, self.skew.data_ptr(), self.skew.device
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""
-        if not self._cacheable():
-            blocks = self.matrices()
-            return rotate(x, blocks if self.dropout is None else self.dropout(blocks))
+        state = self.state()
+        if state is None:
+            return rotate(x, self.effective())
         # A cast a forward would cost as much as the product for one token, so the dtype is part of the key.
-        key = (self.skew._version, self.skew.data_ptr(), self.skew.device, x.dtype)
+        key = (*state, x.dtype)
         cached = self._cached
         if cached is None or cached[0] != key:
             # A tensor made under inference_mode could not be used by a later training forward.
@@ -129,7 +170,7 @@ class Rotation(nn.Module):
         return rotate(x, cached[1])
 
     def _cacheable(self) -> bool:
-        if self.training or torch.compiler.is_compiling() or not _caching.get():
+        if self.training or not caching():
             return False
         if torch.is_grad_enabled() and self.skew.requires_grad:
             return False
@@ -186,6 +227,11 @@ class SharedRotation(Rotation):
         return f"{super().extra_repr()}, shared by {len(self.handout.members)} sites"
 
 
+def skew_rows(spec: OFT, blocks: int, copies: int = 1, repeat: tuple[int, int] = (1, 1)) -> int:
+    """Rows of ``skew`` for ``blocks`` blocks a rotation."""
+    return copies if spec.block_share else copies * blocks // repeat[1]
+
+
 class FrozenRotation(nn.Module):
     """A rotation whose blocks are fixed: what stays in front of a quantized weight, and what is exported.
 
@@ -199,6 +245,16 @@ class FrozenRotation(nn.Module):
         super().__init__()
         self.register_buffer("blocks", blocks)
         self.handout = HandOut(members) if len(members) > 1 else None
+
+    def effective(self) -> Tensor:
+        """Blocks ``(blocks, b, b)``."""
+        return self.blocks
+
+    def state(self) -> tuple[Any, ...] | None:
+        """What the blocks depend on; see `Rotation.state`."""
+        if self.blocks.is_meta or self.blocks.is_inference():
+            return None
+        return self.blocks._version, self.blocks.data_ptr(), self.blocks.device
 
     def forward(self, x: Tensor, member: str | None = None) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""

@@ -11,7 +11,7 @@ import torch.fx as fx
 import torch.nn as nn
 
 from oftfx.errors import GuardError
-from oftfx.hooks import rotate_input_of
+from oftfx.placement.base import owner_of
 from oftfx.structure import twin
 
 
@@ -94,8 +94,9 @@ def _skeleton(module: nn.Module, path: str, called: set[Any]) -> nn.Module:
 
 def _drop_rotation_hook(leaf: nn.Module) -> None:
     """In the graph the rotation is a node of its own."""
-    hook = rotate_input_of(leaf)
-    if hook is not None:
-        key = next(k for k, h in leaf._forward_pre_hooks.items() if h is hook)
-        del leaf._forward_pre_hooks[key]
-        leaf._forward_pre_hooks_with_kwargs.pop(key, None)
+    for registered in (leaf._forward_pre_hooks, leaf._forward_hooks):
+        for key in [k for k, h in registered.items() if owner_of(h) is not None]:
+            del registered[key]
+    for flags in (leaf._forward_pre_hooks_with_kwargs, leaf._forward_hooks_with_kwargs):
+        for key in [k for k in flags if k not in leaf._forward_pre_hooks and k not in leaf._forward_hooks]:
+            del flags[key]

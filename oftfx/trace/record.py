@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,12 +16,12 @@ from torch.utils import _pytree as pytree
 
 from oftfx.errors import TraceError
 from oftfx.formats import format_of
+from oftfx.placement import rotated_sites
+from oftfx.sites import is_experts
 from oftfx.trace.graph_module import ProgramGraph, build
 from oftfx.trace.guards import ShapeGuard
 from oftfx.trace.inputs import ExampleInputs, capture_settings, example_call
 from oftfx.trace.recorder import Recorder, leaf_modules
-
-_TYPES_WITH_WEIGHT = ("Conv1d", "Conv2d", "Conv3d", "Conv1D", "Embedding")
 
 
 @dataclass(frozen=True)
@@ -44,16 +45,18 @@ class Recording:
     module: ProgramGraph | None = None
 
 
-def record_best(model: nn.Module, example_inputs: ExampleInputs = None) -> Recording:
+def record_best(
+    model: nn.Module, example_inputs: ExampleInputs = None, *, look_into: Collection[nn.Module] = ()
+) -> Recording:
     """Record for analysis on the highest rung that works; never fails.
 
     Fake tensors with the example's sizes first, then real values, then the module tree alone. The model's mode, its
-    buffers and the random state are as before afterwards.
+    buffers and the random state are as before afterwards. ``look_into``: see `record`.
     """
     reasons: list[str] = []
     for fake in (True, False):
         try:
-            return record(model, example_inputs, fake=fake, reason="; ".join(reasons))
+            return record(model, example_inputs, fake=fake, reason="; ".join(reasons), look_into=look_into)
         except Exception as error:
             # Whatever the model's own code raises here is a reason to go a rung lower, not a failure.
             reasons.append(f"{'fake' if fake else 'real'} values: {_first_line(error)}")
@@ -70,6 +73,7 @@ def record(
     dynamic: bool = False,
     executable: bool = False,
     reason: str = "",
+    look_into: Collection[nn.Module] = (),
 ) -> Recording:
     """Run ``model`` once and record its program.
 
@@ -80,6 +84,8 @@ def record(
         dynamic: keep input sizes symbolic, so the graph stands for other sizes as well.
         executable: also build `Recording.module`.
         reason: why a higher rung was not possible, for the result.
+        look_into: modules without a site that are recorded operation by operation all the same, for the parameters
+            that they use by themselves.
 
     Raises:
         TraceError: no example inputs, or a value that cannot stand in a graph.
@@ -88,8 +94,7 @@ def record(
     start = time.perf_counter()
     args, kwargs = example_call(model, example_inputs)
     names = _argument_names(model, args, kwargs)
-    sites = {m for m in model.modules() if format_of(m) is not None or type(m).__name__ in _TYPES_WITH_WEIGHT}
-    recorder = Recorder(model, leaf_modules(model, sites), fake=fake)
+    recorder = Recorder(model, leaf_modules(model, _opaque(model, look_into), look_into), fake=fake)
     values = [*args, *kwargs.values()]
     with ExitStack() as stack:
         stack.enter_context(capture_settings(model))
@@ -120,6 +125,15 @@ def record(
     else:
         recorder.graph.output(())
     return Recording(rung, recorder.graph, reason, dict(recorder.calls), time.perf_counter() - start, module)
+
+
+def _opaque(model: nn.Module, look_into: Collection[nn.Module]) -> set[nn.Module]:
+    """Modules that become one node: layers, attention and experts; not those whose weight rotates inside."""
+    found = {
+        m for m in model.modules() if format_of(m) is not None or isinstance(m, nn.MultiheadAttention) or is_experts(m)
+    }
+    rotated = {p.reader for _, p in rotated_sites(model) if p.kind == "weight" and p.in_effect()}
+    return found - rotated - set(look_into)
 
 
 def _enter_fake_mode(stack: ExitStack, values: list[Any], dynamic: bool) -> tuple[Any, list[Any]]:
@@ -181,6 +195,8 @@ class _Undisturbed:
             vars(module).clear()
             vars(module).update(attributes)
             for container, items in contents:
+                if _same(container, items):
+                    continue  # some refuse to be written to
                 # The containers themselves may be shared (with a graph, say), so they are refilled, not replaced.
                 container.clear()
                 container.update(items) if isinstance(container, dict) else container.extend(items)
@@ -188,6 +204,14 @@ class _Undisturbed:
             for buffer, value in self.buffers:
                 buffer.copy_(value)
         torch.set_rng_state(self.random)
+
+
+def _same(container: Any, items: Any) -> bool:
+    if len(container) != len(items):
+        return False
+    if isinstance(container, dict):
+        return all(a is b and container[a] is items[b] for a, b in zip(container, items, strict=True))
+    return all(a is b for a, b in zip(container, items, strict=True))
 
 
 def _contents(container: Any) -> Any:

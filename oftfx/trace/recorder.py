@@ -8,7 +8,7 @@ Everything else is looked through. A tensor is known by its identity, a symbolic
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from oftfx.errors import TraceError
+from oftfx.formats import format_of
+from oftfx.placement import RotateInput, RotateOutput, placements_on, rotated_sites, without_rotation
 from oftfx.rotation.module import Rotation, no_cache
 from oftfx.structure import is_own_module
 from oftfx.trace.symbols import SymbolNodes
@@ -215,12 +217,11 @@ class Recorder(TorchFunctionMode):
                     module.forget()
 
     def _leaf(self, name: str, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
-        from oftfx.hooks import rotate_input_of, without_rotation
-
-        hook = rotate_input_of(module)
-        if hook is not None:
-            # The rotation in front of a site is recorded; only the layer's own forward is opaque.
-            args, kwargs = hook(module, args, kwargs) or (args, kwargs)
+        # The rotation before or behind a site is recorded; only the layer's own forward is opaque.
+        placements = placements_on(module)
+        for placement in placements:
+            if isinstance(placement, RotateInput):
+                args, kwargs = placement(module, args, kwargs) or (args, kwargs)
         node_args, node_kwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
         self._note_autocast()
         self._on = False
@@ -233,13 +234,15 @@ class Recorder(TorchFunctionMode):
         node = self.graph.call_module(name, node_args, node_kwargs)
         node.meta["module"] = name
         self._track(out, node)
+        for placement in placements:
+            if isinstance(placement, RotateOutput):
+                rotated = placement(module, args, out)
+                out = out if rotated is None else rotated
         return out
 
     def _run_leaf(self, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("input")
         if self.fake and isinstance(x, torch.Tensor):
-            from oftfx.formats import format_of
-
             weight_format = format_of(module)
             if weight_format is not None and not weight_format.lossless:
                 # A quantized layer's own forward may rewrite its weight or lack a fake kernel; its shape is known.
@@ -248,13 +251,18 @@ class Recorder(TorchFunctionMode):
         return original(module, *args, **kwargs)
 
 
-def leaf_modules(root: nn.Module, sites: set[nn.Module]) -> set[nn.Module]:
-    """Modules that become one node: sites, and whatever has no site inside. Rotations are looked through."""
+def leaf_modules(root: nn.Module, sites: set[nn.Module], look_into: Collection[nn.Module] = ()) -> set[nn.Module]:
+    """Modules that become one node: sites, and whatever has no site inside. Rotations are looked through.
+
+    ``look_into`` names modules that are looked through all the same, as are those whose weight rotates inside.
+    """
+    kept = {*look_into, *(p.reader for _, p in rotated_sites(root) if p.kind == "weight" and p.in_effect())}
     leaves: set[nn.Module] = set()
     for module in root.modules():
         if isinstance(module, Rotation) or (is_own_module(module) and any(module.children())):
             continue
-        if module in sites or not any(m in sites for m in module.modules()):
+        inside = set(module.modules())
+        if module in sites or not (inside & sites or inside & kept):
             leaves.add(module)
     leaves.discard(root)
     return leaves

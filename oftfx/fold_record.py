@@ -1,0 +1,89 @@
+"""What a fold did to a site, and what it takes to undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from oftfx.formats import WeightFormat, WeightState
+from oftfx.placement import Placement
+from oftfx.rotation.module import FrozenRotation, Rotation
+from oftfx.structure import replace_module
+
+
+@dataclass(frozen=True)
+class SiteFold:
+    """What a fold did to one site.
+
+    Attributes:
+        fqn: module path.
+        format: weight format before the fold.
+        action: ``"folded"`` (float weight rotated), ``"kept"`` (quantized weight untouched, rotation in front),
+            ``"requantized"``, ``"dequantized"`` (now a float layer) or ``"untouched"`` (the rotation was the identity).
+        update: ``|W_target - W| / |W|``, how far the rotation moved the weight.
+        relative_error: ``|W_folded - W_target| / |W_target|``, Frobenius; 0 where nothing was rounded.
+        survival: ``<W_folded - W, W_target - W> / |W_target - W|^2``, the share of the update that arrived.
+        bytes_before: size of the stored weight.
+        bytes_after: the same afterwards, with a rotation that stays in front.
+        note: what a user should know.
+    """
+
+    fqn: str
+    format: str
+    action: str
+    update: float
+    relative_error: float
+    survival: float
+    bytes_before: int
+    bytes_after: int
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Undo:
+    """What a site was before the fold: the layer object, its weight, its rotations."""
+
+    placement: Placement
+    module: nn.Module
+    format: WeightFormat
+    state: WeightState
+    fixed: tuple[FrozenRotation, ...]
+    rotations: Mapping[str, Rotation]
+    active: tuple[str, ...]
+    holder: nn.Module | None
+    path: str
+
+    @classmethod
+    def of(cls, path: str, placement: Placement, weight_format: WeightFormat) -> Undo:
+        """The state of a site now; ``path`` is that of its module."""
+        holder = placement.holder
+        if holder is not None:  # a shell of its own: folding empties the original
+            shell = type(holder)()
+            shell._modules.update(holder._modules)
+            shell.training, holder = holder.training, shell
+        return cls(
+            placement,
+            placement.module,
+            weight_format,
+            weight_format.read(placement.module),
+            tuple(placement.fixed),
+            dict(placement.rotations),
+            tuple(placement.active),
+            holder,
+            path,
+        )
+
+    def restore(self, model: nn.Module) -> None:
+        """Bring the site back: the same bytes, the same rotations."""
+        placement, module = self.placement, self.module
+        now = model.get_submodule(self.path)
+        if now is not module:
+            replace_module(model, now, module)
+        placement.drop()
+        self.format.write(module, self.state)
+        if self.holder is not None:
+            module._modules[placement.child] = self.holder
+        placement.fixed, placement.rotations, placement.active = list(self.fixed), dict(self.rotations), self.active
+        placement.register()

@@ -1,0 +1,134 @@
+"""What every placement has in common: whose rotations act at a site, and where they live."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import Any
+
+import torch.nn as nn
+
+from oftfx.errors import OftfxError
+from oftfx.formats import WeightFormat, format_of
+from oftfx.rotation.module import FrozenRotation, Rotation
+
+CHILD = "oft"
+"""Name of the child module of a layer that holds its rotations; see `child_name`."""
+
+
+def child_name(parameter: str) -> str:
+    """``"oft"`` for the weight of a layer, ``"oft_<name>"`` for any other parameter of a module."""
+    return CHILD if parameter == "weight" else f"{CHILD}_{parameter}"
+
+
+class SiteRotations(nn.Module):
+    """The rotations that live at a site, one child an adapter. It only holds them; a `Placement` applies them."""
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Not meant to be called; a container like ModuleList."""
+        raise OftfxError("an `oft` child only holds rotations; call the layer it belongs to")
+
+
+class Placement(ABC):
+    """The rotations of one site and how they act. Kept alive by the hooks it registers.
+
+    Attributes:
+        site: path of the site.
+        module: the module that holds the weight.
+        parameter: the weight's name there.
+        fixed: rotations that a fold left in front of a quantized weight; they are the layer's own and act first.
+        rotations: adapter name to rotation; one that lives here or, where sites share an input, at another site.
+        active: names of the adapters that act, in order; names this site does not know are passed over.
+        ran: whether a hook has been called at all; a layer used other than by calling it never does that.
+    """
+
+    kind: str
+
+    def __init__(self, site: str, module: nn.Module, *, parameter: str = "weight", format: WeightFormat | None = None):
+        self.site, self.module, self.parameter, self.format = site, module, parameter, format
+        self.fixed: list[FrozenRotation] = []
+        self.rotations: dict[str, Rotation] = {}
+        self.active: tuple[str, ...] = ()
+        self.ran = False
+
+    @abstractmethod
+    def register(self) -> None:
+        """Let the hooks act from now on."""
+
+    @property
+    @abstractmethod
+    def reader(self) -> nn.Module:
+        """The module that the hooks are on."""
+
+    def remove(self) -> None:
+        """Take the hooks away."""
+        for hooks, flags in (("_forward_pre_hooks", "with_kwargs"), ("_forward_hooks", "with_kwargs")):
+            registered = getattr(self.reader, hooks)
+            for key in [k for k, h in registered.items() if owner_of(h) is self]:
+                del registered[key]
+                getattr(self.reader, f"{hooks}_{flags}").pop(key, None)
+                self.reader._forward_hooks_always_called.pop(key, None)
+
+    def in_effect(self) -> list[Rotation | FrozenRotation]:
+        """The rotations that act now, in order."""
+        return [*self.fixed, *(self.rotations[n] for n in self.active if n in self.rotations)]
+
+    def weight_format(self) -> WeightFormat | None:
+        """The format that reads the weight now; None where none does."""
+        return self.format or format_of(self.module)
+
+    @property
+    def each(self) -> bool:
+        """Whether every expert of the layer has a rotation of its own."""
+        return self.format is not None and self.format.layout(self.module).each
+
+    @property
+    def child(self) -> str:
+        """Name of the holder's child that keeps the rotations."""
+        return child_name(self.parameter)
+
+    @property
+    def holder(self) -> nn.Module | None:
+        """The child module that keeps the rotations, or None where another site does."""
+        return self.module._modules.get(self.child)
+
+    def hold(self, name: str, rotation: nn.Module) -> None:
+        """Make a rotation a child of the site: ``<site>.oft.<adapter>``."""
+        holder = self.holder
+        if holder is None:
+            holder = SiteRotations().train(self.module.training)
+            self.module.add_module(self.child, holder)
+        elif not isinstance(holder, SiteRotations):
+            raise OftfxError(f"{self.site} already has a child called {self.child!r} that is not ours")
+        holder.add_module(name, rotation.train(self.module.training))
+
+    def drop(self, adapter: str | None = None) -> None:
+        """Remove one adapter's rotation, or all and the fixed ones; hooks and holder once nothing is left."""
+        if adapter is None:
+            self.rotations.clear()
+            self.fixed.clear()
+        else:
+            self.rotations.pop(adapter, None)
+        self.active = tuple(n for n in self.active if n in self.rotations)
+        holder = self.holder
+        if isinstance(holder, SiteRotations):
+            for name in [adapter] if adapter else list(holder._modules):
+                holder._modules.pop(name, None)
+            if not holder._modules:
+                del self.module._modules[self.child]
+        if not self.rotations and not self.fixed:
+            self.remove()
+
+
+def owner_of(hook: Any) -> Placement | None:
+    """The placement that a registered hook belongs to, or None."""
+    owner = getattr(hook, "__self__", hook)
+    return owner if isinstance(owner, Placement) else None
+
+
+def paths(modules: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, str]:
+    """The first path of each module."""
+    found: dict[nn.Module, str] = {}
+    for path, module in modules:
+        found.setdefault(module, path)
+    return found

@@ -1,0 +1,52 @@
+"""Find the placements of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch.nn as nn
+
+from oftfx.placement.base import Placement, owner_of, paths
+
+
+def placements_on(module: nn.Module) -> list[Placement]:
+    """The placements whose hooks are on a module, each once."""
+    found: dict[int, Placement] = {}
+    for hooks in (module._forward_pre_hooks, module._forward_hooks):
+        for hook in hooks.values():
+            owner = owner_of(hook)
+            if owner is not None:
+                found.setdefault(id(owner), owner)
+    return list(found.values())
+
+
+def rotated_sites(model: nn.Module) -> Iterator[tuple[str, Placement]]:
+    """Every placement in a model with the path of its site; each once."""
+    names = paths(model.named_modules())
+    for module in names:
+        for placement in placements_on(module):
+            path = names.get(placement.module)
+            if path is not None:
+                yield join(path, placement.parameter), placement
+
+
+def join(module: str, parameter: str) -> str:
+    """Path of a site: the layer's for its ``weight``, else the parameter's."""
+    if parameter == "weight" and module:
+        return module
+    return f"{module}.{parameter}" if module else parameter
+
+
+@contextmanager
+def without_rotation(module: nn.Module) -> Iterator[None]:
+    """The bare module: inside, no hook of ours on it does anything."""
+    found = placements_on(module)
+    states = [(p.active, p.fixed, p.ran) for p in found]
+    for placement in found:
+        placement.active, placement.fixed = (), []
+    try:
+        yield
+    finally:
+        for placement, (active, fixed, ran) in zip(found, states, strict=True):
+            placement.active, placement.fixed, placement.ran = active, fixed, ran

@@ -1,0 +1,65 @@
+"""Rotate what a layer reads: ``y = layer(x @ R)``."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from oftfx.placement.base import Placement
+from oftfx.rotation.module import FrozenRotation, SharedRotation
+
+
+class RotateInput(Placement):
+    """Forward pre-hook of a layer: ``x -> x @ R1 @ R2 ...`` for the active adapters, in their order.
+
+    Attributes:
+        axis: the rotated axis of the input, counted from the end; -1, or the channels of a 1x1 convolution.
+        groups: of the convolution; the same rotation acts on the channels of each group.
+    """
+
+    kind = "activation"
+
+    def __init__(self, *args: Any, axis: int = -1, groups: int = 1, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.axis, self.groups = axis, groups
+
+    @property
+    def reader(self) -> nn.Module:
+        """The layer itself."""
+        return self.module
+
+    def register(self) -> None:
+        """After the pre-hooks that are there."""
+        self.module.register_forward_pre_hook(self, with_kwargs=True)
+
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Replace the layer's input, given by position or by name."""
+        self.ran = True
+        if not self.active and not self.fixed:
+            return None
+        if args:
+            return (self.rotate(args[0]), *args[1:]), kwargs
+        name = "input" if "input" in kwargs else next(iter(inspect.signature(module.forward).parameters))
+        return args, {**kwargs, name: self.rotate(kwargs[name])}
+
+    def rotate(self, x: torch.Tensor) -> torch.Tensor:
+        """Apply what acts to the input, any number of other axes."""
+        if self.axis != -1:
+            return self._rotate_channels(x)
+        for rotation in self.in_effect():
+            shared = isinstance(rotation, (SharedRotation, FrozenRotation))
+            x = rotation(x, self.site) if shared else rotation(x)
+        return x
+
+    def _rotate_channels(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.movedim(self.axis, -1).unflatten(-1, (self.groups, -1))
+        for rotation in self.in_effect():
+            y = rotation(y)
+        y = y.flatten(-2).movedim(-1, self.axis)
+        # In another memory format the convolution may take another kernel, which rounds differently.
+        return y.contiguous() if x.is_contiguous() else y

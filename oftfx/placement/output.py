@@ -1,0 +1,33 @@
+"""Rotate what an embedding gives out: ``y = E[ids] @ R``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from oftfx.placement.base import Placement
+
+
+class RotateOutput(Placement):
+    """Forward hook of an embedding: ``y -> y @ R1 @ R2 ...`` for the active adapters, in their order."""
+
+    kind = "activation"
+
+    @property
+    def reader(self) -> nn.Module:
+        """The layer itself."""
+        return self.module
+
+    def register(self) -> None:
+        """After the hooks that are there."""
+        self.module.register_forward_hook(self)
+
+    def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
+        """Replace the layer's output."""
+        self.ran = True
+        chain = self.in_effect()
+        for rotation in chain:
+            output = rotation(output)
+        return output if chain else None

@@ -1,0 +1,83 @@
+"""Rotate a weight where it is read: ``y = layer(x; W @ R^T)``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from oftfx.formats import WeightFormat
+from oftfx.placement.base import Placement
+from oftfx.rotation.module import FrozenRotation, Rotation, caching
+
+
+class RotateWeight(Placement):
+    """While the reader runs, the weight's attribute holds ``W @ R2^T @ R1^T``; the Parameter itself never changes.
+
+    The pre-hook puts the rotated tensor into the holder's ``__dict__``, where Python finds it before the Parameter of
+    that name; a hook that is always called takes it away. So names, class and ``state_dict`` stay, and
+    ``torch.compile`` and ``torch.export`` follow. For convolutions, functional uses and weights of attention and
+    experts. In eval mode without gradients the rotated weight is computed once.
+
+    Args:
+        reader: the module in whose forward the weight is read; the holder itself where None.
+    """
+
+    kind = "weight"
+
+    def __init__(self, *args: Any, reader: nn.Module | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._reader = reader
+        self._cached: tuple[Any, torch.Tensor] | None = None
+
+    @property
+    def reader(self) -> nn.Module:
+        """The module in whose forward the weight is read."""
+        return self.module if self._reader is None else self._reader
+
+    def register(self) -> None:
+        """Around the reader's forward."""
+        self.reader.register_forward_pre_hook(self)
+        self.reader.register_forward_hook(self.give_back, always_call=True)
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        """Put the rotated weight in the Parameter's place."""
+        self.ran = True
+        chain = self.in_effect()
+        if chain:
+            self.module.__dict__[self.parameter] = self.rotated(chain)
+
+    def give_back(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Uncover the Parameter."""
+        self.module.__dict__.pop(self.parameter, None)
+
+    def rotated(self, chain: list[Rotation | FrozenRotation]) -> torch.Tensor:
+        """The weight as the reader sees it, in its own shape and dtype; the product is made in float32 at least."""
+        weight: Any = self.module._parameters[self.parameter]
+        states = [r.state() for r in chain]
+        if not caching() or None in states or (torch.is_grad_enabled() and weight.requires_grad):
+            return self._product(weight, chain)
+        key = (weight._version, weight.data_ptr(), weight.device, weight.dtype, *states)
+        cached = self._cached
+        if cached is None or cached[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                cached = (key, self._product(weight, chain))
+            if type(cached[1]) is torch.Tensor:  # neither fake nor functional
+                self._cached = cached
+        return cached[1]
+
+    def _product(self, weight: torch.Tensor, chain: list[Rotation | FrozenRotation]) -> torch.Tensor:
+        weight_format: WeightFormat | None = self.weight_format()
+        assert weight_format is not None
+        layout = weight_format.layout(self.module)
+        matrix = layout.turned_by(layout.matrix(weight), [r.effective() for r in chain])
+        return layout.restore(matrix, tuple(weight.shape)).to(weight.dtype)
+
+    def remove(self) -> None:
+        """Take the hooks away, and what was computed."""
+        super().remove()
+        self._cached = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}

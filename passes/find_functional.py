@@ -1,0 +1,184 @@
+"""Find weights that code uses by itself, ``F.linear(x, self.w)``, and say how they are stored and who reads them."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn as nn
+import torch.nn.functional as F
+
+from oftfx.layout import Layout
+from oftfx.passes.formats.dense import DenseParameter
+from oftfx.passes.protocol import Change, Pass, PassResult
+from oftfx.program import Program
+from oftfx.sites import Finder, Site
+from oftfx.unreachable import is_matrix
+
+_LINEAR = (F.linear, torch._C._nn.linear)
+_ADDMM = (torch.addmm, torch.baddbmm)
+_MATMUL = (torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm")
+_TRANSPOSE = (torch.t, torch.transpose, torch.swapaxes, "t", "transpose", "swapaxes", "mT", "T")
+_CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d)
+_UNCHANGED = ("to", "contiguous", "clone", "float", "half", "bfloat16", "double", "type_as", torch.clone)
+
+
+class UnclearUseError(Exception):
+    """A use of a weight from which its meaning cannot be read."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """One place where a weight is an operand.
+
+    Attributes:
+        layout: how the weight is stored, seen from there.
+        module: path of the module whose forward runs.
+    """
+
+    layout: Layout
+    module: str
+
+
+class FindFunctional(Pass):
+    """Read the recorded graph: a parameter whose every use is a product with it as operand becomes a site.
+
+    A layer that is never called and whose weight other code reads becomes a site as well, rotated where it is read. A
+    weight that is read *and* belongs to a layer that is called cannot be rotated: one of the two would change silently.
+    """
+
+    name = "find_functional"
+    preserves = "exact"
+
+    def run(self, program: Program) -> PassResult:
+        """Extend ``sites`` and ``refused``."""
+        recording = program.recording
+        if recording is None or recording.rung == "tree":
+            return PassResult(program, False)
+        finder = Finder(program.model)
+        parameters = dict(program.model.named_parameters(remove_duplicate=False))
+        sites = {s.weight_name: s for s in program.sites}
+        refused, changes = dict(program.refused), list[Change]()
+        reads: dict[str, list[fx.Node]] = defaultdict(list)
+        for node in recording.graph.nodes:
+            if node.op == "get_attr" and node.target in parameters and is_matrix(parameters[str(node.target)]):
+                reads[str(node.target)].append(node)
+        for name, nodes in reads.items():
+            names = finder.names[id(parameters[name])]
+            called = [s.fqn for n in names if (s := sites.get(n)) and recording.calls.get(s.module)]
+            try:
+                if called or len(names) > 1:
+                    raise UnclearUseError(_also_read(nodes, called, names))
+                site = _site(finder, program.model, name, [u for n in nodes for u in _uses(n)])
+            except UnclearUseError as reason:
+                for each in names:
+                    sites.pop(each, None)
+                    refused[_path(each)] = str(reason)
+                    changes.append(Change(_path(each), "not a site", str(reason), refused=True))
+                continue
+            sites[name] = site
+            changes.append(Change(site.fqn, f"read by {site.reader or site.module}"))
+        found = tuple(sites.values())
+        result = program.with_(sites=_in_order(found, list(parameters)), refused=refused)
+        return PassResult(result, bool(changes), tuple(changes))
+
+
+def _path(name: str) -> str:
+    module, _, leaf = name.rpartition(".")
+    return module if leaf == "weight" and module else name
+
+
+def _also_read(nodes: list[fx.Node], called: list[str], names: list[str]) -> str:
+    reader = next((u.meta.get("module") for n in nodes for u in n.users), "") or "the model itself"
+    if called:
+        return f"its weight is also read by other code (in {reader}), which a rotation would not reach"
+    return f"its weight has several names ({', '.join(names)}) and is read by code in {reader}, by any of them"
+
+
+def _site(finder: Finder, model: nn.Module, name: str, uses: list[Use]) -> Site:
+    holder, _, parameter = name.rpartition(".")
+    if len({u.layout for u in uses}) != 1:
+        kinds = sorted({u.layout.stored for u in uses})
+        raise UnclearUseError(
+            f"its uses disagree on how it is stored: {', '.join(kinds) or 'it is not used as an operand'}"
+        )
+    reader = holder
+    for use in uses:
+        reader = _common(reader, use.module)
+    module = model.get_submodule(holder)
+    found = DenseParameter(parameter, uses[0].layout)
+    if not found.matches(module):
+        raise UnclearUseError("it is no plain float parameter")
+    return finder.site(module, found, parameter, None if reader == holder else reader)
+
+
+def _common(a: str, b: str) -> str:
+    """The innermost module path that contains both."""
+    result = []
+    for x, y in zip(a.split("."), b.split("."), strict=False):
+        if x != y:
+            break
+        result.append(x)
+    return ".".join(result)
+
+
+def _uses(node: fx.Node, turned: bool = False, indexed: bool = False) -> Iterator[Use]:
+    """Follow a weight to the products that it is an operand of.
+
+    ``turned``: its last two axes are swapped by now; ``indexed``: one expert was picked out of it.
+    """
+    for user in node.users:
+        target = user.target
+        if target in _UNCHANGED:
+            yield from _uses(user, turned, indexed)
+        elif _is_transpose(user):
+            yield from _uses(user, not turned, indexed)
+        elif target in (operator.getitem, "__getitem__") and user.args[0] is node and _picks_one(user):
+            yield from _uses(user, turned, True)
+        else:
+            yield Use(_layout(user, node, turned, indexed), user.meta.get("module", ""))
+
+
+def _layout(user: fx.Node, node: fx.Node, turned: bool, indexed: bool) -> Layout:
+    args, target, dims = user.args, user.target, node.meta["val"].dim()
+    second = args[1] if len(args) > 1 else user.kwargs.get("weight")
+    only_second = second is node and args[0] is not node
+    if target in (*_CONVOLUTIONS, F.embedding) and only_second and not turned and not indexed:
+        return Layout(side="output") if target is F.embedding else Layout()
+    if (target in _LINEAR and only_second) or (target in _MATMUL and args[0] is node and second is not node):
+        columns = False
+    elif (target in _MATMUL and only_second) or (target in _ADDMM and args[2] is node and node not in args[:2]):
+        columns = True
+    else:
+        what, where = getattr(target, "__name__", str(target)), user.meta.get("module") or "the model itself"
+        raise UnclearUseError(f"it is used by {what} in {where}, where no axis is its input")
+    stored = "columns" if columns != turned else "rows"
+    if dims == 3 or indexed:
+        return Layout("experts_columns" if stored == "columns" else "experts")
+    return Layout(stored)  # type: ignore[arg-type]
+
+
+def _is_transpose(user: fx.Node) -> bool:
+    if user.target is getattr:
+        return user.args[1] in ("T", "mT")
+    if user.target in _TRANSPOSE:
+        dims: Any = user.args[1:]
+        count = user.meta["val"].dim()
+        return not dims or {d % count for d in dims} == {count - 2, count - 1}
+    return False
+
+
+def _picks_one(user: fx.Node) -> bool:
+    """Whether a subscript picks experts out of a 3-D tensor, by number or by a tensor of numbers."""
+    weight, index = user.args
+    return weight.meta["val"].dim() == 3 and isinstance(index, (int, fx.Node))  # type: ignore[union-attr]
+
+
+def _in_order(sites: tuple[Site, ...], names: list[str]) -> tuple[Site, ...]:
+    order = {n: i for i, n in enumerate(names)}
+    return tuple(sorted(sites, key=lambda s: order.get(s.weight_name, -1)))

@@ -1,0 +1,59 @@
+"""Say in the plan how many bytes of weight matrices it reaches, and name those it does not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch.nn as nn
+
+from oftfx.coverage import Coverage, Unreached
+from oftfx.formats import format_of
+from oftfx.passes.protocol import Pass, PassResult
+from oftfx.program import Program
+from oftfx.structure import is_own_module
+from oftfx.unreachable import is_matrix
+
+
+_Matrix = tuple[list[str], tuple[int, ...], int]
+
+
+class MeasureCoverage(Pass):
+    """Fill in ``plan.coverage``: bytes, not modules. The experts of a layer are one module and most of a model."""
+
+    name = "measure_coverage"
+    preserves = "exact"
+    after = ("match_rules", "share_inputs")
+
+    def run(self, program: Program) -> PassResult:
+        """Measure."""
+        plan = program.plan
+        assert plan is not None
+        planned = {e.site.weight_name for e in plan}
+        sizes = _matrices(program.model)
+        reached = {i for i, (names, _, _) in sizes.items() if planned & set(names)}
+        coverage = Coverage(
+            sum(sizes[i][2] for i in reached),
+            sum(size for _, _, size in sizes.values()),
+            tuple(Unreached(names[0], shape, size) for i, (names, shape, size) in sizes.items() if i not in reached),
+        )
+        result = replace(plan, coverage=coverage)
+        return PassResult(program.with_(plan=result), result != plan)
+
+
+def _matrices(model: nn.Module) -> dict[int, _Matrix]:
+    """``{id: (names, shape, bytes)}`` of every weight matrix; a packed one goes by its layer and real size."""
+    found: dict[int, _Matrix] = {}
+    for fqn, module in model.named_modules(remove_duplicate=False):
+        if is_own_module(module):
+            continue
+        weight_format = format_of(module)
+        if weight_format is not None and not weight_format.lossless:
+            shape = weight_format.geometry(module)
+            entry: _Matrix = ([], (shape.out_features, shape.in_features), weight_format.nbytes(module))
+            found.setdefault(id(module), entry)[0].append(f"{fqn}.weight")
+            continue
+        for name, parameter in module._parameters.items():
+            if parameter is not None and is_matrix(parameter):
+                entry = ([], tuple(parameter.shape), parameter.numel() * parameter.element_size())
+                found.setdefault(id(parameter), entry)[0].append(f"{fqn}.{name}" if fqn else name)
+    return found
