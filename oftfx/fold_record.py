@@ -21,7 +21,8 @@ class SiteFold:
         fqn: module path.
         format: weight format before the fold.
         action: ``"folded"`` (float weight rotated), ``"kept"`` (quantized weight untouched, rotation in front),
-            ``"requantized"``, ``"dequantized"`` (now a float layer) or ``"untouched"`` (the rotation was the identity).
+            ``"requantized"``, ``"dequantized"`` (now a float layer), ``"untouched"`` (the rotation was the identity) or
+            ``"into producer"`` (this weight untouched, the rows of the layer before it turned).
         update: ``|W_target - W| / |W|``, how far the rotation moved the weight.
         relative_error: ``|W_folded - W_target| / |W_target|``, Frobenius; 0 where nothing was rounded.
         survival: ``<W_folded - W, W_target - W> / |W_target - W|^2``, the share of the update that arrived.

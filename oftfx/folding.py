@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 
 from oftfx.adapter.store import AdapterStore, drop_store, keep_store, located
 from oftfx.errors import AdapterError, FoldError
+from oftfx.fold_record import SiteFold
 from oftfx.modes import outputs_of
+from oftfx.passes.fold_into_producers import FoldIntoProducers
 from oftfx.passes.fold_rotations import FoldRotations, Policy
 from oftfx.passes.protocol import PassManager, relative_error
+from oftfx.plans import Producer
 from oftfx.program import Program
 from oftfx.report.fold_report import FoldReport
 from oftfx.structure import structural_copy
@@ -39,6 +42,7 @@ def fold(
     *,
     quantized: Policy = "keep",
     adapter: str | Sequence[str] | None = None,
+    into: Literal["site", "producer"] = "site",
     calibration: Iterable[Mapping[str, Any] | tuple[Any, ...]] | None = None,
     inplace: bool = False,
     progress: Callable[[int, int], None] | None = None,
@@ -55,6 +59,9 @@ def fold(
             nearest codes, which loses part of a small update, see `FoldReport.survival`. Or a function from `Site` to
             one of these.
         adapter: which adapters, in the order they act; None for the active ones. Others are dropped, and reported.
+        into: ``"producer"``: where a site's rotation can be pushed exactly into the layer that makes its input (v_proj
+            for o_proj, say), its own weight stays bit for bit and that layer's rows are turned; the report says for
+            every other site why it is folded on itself instead. See `FindProducers`.
         calibration: inputs to measure the whole model's output error on (dicts of keyword arguments or tuples).
         inplace: change ``model`` itself; otherwise the result shares every tensor that the fold does not replace.
         progress: called with (sites done, all sites).
@@ -73,17 +80,23 @@ def fold(
         raise AdapterError(f"no adapter is active; name one of {', '.join(store.adapters)} in fold(adapter=...)")
     if len(set(names)) != len(names):
         raise AdapterError(f"an adapter is named twice in {list(names)}")
+    if into not in ("site", "producer"):
+        raise FoldError(f"into: got {into!r}, expected 'site' or 'producer'")
     batches = _batches(calibration)
     step = FoldRotations(quantized, progress)
     # The state before is kept as a structure of its own; nothing the user does to the model afterwards reaches it.
     before = None if inplace else structural_copy(root)
     target = root if inplace else structural_copy(root)
     own = located(target)[1]
-    undo = Before.of(target, own, step)
+    pushing = FoldIntoProducers(_producers(store, names)) if into == "producer" else None
+    undo = Before.of(target, own, [*([pushing] if pushing else []), step])
     try:
         own.activate(target, names)
         expected = [_floats(target, b) for b in batches]
-        PassManager([step]).run(Program.of(target))
+        program = Program.of(target)
+        if pushing is not None:
+            PassManager([pushing], verify=batches[0] if batches else None).run(program)
+        PassManager([step]).run(program)
     except BaseException:  # also an interruption: in place, half a fold must not stay
         if inplace:
             undo.restore(target)
@@ -92,7 +105,8 @@ def fold(
         parameter.requires_grad_(False)
     drop_store(target)
     error = _output_error(expected, [_floats(target, b) for b in batches])
-    report = FoldReport(tuple(step.sites), names, tuple(n for n in store.adapters if n not in names), error)
+    sites = [*pushing.sites, *(_with_reason(s, pushing.reasons) for s in step.sites)] if pushing else step.sites
+    report = FoldReport(tuple(sites), names, tuple(n for n in store.adapters if n not in names), error)
     return FoldResult(target, report, before, undo if inplace else None)
 
 
@@ -121,19 +135,19 @@ class Before:
     trainable: tuple[nn.Parameter, ...]
     tied: Any
     ties_embeddings: Any
-    step: FoldRotations
+    steps: Sequence[FoldIntoProducers | FoldRotations]
 
     @classmethod
-    def of(cls, model: nn.Module, store: AdapterStore, step: FoldRotations) -> Before:
-        """The state now; ``step`` will know what happened to each site."""
+    def of(cls, model: nn.Module, store: AdapterStore, steps: Sequence[FoldIntoProducers | FoldRotations]) -> Before:
+        """The state now; ``steps`` will know what happened to each site."""
         trainable = tuple(p for p in store.parameters(tuple(store.adapters)) if p.requires_grad)
         ties = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
-        return cls(store, store.active, trainable, getattr(model, "all_tied_weights_keys", None), ties, step)
+        return cls(store, store.active, trainable, getattr(model, "all_tied_weights_keys", None), ties, steps)
 
     def restore(self, model: nn.Module) -> None:
         """Bring it back into the same model."""
-        for site in self.step.undo:
-            site.restore(model)
+        for done in reversed([u for step in self.steps for u in step.undo]):
+            done.restore(model)
         keep_store(model, self.store)
         self.store.activate(model, self.active)
         for parameter in self.trainable:
@@ -142,6 +156,23 @@ class Before:
             model.all_tied_weights_keys = self.tied
         if self.ties_embeddings is not None:
             model.config.tie_word_embeddings = self.ties_embeddings  # type: ignore[union-attr]
+
+
+def _producers(store: AdapterStore, names: Sequence[str]) -> dict[str, Producer | str]:
+    """For each site its producer, or why it has none; adapters that act together have to agree."""
+    found: dict[str, Producer | str] = {}
+    for name in names:
+        for entry in store.adapters[name].plan:
+            mine: Producer | str = entry.producer or entry.producer_reason
+            if found.setdefault(entry.fqn, mine) != mine:
+                found[entry.fqn] = "the adapters' plans differ in its producer"
+    return found
+
+
+def _with_reason(site: SiteFold, reasons: Mapping[str, str]) -> SiteFold:
+    reason = reasons.get(site.fqn)
+    note = "; ".join(n for n in (site.note, f"not into a producer: {reason}") if n)
+    return replace(site, note=note) if reason and site.action != "untouched" else site
 
 
 def _batches(calibration: Any) -> list[Mapping[str, Any] | tuple[Any, ...]]:

@@ -19,6 +19,19 @@ VERSION = 1
 
 
 @dataclass(frozen=True)
+class Producer:
+    """The layer whose output rows a site's rotation can be pushed into.
+
+    Attributes:
+        fqn: its path.
+        starts: for each block of the rotation, the first of the rows of the producer that it turns.
+    """
+
+    fqn: str
+    starts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class SitePlan:
     """One site and what happens to it.
 
@@ -31,6 +44,11 @@ class SitePlan:
         owner: path of the site that holds the rotation; the site itself unless it shares another's.
         same_input: other planned sites of the same parent that read the same tensor.
         placement: where the rotation acts: ``"activation"`` or ``"weight"``.
+        local_input: whether the layer around the site makes the tensor that it reads, so that it can be handed out
+            under ``torch.compile`` as well.
+        producer: the layer that `oftfx.fold` can put the rotation into with ``into="producer"``, or None.
+        producer_reason: why there is none.
+        tied_blocks: for each block its row of the skew, where blocks share rows; see `Rotation`.
         notes: what a user should know about this site.
     """
 
@@ -43,6 +61,10 @@ class SitePlan:
     same_input: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     placement: str = "activation"
+    local_input: bool = False
+    producer: Producer | None = None
+    producer_reason: str = "not recorded"
+    tied_blocks: tuple[int, ...] = ()
 
     @property
     def copies(self) -> int:
@@ -57,7 +79,7 @@ class SitePlan:
     @property
     def rows(self) -> int:
         """Rows of the skew that this site needs."""
-        return skew_rows(self.spec, self.blocks // self.copies, self.copies)
+        return skew_rows(self.spec, self.blocks // self.copies, self.copies, self.tied_blocks)
 
     @property
     def fqn(self) -> str:
@@ -210,5 +232,7 @@ def _entry(values: dict[str, Any]) -> SitePlan:
     site = _tuples(fields["site"])
     site["layout"] = Layout(**site.get("layout", {}))
     fields["site"] = Site(**site)
+    if producer := fields.get("producer"):
+        fields["producer"] = Producer(**_tuples(producer))
     fields["spec"] = OFT.from_dict(fields["spec"])
     return SitePlan(**fields)

@@ -29,6 +29,8 @@ class OFT:
         placement: ``"activation"`` rotates what a layer reads, ``"weight"`` the weight it reads it with; ``"auto"`` is
             the better one for each kind of layer. The results are the same; not every site can do both.
         experts: of a layer of experts, ``"shared"``: one rotation for all of them, or ``"each"``: one for every.
+        into: ``"producer"``: make the rotation so that `oftfx.fold` can put it into the layer before the site, exactly;
+            blocks of grouped heads that read the same rows then share their parameters. See `passes.find_producers`.
         init: ``"identity"`` (skew 0: the model starts unchanged) or ``"normal"`` (std 0.1).
         on_indivisible: ``"error"``, or ``"nearest"``: take the divisor nearest to the size asked for, as PEFT does.
 
@@ -47,6 +49,7 @@ class OFT:
     share_input: bool = False
     placement: Literal["auto", "activation", "weight"] = "auto"
     experts: Literal["shared", "each"] = "shared"
+    into: Literal["site", "producer"] = "site"
     init: Literal["identity", "normal"] = "identity"
     on_indivisible: Literal["error", "nearest"] = "error"
 
@@ -74,6 +77,7 @@ class OFT:
         self._check("share_input", isinstance(self.share_input, bool), "true or false")
         self._check("placement", self.placement in ("auto", "activation", "weight"), '"auto", "activation" or "weight"')
         self._check("experts", self.experts in ("shared", "each"), '"shared" or "each"')
+        self._check("into", self.into in ("site", "producer"), '"site" or "producer"')
         self._check("init", self.init in ("identity", "normal"), '"identity" or "normal"')
         self._check("on_indivisible", self.on_indivisible in ("error", "nearest"), '"error" or "nearest"')
 

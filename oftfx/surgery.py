@@ -13,6 +13,7 @@ import torch.nn as nn
 from oftfx.adapter.store import Adapter, check_name, find_store, store_of, transformed_part, unwrapped
 from oftfx.errors import AdapterError, OftfxWarning, RuleError, TraceError
 from oftfx.passes.find_functional import FindFunctional
+from oftfx.passes.find_producers import FindProducers
 from oftfx.passes.insert_rotations import InsertRotations
 from oftfx.passes.match_rules import MatchRules
 from oftfx.passes.measure_coverage import MeasureCoverage
@@ -25,7 +26,7 @@ from oftfx.rules import Rule, Rules, read_rules
 from oftfx.sites import choose_placement, fits
 from oftfx.structure import structural_copy
 from oftfx.trace.graph_module import ProgramGraph
-from oftfx.trace.inputs import ExampleInputs
+from oftfx.trace.inputs import ExampleInputs, names_inputs
 from oftfx.trace.record import record, record_best
 from oftfx.unreachable import can_look_into, unreachable
 
@@ -77,8 +78,8 @@ def transform(
     Args:
         model: any module.
         rules: see `plan`; or a `Plan`, which is carried out as it stands.
-        example_inputs: see `plan`. The program is recorded only where that matters: a spec has ``share_input``, these
-            inputs are given, or ``emit="graph"``.
+        example_inputs: see `plan`. With them, or where the model names inputs itself, the program is recorded, so that
+            layers that read the same tensor rotate in one product, or share a rotation where a spec says so.
         adapter: name of the new adapter; it is the active one afterwards.
         train: see `plan`. These parameters are copied, so the input's stay as they are.
         train_bias: see `plan`.
@@ -216,9 +217,11 @@ def _planned(
     if not raw:
         # Rules are checked before the slow part.
         result = PassManager([match, MeasureCoverage()]).run(program)
-    if raw or trace or example_inputs is not None or any(r.spec is not None and r.spec.share_input for r in asked):
+    shares = any(r.spec is not None and (r.spec.share_input or r.spec.into == "producer") for r in asked)
+    # A transformers model names inputs of its own; what reads the same tensor then rotates in one product.
+    if raw or trace or shares or example_inputs is not None or names_inputs(model):
         recorded = program.with_(recording=record_best(model, example_inputs, look_into=raw))
-        result = PassManager([FindFunctional(), match, ShareInputs(), MeasureCoverage()]).run(recorded)
+        result = PassManager([FindFunctional(), match, ShareInputs(), FindProducers(), MeasureCoverage()]).run(recorded)
     return result
 
 

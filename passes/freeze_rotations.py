@@ -53,8 +53,7 @@ class Freezer:
         key = tuple(id(r) for r in rotations)
         first = key not in self._done
         if first:
-            members = _members(rotations)
-            self._done[key] = [FrozenRotation(b, members) for b in product_of(rotations)]
+            self._done[key] = [FrozenRotation(b) for b in product_of(rotations)]
             self._alive += rotations
         frozen = self._done[key]
         placement.drop()
@@ -83,10 +82,3 @@ def product_of(rotations: list[Rotation | FrozenRotation]) -> list[torch.Tensor]
         else:
             result.append(blocks)
     return result
-
-
-def _members(rotations: list[Rotation | FrozenRotation]) -> tuple[str, ...]:
-    """Sites that share the whole chain; a chain of mixed groups is not shared."""
-    handouts = [getattr(r, "handout", None) for r in rotations]
-    groups = {h.members if h is not None else () for h in handouts}
-    return groups.pop() if len(groups) == 1 else ()

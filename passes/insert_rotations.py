@@ -9,9 +9,10 @@ from oftfx.errors import AdapterError, PassError
 from oftfx.formats import format_named
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.placement import Placement, RotateInput, RotateOutput, RotateWeight, rotated_sites
+from oftfx.placement.group import InputGroup
 from oftfx.plans import SitePlan
 from oftfx.program import Program
-from oftfx.rotation.module import Rotation, SharedRotation
+from oftfx.rotation.module import Rotation
 from oftfx.sites import Site, format_at, weight_device
 
 
@@ -55,14 +56,17 @@ class InsertRotations(Pass):
             placement = known.get(entry.fqn) or attach(modules, entry.site, entry.placement, each=entry.each)
             rotation = owned.get(entry.owner)
             if rotation is None:
-                rotation = _make(entry, [e.fqn for e in plan if e.owner == entry.owner], weight_device(module))
+                rotation = _make(entry, weight_device(module))
                 rotation.train(module.training)
                 placement.hold(self.adapter, rotation)
                 owned[entry.owner] = rotation
             placement.rotations[self.adapter] = rotation
             if self.activate:
                 placement.active = (self.adapter,)
+            known[entry.fqn] = placement
             changes.append(Change(entry.fqn, "rotated", notice or ""))
+        for entry in plan:
+            _group(entry, known)
         return PassResult(program, bool(changes), tuple(changes))
 
     def _check(self, entry: SitePlan, found: Placement | None) -> None:
@@ -87,6 +91,16 @@ class InsertRotations(Pass):
                 raise PassError(f"{entry.fqn} has no rotation of adapter {self.adapter!r}")
 
 
+def _group(entry: SitePlan, known: dict[str, Placement]) -> None:
+    """Join a site with those that read the same tensor."""
+    mine = known[entry.fqn]
+    others = [p for n in entry.same_input if isinstance(p := known.get(n), RotateInput) and p.axis == -1]
+    if not isinstance(mine, RotateInput) or mine.axis != -1 or not others or mine.group is not None:
+        return
+    group = next((p.group for p in others if p.group is not None), None)
+    (group or InputGroup(entry.fqn, local=entry.local_input)).add(mine)
+
+
 def attach(modules: dict[str, nn.Module], site: Site, placement: str, *, each: bool = False) -> Placement:
     """A new placement of a site, its hooks registered."""
     module = modules[site.module]
@@ -109,14 +123,15 @@ def channels(module: nn.Module) -> tuple[int, int]:
     return -1 - len(module.kernel_size), module.groups  # type: ignore[arg-type, return-value]
 
 
-def _make(entry: SitePlan, members: list[str], device: torch.device) -> Rotation:
+def _make(entry: SitePlan, device: torch.device) -> Rotation:
     site = entry.site
-    settings = {
-        "where": entry.fqn,
-        "copies": entry.copies,
-        "dtype": torch.float64 if site.dtype == "float64" else torch.float32,
-        "device": device,
-    }
-    if len(members) > 1:
-        return SharedRotation(site.in_features, entry.spec, members=tuple(members), **settings)
-    return Rotation(site.in_features, entry.spec, **settings)
+    wide = torch.float64 if site.dtype == "float64" else torch.float32
+    return Rotation(
+        site.in_features,
+        entry.spec,
+        where=entry.fqn,
+        copies=entry.copies,
+        tied=entry.tied_blocks,
+        dtype=wide,
+        device=device,
+    )

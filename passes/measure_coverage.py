@@ -13,7 +13,6 @@ from oftfx.program import Program
 from oftfx.structure import is_own_module
 from oftfx.unreachable import is_matrix
 
-
 _Matrix = tuple[list[str], tuple[int, ...], int]
 
 

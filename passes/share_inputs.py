@@ -23,7 +23,8 @@ class ShareInputs(Pass):
 
     Only within one parent: a rotation shared across layers would be evaluated once and used in several checkpointed
     segments, which gradient checkpointing forbids. Sites called more than once have to agree in every call.
-    Without a recording every site stands alone, and the plan says so.
+    Without a recording every site stands alone, and the plan says so. Sites that keep rotations of their own are
+    grouped all the same: they rotate in one product.
     """
 
     name = "share_inputs"
@@ -37,7 +38,7 @@ class ShareInputs(Pass):
         if recording is None:
             return PassResult(program, False)
         inputs = _inputs_by_site(recording.graph, dict(program.model.named_modules()))
-        groups: dict[object, list[SitePlan]] = defaultdict(list)
+        groups: dict[tuple[str, tuple[fx.Node, ...]], list[SitePlan]] = defaultdict(list)
         for entry in plan:
             values = inputs.get(entry.site.module) if entry.placement == "activation" else None
             if values and entry.site.layout.side == "input":
@@ -50,13 +51,14 @@ class ShareInputs(Pass):
         )
         new: dict[str, SitePlan] = {}
         changes = []
-        for group in groups.values():
+        for (_, group_values), group in groups.items():
             for entry in group:
                 others = tuple(e.fqn for e in group if e is not entry)
                 owner = _owner(entry, group)
                 if owner != entry.fqn:
                     changes.append(Change(entry.fqn, f"shares the rotation of {owner}"))
-                new[entry.fqn] = replace(entry, same_input=others, owner=owner)
+                local = _is_local(entry.fqn, group_values[0])
+                new[entry.fqn] = replace(entry, same_input=others, owner=owner, local_input=local)
         changes += [
             Change(e.fqn, "share", f"no recording: {recording.reason}", refused=True)
             for e in plan
@@ -65,6 +67,15 @@ class ShareInputs(Pass):
         entries = tuple(new.get(e.fqn, e) for e in plan)
         result = replace(plan, entries=entries, trace=info)
         return PassResult(program.with_(plan=result), result != program.plan, tuple(changes))
+
+
+def _is_local(fqn: str, value: fx.Node) -> bool:
+    """Whether a value is made inside the layer that a site belongs to: the innermost numbered module of its path."""
+    parts = fqn.split(".")
+    numbered = [i for i, part in enumerate(parts) if part.isdigit()]
+    layer = parts[: numbered[-1] + 1] if numbered else []
+    maker = str(value.meta.get("module", "")).split(".")
+    return value.op != "placeholder" and bool(layer) and maker[: len(layer)] == layer
 
 
 def _owner(entry: SitePlan, group: list[SitePlan]) -> str:

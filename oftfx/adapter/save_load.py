@@ -116,7 +116,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
 def _tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[str, Tensor]]:
     plan = store.adapters[adapter].plan
     rotations = _rotation_by_site(root, adapter)
-    result: list[tuple[str, Tensor]] = [(peft.key_of_skew(e.site), rotations[e.fqn].skew) for e in plan]
+    result: list[tuple[str, Tensor]] = [(peft.key_of_skew(e.site), rotations[e.fqn].every_skew()) for e in plan]
     rotated = [e.fqn for e in plan]
     result += [(peft.key_of_parameter(n, rotated), store.trained[adapter][n]) for n in plan.train]
     return result
@@ -288,6 +288,11 @@ def _check_same(here: Plan, file: Plan, skews: Mapping[str, Tensor], adapter: st
                     f"adapter {adapter!r}: {fqn}: {what} is {a} in the model and {b} in the file. "
                     "Load it under another name"
                 )
+        if not _agrees(entry, skews[fqn]):
+            raise AdapterError(
+                f"adapter {adapter!r}: {fqn}: blocks that share their parameters in the model have different numbers "
+                "in the file. Load it under another name"
+            )
         if entry.owner != fqn and not torch.equal(skews[fqn], skews[entry.owner]):
             raise AdapterError(
                 f"adapter {adapter!r}: {fqn} shares the rotation of {entry.owner} in the model, but the file has "
@@ -299,6 +304,11 @@ def _check_same(here: Plan, file: Plan, skews: Mapping[str, Tensor], adapter: st
         )
 
 
+def _agrees(entry: SitePlan, skew: Tensor) -> bool:
+    tied = entry.tied_blocks
+    return entry.spec.block_share or all(torch.equal(skew[i], skew[tied.index(row)]) for i, row in enumerate(tied))
+
+
 @torch.no_grad()
 def _fill(
     root: nn.Module,
@@ -308,6 +318,6 @@ def _fill(
     parameters: Mapping[str, Tensor],
 ) -> None:
     for fqn, rotation in _rotation_by_site(root, adapter).items():
-        rotation.skew.copy_(skews[fqn])
+        rotation.set_every_skew(skews[fqn])
     for name, tensor in parameters.items():
         store.trained[adapter][name].copy_(tensor)

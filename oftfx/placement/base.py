@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 import torch.nn as nn
 
 from oftfx.errors import OftfxError
@@ -69,9 +70,17 @@ class Placement(ABC):
                 getattr(self.reader, f"{hooks}_{flags}").pop(key, None)
                 self.reader._forward_hooks_always_called.pop(key, None)
 
+    def note_run(self) -> None:
+        """Remember that a hook was called; a trace must not write to objects that outlive it."""
+        if not torch.compiler.is_compiling():
+            self.ran = True
+
     def in_effect(self) -> list[Rotation | FrozenRotation]:
         """The rotations that act now, in order."""
         return [*self.fixed, *(self.rotations[n] for n in self.active if n in self.rotations)]
+
+    def forget(self) -> None:  # noqa: B027  (most keep nothing)
+        """Drop what is kept from one forward to the next."""
 
     def weight_format(self) -> WeightFormat | None:
         """The format that reads the weight now; None where none does."""

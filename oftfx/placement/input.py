@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from oftfx.placement.base import Placement
-from oftfx.rotation.module import FrozenRotation, SharedRotation
+from oftfx.placement.group import InputGroup
 
 
 class RotateInput(Placement):
@@ -18,6 +18,7 @@ class RotateInput(Placement):
     Attributes:
         axis: the rotated axis of the input, counted from the end; -1, or the channels of a 1x1 convolution.
         groups: of the convolution; the same rotation acts on the channels of each group.
+        group: the sites that read the same tensor, or None.
     """
 
     kind = "activation"
@@ -25,6 +26,7 @@ class RotateInput(Placement):
     def __init__(self, *args: Any, axis: int = -1, groups: int = 1, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.axis, self.groups = axis, groups
+        self.group: InputGroup | None = None
 
     @property
     def reader(self) -> nn.Module:
@@ -39,7 +41,7 @@ class RotateInput(Placement):
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Replace the layer's input, given by position or by name."""
-        self.ran = True
+        self.note_run()
         if not self.active and not self.fixed:
             return None
         if args:
@@ -47,13 +49,21 @@ class RotateInput(Placement):
         name = "input" if "input" in kwargs else next(iter(inspect.signature(module.forward).parameters))
         return args, {**kwargs, name: self.rotate(kwargs[name])}
 
+    def forget(self) -> None:
+        """Drop what the group keeps."""
+        if self.group is not None:
+            self.group.forget()
+
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
-        """Apply what acts to the input, any number of other axes."""
+        """Apply what acts to the input, any number of other axes; together with the sites that read the same."""
+        return self.alone(x) if self.group is None else self.group.rotate(self, x)
+
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for this site only."""
         if self.axis != -1:
             return self._rotate_channels(x)
         for rotation in self.in_effect():
-            shared = isinstance(rotation, (SharedRotation, FrozenRotation))
-            x = rotation(x, self.site) if shared else rotation(x)
+            x = rotation(x)
         return x
 
     def _rotate_channels(self, x: torch.Tensor) -> torch.Tensor:

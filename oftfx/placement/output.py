@@ -26,7 +26,7 @@ class RotateOutput(Placement):
 
     def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """Replace the layer's output."""
-        self.ran = True
+        self.note_run()
         chain = self.in_effect()
         for rotation in chain:
             output = rotation(output)

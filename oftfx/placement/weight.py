@@ -43,7 +43,7 @@ class RotateWeight(Placement):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Put the rotated weight in the Parameter's place."""
-        self.ran = True
+        self.note_run()
         chain = self.in_effect()
         if chain:
             self.module.__dict__[self.parameter] = self.rotated(chain)
@@ -74,10 +74,14 @@ class RotateWeight(Placement):
         matrix = layout.turned_by(layout.matrix(weight), [r.effective() for r in chain])
         return layout.restore(matrix, tuple(weight.shape)).to(weight.dtype)
 
+    def forget(self) -> None:
+        """Drop the rotated weight."""
+        self._cached = None
+
     def remove(self) -> None:
         """Take the hooks away, and what was computed."""
         super().remove()
-        self._cached = None
+        self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}

@@ -12,7 +12,20 @@ from oftfx.report.rich_table import render
 if TYPE_CHECKING:
     from oftfx.plans import Plan, SitePlan
 
-COLUMNS = ("site", "n", "kind", "format", "in", "out", "blocks", "rotates", "rotation", "same input as", "notes")
+COLUMNS = (
+    "site",
+    "n",
+    "kind",
+    "format",
+    "in",
+    "out",
+    "blocks",
+    "rotates",
+    "rotation",
+    "same input as",
+    "folds into",
+    "notes",
+)
 
 
 def plan_table(plan: Plan, *, full: bool = False) -> str:
@@ -54,6 +67,7 @@ def _cells(entry: SitePlan) -> tuple[str, ...]:
         "output" if site.layout.side == "output" else "input" if entry.placement == "activation" else "weight",
         owner,
         " ".join(map(short, entry.same_input)),
+        short(entry.producer.fqn) if entry.producer else "",
         "; ".join(entry.notes),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,6 @@ from torch import Tensor
 
 from oftfx.rotation.cayley import cayley
 from oftfx.rotation.cayley import project as project_norm
-from oftfx.rotation.handout import HandOut
 from oftfx.rotation.rotate import rotate
 from oftfx.rotation.skew import skew_matrix, skew_size, skew_vector
 
@@ -71,8 +70,8 @@ class Rotation(nn.Module):
         spec: how.
         where: module path, for messages.
         copies: rotations in a row, one for each expert of a layer; the axis is ``copies * in_features`` long.
-        repeat: ``(groups, times)``: the blocks of each of the groups are used that often, so that grouped heads of an
-            attention get the rotation of the one head that they read (see `passes.find_producers`).
+        tied: for each block the row of ``skew`` that it is made from, where several share one: grouped heads of an
+            attention, which read the same rows of their producer. Empty: each its own.
         dtype: of ``skew``.
         device: of ``skew``.
 
@@ -91,17 +90,17 @@ class Rotation(nn.Module):
         *,
         where: str = "rotation",
         copies: int = 1,
-        repeat: tuple[int, int] = (1, 1),
+        tied: tuple[int, ...] = (),
         dtype: torch.dtype = torch.float32,
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
         self.spec = spec
-        self.copies, self.repeat = copies, repeat
+        self.copies, self.tied = copies, tied
         self.in_features = in_features * copies
         blocks, self.block_size = spec.geometry(in_features, where)
         self.blocks = blocks * copies
-        rows = skew_rows(spec, blocks, copies, repeat)
+        rows = skew_rows(spec, blocks, copies, tied)
         self.skew = nn.Parameter(torch.empty(rows, skew_size(self.block_size), dtype=dtype, device=device))
         self.dropout = BlockDropout(spec.dropout) if spec.dropout else None
         self.reset()
@@ -121,31 +120,56 @@ class Rotation(nn.Module):
 
     def matrices(self) -> Tensor:
         """Blocks ``(blocks, b, b)`` in float32 or wider: without dropout, never cached, differentiable."""
+        return self.spread(self.formula(self.skew))
+
+    def formula(self, skew: Tensor) -> Tensor:
+        """A block ``(rows, b, b)`` for each row of ``skew``, by this rotation's parameterization."""
         spec = self.spec
-        result = cayley(
-            self.skew,
+        return cayley(
+            skew,
             self.block_size,
             parameterization=spec.parameterization,
             terms=spec.terms,
             # The bound of one rotation counts its own blocks only.
             coft_eps=None if spec.coft_eps is None else spec.coft_eps * self.copies**0.5,
         )
-        return self.spread(result)
 
     def spread(self, rows: Tensor) -> Tensor:
         """One entry a block ``(blocks, ...)`` from one a row of ``skew``, where blocks share a row."""
         if rows.shape[0] == self.blocks:
             return rows
-        tail = (-1,) * (rows.dim() - 1)
         if self.spec.block_share:
+            tail = (-1,) * (rows.dim() - 1)
             return rows.unsqueeze(1).expand(-1, self.blocks // self.copies, *tail).flatten(0, 1)
-        groups, times = self.repeat
-        return rows.unflatten(0, (groups, 1, -1)).expand(-1, times, -1, *tail).flatten(0, 2)
+        return rows[list(self.tied)]
+
+    def every_skew(self) -> Tensor:
+        """``skew`` as files hold it: a row a block, also of tied ones; one row with ``block_share``."""
+        return self.skew if self.spec.block_share else self.spread(self.skew)
+
+    @torch.no_grad()
+    def set_every_skew(self, skew: Tensor) -> None:
+        """Inverse of `every_skew`; of tied blocks, the first one's row counts."""
+        if self.tied and not self.spec.block_share:
+            skew = skew[[self.tied.index(row) for row in range(self.skew.shape[0])]]
+        self.skew.copy_(skew)
 
     def effective(self) -> Tensor:
         """Blocks ``(blocks, b, b)`` of this forward: in training with dropout."""
-        blocks = self.matrices()
+        return self.dropped(self.matrices())
+
+    def dropped(self, blocks: Tensor) -> Tensor:
+        """Blocks after dropout, in training."""
         return blocks if self.dropout is None else self.dropout(blocks)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(blocks, b)``."""
+        return self.blocks, self.block_size
+
+    def stamp(self) -> tuple[Any, ...]:
+        """What tells this rotation from another, and from itself after a change."""
+        return id(self), 0 if self.skew.is_inference() else self.skew._version, self.training
 
     def state(self) -> tuple[Any, ...] | None:
         """What the blocks depend on, where they may be kept for the next forward; None where they may not."""
@@ -205,31 +229,9 @@ class Rotation(nn.Module):
         return f"{self.in_features}, blocks={self.blocks}, block_size={self.block_size}, {spec.parameterization}"
 
 
-class SharedRotation(Rotation):
-    """A rotation for several sites that read the same tensor: evaluated once per forward, handed to each."""
-
-    def __init__(self, *args: Any, members: tuple[str, ...], **kwargs: Any) -> None:
-        self.handout = HandOut(members)
-        super().__init__(*args, **kwargs)
-
-    def forget(self) -> None:
-        """Drop what is cached, also a rotated tensor that waits."""
-        super().forget()
-        self.handout.forget()
-
-    def forward(self, x: Tensor, member: str | None = None) -> Tensor:
-        """Rotate ``x (..., n)``, or hand out the result that another member of the group has just computed."""
-        if member is None:
-            return super().forward(x)
-        return self.handout.take(x, (self.skew._version, self.training), member, super().forward)
-
-    def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, shared by {len(self.handout.members)} sites"
-
-
-def skew_rows(spec: OFT, blocks: int, copies: int = 1, repeat: tuple[int, int] = (1, 1)) -> int:
+def skew_rows(spec: OFT, blocks: int, copies: int = 1, tied: tuple[int, ...] = ()) -> int:
     """Rows of ``skew`` for ``blocks`` blocks a rotation."""
-    return copies if spec.block_share else copies * blocks // repeat[1]
+    return copies if spec.block_share else len(set(tied)) or copies * blocks
 
 
 class FrozenRotation(nn.Module):
@@ -241,10 +243,18 @@ class FrozenRotation(nn.Module):
 
     blocks: Tensor
 
-    def __init__(self, blocks: Tensor, members: tuple[str, ...] = ()) -> None:
+    def __init__(self, blocks: Tensor) -> None:
         super().__init__()
         self.register_buffer("blocks", blocks)
-        self.handout = HandOut(members) if len(members) > 1 else None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(blocks, b)``."""
+        return self.blocks.shape[0], self.blocks.shape[1]
+
+    def stamp(self) -> tuple[Any, ...]:
+        """What tells this rotation from another, and from itself after a change."""
+        return id(self), 0 if self.blocks.is_inference() else self.blocks._version
 
     def effective(self) -> Tensor:
         """Blocks ``(blocks, b, b)``."""
@@ -252,15 +262,31 @@ class FrozenRotation(nn.Module):
 
     def state(self) -> tuple[Any, ...] | None:
         """What the blocks depend on; see `Rotation.state`."""
-        if self.blocks.is_meta or self.blocks.is_inference():
+        if not caching() or self.blocks.is_meta or self.blocks.is_inference():
             return None
         return self.blocks._version, self.blocks.data_ptr(), self.blocks.device
 
-    def forward(self, x: Tensor, member: str | None = None) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""
-        if self.handout is None or member is None:
-            return rotate(x, self.blocks)
-        return self.handout.take(x, None, member, lambda y: rotate(y, self.blocks))
+        return rotate(x, self.blocks)
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks.shape[0]}, block_size={self.blocks.shape[1]}"
+
+
+def cayley_of(rotations: Sequence[Rotation | FrozenRotation]) -> list[Tensor]:
+    """`Rotation.effective` of several rotations of one size; those of one spec in one batch."""
+    first = rotations[0]
+    if isinstance(first, FrozenRotation) or first.spec.coft_eps is not None or len(rotations) == 1:
+        return [r.effective() for r in rotations]
+    trainable = [r for r in rotations if isinstance(r, Rotation)]
+    if any(_formula(r) != _formula(first) for r in trainable):
+        return [r.effective() for r in rotations]
+    rows = first.formula(torch.cat([r.skew for r in trainable]))
+    parts = rows.split([r.skew.shape[0] for r in trainable])
+    return [r.dropped(r.spread(p)) for r, p in zip(trainable, parts, strict=True)]
+
+
+def _formula(rotation: Rotation) -> tuple[Any, ...]:
+    spec = rotation.spec
+    return spec.parameterization, spec.terms, spec.coft_eps, rotation.block_size, rotation.skew.dtype

@@ -1,4 +1,4 @@
-"""Apply a block-diagonal rotation to activations and to weights."""
+"""Apply block-diagonal rotations to activations and to weights."""
 
 from __future__ import annotations
 
@@ -26,6 +26,26 @@ def rotate(x: Tensor, blocks: Tensor) -> Tensor:
     split = x.reshape(-1, count, size).transpose(0, 1)
     turned = torch.bmm(split, blocks.to(x.dtype))
     return turned.transpose(0, 1).reshape(x.shape)
+
+
+def rotate_jointly(x: Tensor, blocks: Tensor) -> tuple[Tensor, ...]:
+    """Rotate the last axis by several rotations in one batched product: ``y_i = x @ blockdiag(R_i)``.
+
+    Args:
+        x: ``(..., n)`` with ``n = blocks * b``.
+        blocks: ``(blocks, b, count * b)``, the blocks of the rotations side by side, in the dtype of ``x``.
+
+    Returns:
+        ``count`` tensors ``(..., n)``.
+    """
+    if has_torch_function_variadic(x, blocks):
+        return handle_torch_function(rotate_jointly, (x, blocks), x, blocks)
+    count, size, width = blocks.shape
+    turned = torch.bmm(x.reshape(-1, count, size).transpose(0, 1), blocks)
+    if torch.is_grad_enabled() and turned.requires_grad:  # the quicker one of two, forward and backward together
+        return tuple(part.transpose(0, 1).reshape(x.shape) for part in turned.split(size, dim=2))
+    ordered = turned.unflatten(2, (width // size, size)).permute(2, 1, 0, 3)
+    return ordered.reshape(width // size, *x.shape).unbind(0)
 
 
 def rotate_weight(weight: Tensor, blocks: Tensor) -> Tensor:

@@ -8,10 +8,19 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn as nn
+import torch.utils.checkpoint
 
 from oftfx.errors import TraceError
 
 ExampleInputs: TypeAlias = "Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | None"
+
+
+def names_inputs(model: nn.Module) -> bool:
+    """Whether the model has example inputs of its own (transformers' ``dummy_inputs``)."""
+    try:
+        return isinstance(getattr(model, "dummy_inputs", None), Mapping)
+    except Exception:  # a property of somebody else's class
+        return False
 
 
 def example_call(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -59,7 +68,10 @@ _OVERRIDES: tuple[tuple[str, Any], ...] = (
 
 @contextmanager
 def capture_settings(model: nn.Module) -> Iterator[None]:
-    """Switch caches and grouped experts off in every config of the model, and back again."""
+    """Switch caches and grouped experts off in every config of the model, and back again.
+
+    Reentrant checkpointing, whose inside no torch function shows, calls its function directly meanwhile.
+    """
     configs = {id(c): c for m in model.modules() for c in _configs(getattr(m, "config", None))}
     undo: list[tuple[Any, str, Any]] = []
     for config in configs.values():
@@ -67,9 +79,16 @@ def capture_settings(model: nn.Module) -> Iterator[None]:
             if name in vars(config):
                 undo.append((config, name, vars(config)[name]))
                 vars(config)[name] = value
+    checkpoint = torch.utils.checkpoint.CheckpointFunction
+    original = vars(checkpoint).get("apply")
+    checkpoint.apply = staticmethod(lambda run, _, *args: run(*args))  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
+        if original is None:
+            del checkpoint.apply
+        else:
+            checkpoint.apply = original  # type: ignore[method-assign]
         for config, name, value in reversed(undo):
             vars(config)[name] = value
 

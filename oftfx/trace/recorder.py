@@ -215,6 +215,8 @@ class Recorder(TorchFunctionMode):
             for module in self._names:
                 if isinstance(module, Rotation):
                     module.forget()
+                for placement in placements_on(module):
+                    placement.forget()
 
     def _leaf(self, name: str, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
         # The rotation before or behind a site is recorded; only the layer's own forward is opaque.

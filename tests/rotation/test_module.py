@@ -5,8 +5,7 @@ import pytest
 import torch
 
 from oftfx import OFT, OftfxError
-from oftfx.rotation import Rotation, cayley
-from oftfx.rotation.module import FrozenRotation, SharedRotation
+from oftfx.rotation import Rotation
 from tests.reference import dense_rotation, rel
 
 
@@ -161,57 +160,3 @@ def test_copies_are_independent_and_pickles_carry_no_cache():
     assert again._cached is None
     with torch.no_grad():
         assert torch.equal(again(x), expected)
-
-
-def counting(monkeypatch):
-    calls = []
-    module = __import__("oftfx.rotation.module", fromlist=["rotate"])
-    original = module.rotate
-    monkeypatch.setattr(module, "rotate", lambda x, b: calls.append(1) or original(x, b))
-    return calls
-
-
-@pytest.mark.parametrize("frozen", [False, True])
-def test_a_shared_rotation_is_evaluated_once_for_all_members(monkeypatch, frozen):
-    shared = SharedRotation(20, OFT(5), members=("a", "b", "c"))
-    torch.nn.init.normal_(shared.skew, std=0.1)
-    if frozen:
-        shared = FrozenRotation(cayley(shared.skew.detach(), 5), ("a", "b", "c"))
-    calls = counting(monkeypatch)
-    x = torch.randn(3, 20)
-    results = [shared(x, m) for m in "abc"]
-    assert len(calls) == 1
-    assert all(r is results[0] for r in results)
-    assert shared.handout._pending is None  # nothing is kept once all have it
-    shared(x, "a")
-    shared(x, "a")  # a member that asks twice starts afresh: a recomputation
-    assert len(calls) == 3
-    y = x.clone()
-    shared(x, "a")
-    x.add_(1)
-    changed = shared(x, "b")
-    assert len(calls) == 5
-    assert not torch.equal(changed, shared(y, "c"))
-
-
-def test_gradients_of_a_shared_rotation_add_up():
-    shared = SharedRotation(20, OFT(5), members=("a", "b"))
-    torch.nn.init.normal_(shared.skew, std=0.1)
-    x = torch.randn(3, 20)
-    (shared(x, "a").square().sum() + (2 * shared(x, "b")).exp().sum()).backward()
-    got, shared.skew.grad = shared.skew.grad, None
-    (shared(x).square().sum() + (2 * shared(x)).exp().sum()).backward()
-    assert rel(got, shared.skew.grad) < 1e-6
-
-
-def test_a_result_whose_graph_is_used_up_is_not_handed_out():
-    shared = SharedRotation(20, OFT(5), members=("a", "b"))
-    x = torch.randn(3, 20)
-    shared(x, "a").sum().backward()
-    shared(x, "b").sum().backward()  # would fail on a freed graph
-    with torch.no_grad():
-        rotated = shared(x, "a")
-    assert shared.handout._pending is not None
-    del x
-    assert shared.handout._pending is None  # member "b" never came; nothing is kept for it
-    assert rotated.shape == (3, 20)

@@ -1,0 +1,101 @@
+"""Sites that read the same tensor: it is rotated for all of them in one product."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from oftfx.placement.handout import HandOut
+from oftfx.rotation.module import FrozenRotation, Rotation, caching, cayley_of
+from oftfx.rotation.rotate import rotate_jointly
+
+if TYPE_CHECKING:
+    from oftfx.placement.input import RotateInput
+
+
+class InputGroup:
+    """Sites of one parent module that read the same tensor.
+
+    Where they share their rotations, the tensor is rotated once. Where each has one of its own, of equal block size,
+    all results come from one batched product, and in training all Cayley transforms from one batch. Otherwise each
+    site rotates for itself.
+
+    Args:
+        key: name of the group.
+        local: whether the layer around the sites makes the tensor itself; see `HandOut`.
+    """
+
+    def __init__(self, key: str, *, local: bool = False) -> None:
+        self.placements: dict[str, RotateInput] = {}
+        self.handout = HandOut(key, local=local)
+        self._cached: tuple[Any, Tensor] | None = None
+
+    def add(self, placement: RotateInput) -> None:
+        """Let a site be one of the group."""
+        self.placements[placement.site] = placement
+        placement.group = self
+
+    def rotate(self, placement: RotateInput, x: Tensor) -> Tensor:
+        """What the rotations of one site make of ``x``; the others get theirs when they ask for the same ``x``."""
+        chains = {site: p.in_effect() for site, p in self.placements.items()}
+        mine = chains[placement.site]
+        if all(_same(c, mine) for c in chains.values()):
+            return self.handout.take(
+                x,
+                lambda: _stamps(mine),
+                placement.site,
+                lambda: dict.fromkeys(chains, placement.alone(x)),
+                lambda: placement.alone(x),
+            )
+        joint = {s: c[0] for s, c in chains.items() if len(c) == 1 and len(mine) == 1 and _alike(c[0], mine[0])}
+        exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
+        if len(joint) < 2 or exporting:  # an exported file keeps each site's blocks under their own name
+            return placement.alone(x)
+        rotations = list(joint.values())
+        return self.handout.take(
+            x,
+            lambda: _stamps(rotations),
+            placement.site,
+            lambda: dict(zip(joint, rotate_jointly(x, self._blocks(rotations, x.dtype)), strict=True)),
+            lambda: placement.alone(x),
+        )
+
+    def _blocks(self, rotations: list[Rotation | FrozenRotation], dtype: torch.dtype) -> Tensor:
+        """Blocks of several rotations side by side, ``(blocks, b, count * b)``; kept in eval mode."""
+        states = [r.state() for r in rotations]
+        if None in states or not caching():
+            return _side_by_side(rotations, dtype)
+        key = (*states, dtype)
+        cached = self._cached
+        if cached is None or cached[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                cached = (key, _side_by_side(rotations, dtype).contiguous())
+            if type(cached[1]) is Tensor:  # neither fake nor functional
+                self._cached = cached
+        return cached[1]
+
+    def forget(self) -> None:
+        """Drop what is kept."""
+        self._cached = None
+        self.handout.forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
+
+
+def _same(a: list[Rotation | FrozenRotation], b: list[Rotation | FrozenRotation]) -> bool:
+    return len(a) == len(b) and all(x is y for x, y in zip(a, b, strict=True))
+
+
+def _alike(a: Rotation | FrozenRotation, b: Rotation | FrozenRotation) -> bool:
+    return type(a) is type(b) and a.shape == b.shape and a.training == b.training
+
+
+def _stamps(rotations: list[Rotation | FrozenRotation]) -> tuple[Any, ...]:
+    return tuple(r.stamp() for r in rotations)
+
+
+def _side_by_side(rotations: list[Rotation | FrozenRotation], dtype: torch.dtype) -> Tensor:
+    return torch.cat([b.to(dtype) for b in cayley_of(rotations)], dim=2)

@@ -1,0 +1,127 @@
+"""Follow the features of a layer's output through a recorded graph, by running its data movement on labels.
+
+What moves data without computing (view, transpose, expand, split, ...) is executed on a tensor that holds, in place of
+every number, the index of the feature that it comes from. So no operation needs a rule of its own about axes. A product
+with attention weights, ``A @ V``, adds rows of V: features stay what they are, and only those under the same A may mix.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx as fx
+import torch.nn as nn
+import torch.nn.functional as F
+
+MOVES = frozenset(
+    [
+        *("view", "reshape", "transpose", "permute", "swapaxes", "movedim", "expand", "expand_as", "repeat", "flatten"),
+        *("unflatten", "unsqueeze", "squeeze", "split", "chunk", "unbind", "narrow", "select", "repeat_interleave"),
+        *("tensor_split", "broadcast_to", "__getitem__", "t", "moveaxis", "view_as", "reshape_as"),
+    ]
+)
+UNCHANGED = frozenset(
+    [*("contiguous", "to", "clone", "detach", "type_as", "float", "half", "bfloat16", "double", "dropout", "dropout_")]
+)
+_UNCHANGED_MODULES = (nn.Identity, nn.Dropout)
+_MATMUL = (torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """For every number of a value: the feature it comes from, and the attention weights it went through.
+
+    Attributes:
+        feature: index of the feature of the producer's output; a tensor, or a tuple of them after a split.
+        context: which of several attention products; numbers of one context only may be mixed by a rotation.
+        mixed: whether there was such a product.
+    """
+
+    feature: Any
+    context: Any
+    mixed: bool = False
+
+
+class LostError(Exception):
+    """A value is computed from its features in a way that a rotation does not commute with."""
+
+
+def name_of(node: fx.Node) -> str:
+    """Name of what a node calls."""
+    return str(node.target) if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+
+
+def source_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | None:
+    """The operand of a node whose features its result carries; None where the node is no such step."""
+    args: tuple[Any, ...] = node.args
+    name = name_of(node)
+    if node.op == "call_module":
+        through = isinstance(modules.get(str(node.target)), _UNCHANGED_MODULES)
+        return args[0] if through and args else None
+    if node.op not in ("call_method", "call_function") or not args:
+        return None
+    if node.target is F.scaled_dot_product_attention or name == "scaled_dot_product_attention":
+        return args[2] if len(args) > 2 else node.kwargs.get("value")  # type: ignore[return-value]
+    if node.target in _MATMUL:
+        return args[1] if isinstance(args[1], fx.Node) else None
+    known = name in MOVES or name in UNCHANGED or node.target is operator.getitem or _is_scaling(node)
+    return args[0] if known and isinstance(args[0], fx.Node) else None
+
+
+def start(node: fx.Node) -> Labels:
+    """Labels of a producer's own output: its last axis, counted."""
+    shape = tuple(node.meta["val"].shape)
+    return Labels(torch.arange(shape[-1]).expand(shape), torch.zeros(shape, dtype=torch.long))
+
+
+def step(node: fx.Node, source: fx.Node, labels: Labels) -> Labels:
+    """Labels of a node's result from those of its operand.
+
+    Raises:
+        LostError: they get lost there.
+    """
+    name = name_of(node)
+    if _uses_twice(node, source):
+        raise LostError(f"{name} reads it twice")
+    if name == "scaled_dot_product_attention" or node.target in _MATMUL:
+        return _mix(node, labels)
+    if name in UNCHANGED or node.op == "call_module" or _is_scaling(node):
+        return labels
+
+    def move(value: Any) -> Any:
+        args = [value if a is source else a for a in node.args]
+        if any(isinstance(a, fx.Node) for a in fx.node.map_aggregate(args, lambda a: a)):
+            raise LostError(f"{name} takes a size or index that is computed")
+        kwargs = dict(node.kwargs)
+        return getattr(args[0], name)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)  # type: ignore[operator]
+
+    return Labels(move(labels.feature), move(labels.context), labels.mixed)
+
+
+def _uses_twice(node: fx.Node, source: fx.Node) -> bool:
+    found: list[fx.Node] = []
+    fx.node.map_arg((node.args, node.kwargs), found.append)
+    return sum(a is source for a in found) > 1
+
+
+def _mix(node: fx.Node, labels: Labels) -> Labels:
+    """``A @ V``: row i of the result adds rows of V, so the features must be the same in all of them."""
+    if labels.mixed:
+        raise LostError("it goes through two products with attention weights")
+    value, shape = labels.feature, tuple(node.meta["val"].shape)
+    if node.kwargs.get("enable_gqa") and value.shape[-3] != shape[-3]:
+        value = value.repeat_interleave(shape[-3] // value.shape[-3], dim=-3)
+    if value.dim() < 2 or not bool((value == value[..., :1, :]).all()):
+        raise LostError(f"{name_of(node)} adds different features")
+    count = torch.Size(shape[:-2]).numel()
+    context = torch.arange(count).reshape(*shape[:-2], 1, 1).expand(shape)
+    return Labels(value[..., :1, :].expand(shape), context, mixed=True)
+
+
+def _is_scaling(node: fx.Node) -> bool:
+    """A product with, or division by, a plain number."""
+    return name_of(node) in ("mul", "div", "truediv") and isinstance(node.args[1], (int, float))

@@ -1,0 +1,133 @@
+"""Put rotations into the layers that make what they turn: ``y @ R = x @ (R^T W)^T + b @ R``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+
+from oftfx.fold_record import SiteFold, Undo
+from oftfx.formats import WeightFormat, WeightState, format_of
+from oftfx.passes.freeze_rotations import product_of
+from oftfx.passes.protocol import Change, Pass, PassResult
+from oftfx.placement import Placement, rotated_sites
+from oftfx.plans import Producer
+from oftfx.probe import has_own_forward
+from oftfx.program import Program
+from oftfx.untie import untie
+
+
+class FoldIntoProducers(Pass):
+    """Fold the sites whose rotation can be pushed; the others stay for `FoldRotations`, with the reason.
+
+    The site's own weight is not touched. The rows of the producer's weight and bias are turned in float32 (float64 for
+    float64) and rounded once. Blocks that turn the same rows (grouped heads) have to be equal.
+
+    Args:
+        producers: for each site its producer, or why it has none; see `FindProducers`.
+
+    Attributes:
+        sites: one `SiteFold` a folded site, after ``run``.
+        reasons: for every other site why it was not, after ``run``.
+        undo: what it takes to bring each back, after ``run``.
+    """
+
+    name = "fold_into_producers"
+    preserves = "rounding"
+    after = ("insert_rotations",)
+
+    def __init__(self, producers: Mapping[str, Producer | str]) -> None:
+        self.producers = producers
+        self.sites: list[SiteFold] = []
+        self.reasons: dict[str, str] = {}
+        self.undo: list[Undo | UndoProducer] = []
+
+    def run(self, program: Program) -> PassResult:
+        """Fold, site by site."""
+        changes = []
+        for fqn, placement in list(rotated_sites(program.model)):
+            producer = self.producers.get(fqn, "not recorded")
+            reason = producer if isinstance(producer, str) else self._push(program.model, fqn, placement, producer)
+            if reason:
+                self.reasons[fqn] = reason
+            changes.append(Change(fqn, "fold into producer", reason, refused=bool(reason)))
+        return PassResult(program, bool(self.sites), tuple(changes))
+
+    @torch.no_grad()
+    def _push(self, model: nn.Module, fqn: str, placement: Placement, producer: Producer) -> str:
+        """Push one site; why not, or an empty text."""
+        chain = product_of(placement.in_effect())
+        if len(chain) != 1:
+            return "several rotations of different block sizes act here" if chain else "no rotation acts here"
+        blocks = _by_start(chain[0], producer)
+        if blocks is None:
+            return f"grouped heads have different rotations; train with OFT(into='producer') ({producer.fqn})"
+        module = model.get_submodule(producer.fqn)
+        weight_format = format_of(module)
+        if weight_format is None or not weight_format.lossless:
+            stored = "by no known format" if weight_format is None else f"as {weight_format.name}"
+            return f"its producer {producer.fqn} is stored {stored}, where turned rows would be rounded"
+        if has_own_forward(module):
+            return f"its producer {producer.fqn} is a {type(module).__name__} with a forward of its own"
+        own = placement.weight_format()
+        size = own.nbytes(placement.module) if own is not None else 0
+        names = {m: n for n, m in model.named_modules()}
+        if own is not None:
+            self.undo.append(Undo.of(names[placement.module], placement, own))
+        self.undo.append(UndoProducer.of(producer.fqn, module, weight_format))
+        before = weight_format.dequantize(module)
+        after = _turn_rows(before, blocks)
+        weight_format.write(module, weight_format.requantize(after, module))
+        bias = module._parameters.get("bias")
+        if bias is not None:
+            turned = _turn_rows(bias.detach().to(after.dtype).unsqueeze(1), blocks).squeeze(1)
+            module._parameters["bias"] = nn.Parameter(turned.to(bias.dtype), requires_grad=bias.requires_grad)
+        placement.drop()
+        untie(model, f"{producer.fqn}.weight")
+        update = float(torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(before))
+        note = f"its rotation is in {len(blocks) * chain[0].shape[1]} rows of {producer.fqn}"
+        self.sites.append(SiteFold(fqn, own.name if own else "", "into producer", update, 0.0, 1.0, size, size, note))
+        return ""
+
+
+def _by_start(blocks: torch.Tensor, producer: Producer) -> dict[int, torch.Tensor] | None:
+    """The block for each group of rows; None where blocks of the same rows differ."""
+    found: dict[int, torch.Tensor] = {}
+    for start, block in zip(producer.starts, blocks, strict=True):
+        if not torch.equal(found.setdefault(start, block), block):
+            return None
+    return found
+
+
+def _turn_rows(matrix: torch.Tensor, blocks: Mapping[int, torch.Tensor]) -> torch.Tensor:
+    """``M' = R^T M`` on the rows that each block turns; a new tensor."""
+    result = matrix.clone()
+    size = next(iter(blocks.values())).shape[0]
+    rows = torch.tensor([[start + i for i in range(size)] for start in blocks], device=matrix.device)
+    stacked = torch.stack(list(blocks.values())).to(matrix)
+    result[rows.flatten()] = torch.bmm(stacked.transpose(1, 2), matrix[rows]).flatten(0, 1)
+    return result
+
+
+@dataclass(frozen=True)
+class UndoProducer:
+    """What a producer was before its rows were turned."""
+
+    fqn: str
+    format: WeightFormat
+    state: WeightState
+    bias: nn.Parameter | None
+
+    @classmethod
+    def of(cls, fqn: str, module: nn.Module, weight_format: WeightFormat) -> UndoProducer:
+        """The state now."""
+        return cls(fqn, weight_format, weight_format.read(module), module._parameters.get("bias"))
+
+    def restore(self, model: nn.Module) -> None:
+        """Bring it back."""
+        module = model.get_submodule(self.fqn)
+        self.format.write(module, self.state)
+        if self.bias is not None:
+            module._parameters["bias"] = self.bias

@@ -1,0 +1,220 @@
+"""Sites that read the same tensor: one evaluation a forward, the same numbers as each for itself."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn as nn
+
+import oftfx
+from oftfx import OFT
+from oftfx.placement import rotated_sites
+from tests.reference import dense_rotation, randomize, rel
+
+
+class Block(nn.Module):
+    """Three layers that read one tensor, which the block itself makes, and one that reads another."""
+
+    def __init__(self, n=20):
+        super().__init__()
+        self.norm = nn.LayerNorm(n)
+        self.q, self.k, self.v = nn.Linear(n, 8), nn.Linear(n, 6), nn.Linear(n, 10)
+        self.o = nn.Linear(24, n)
+
+    def forward(self, x):
+        y = self.norm(x)
+        return x + self.o(torch.cat([self.q(y), self.k(y), self.v(y)], dim=-1))
+
+
+class Net(nn.Module):
+    def __init__(self, checkpoint=None):
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()])
+        self.checkpoint = checkpoint
+
+    def forward(self, x):
+        for layer in self.layers:
+            if self.checkpoint is None:
+                x = layer(x)
+            else:
+                x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=self.checkpoint)
+        return x
+
+
+def make(spec, checkpoint=None, rules=None):
+    torch.manual_seed(0)
+    model = oftfx.transform(Net(checkpoint), rules or {"*": spec}, example_inputs=(torch.randn(3, 20),))
+    return randomize(model, std=0.1)
+
+
+def products(monkeypatch, forward):
+    """How many products a forward makes with rotations, and how many Cayley transforms."""
+    counts = {"rotate": 0, "rotate_jointly": 0, "cayley": 0}
+
+    def count(name, function):
+        def counting(*args, **kwargs):
+            counts[name] += 1
+            return function(*args, **kwargs)
+
+        return counting
+
+    import oftfx.placement.group as group
+    import oftfx.rotation.module as module
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "rotate", count("rotate", module.rotate))
+        patch.setattr(group, "rotate_jointly", count("rotate_jointly", group.rotate_jointly))
+        patch.setattr(module, "cayley", count("cayley", module.cayley))
+        result = forward()
+    return counts, result
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (OFT(4), {"rotate": 2, "rotate_jointly": 2, "cayley": 4}),  # o alone; q, k, v in one product and one batch
+        (OFT(4, share_input=True), {"rotate": 4, "rotate_jointly": 0, "cayley": 4}),
+    ],
+)
+@pytest.mark.parametrize("training", [False, True])
+def test_each_group_is_evaluated_once(monkeypatch, spec, expected, training):
+    model = make(spec).train(training)
+    x = torch.randn(5, 20)
+    assert products(monkeypatch, lambda: model(x))[0] == expected
+    with torch.no_grad():
+        model.eval()(x)
+        again, _ = products(monkeypatch, lambda: model(x))
+    assert again == {**expected, "cayley": 0}  # in eval mode the blocks are kept
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+@pytest.mark.parametrize("spec", [OFT(4), OFT(4, share_input=True)], ids=["own", "shared"])
+def test_checkpointing_evaluates_each_group_once_more(monkeypatch, spec, checkpoint):
+    plain, model = make(spec), make(spec, checkpoint)
+    x = torch.randn(5, 20, requires_grad=True)
+    counts, loss = products(monkeypatch, lambda: plain(x).square().sum())
+    loss.backward()
+    again, loss = products(monkeypatch, lambda: model(x).square().sum())
+    assert again == counts
+    recomputed, _ = products(monkeypatch, loss.backward)
+    assert recomputed == counts
+    for a, b in zip(oftfx.adapter_parameters(plain), oftfx.adapter_parameters(model), strict=True):
+        assert torch.equal(a.grad, b.grad)
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        OFT(4),
+        OFT(4, share_input=True),
+        OFT(4, block_share=True),
+        OFT(4, coft_eps=0.1),
+        OFT(2, parameterization="cayley"),
+    ],
+    ids=str,
+)
+def test_outputs_and_gradients_equal_dense_algebra(spec):
+    model = make(spec).double().train()
+    x = torch.randn(2, 3, 20, dtype=torch.float64)
+    plan = oftfx.adapters(model)["default"]
+    skews = dict(model.named_parameters())
+
+    def reference(tree):
+        def weight(layer):
+            owner = plan[layer].owner
+            skew = skews[f"{owner}.oft.default.skew"]
+            if spec.coft_eps is not None:
+                limit = spec.coft_eps / plan[layer].blocks ** 0.5
+                skew = skew * (limit / (2 * skew.square().sum(1, keepdim=True)).sqrt()).clamp(max=1)
+            r = dense_rotation(skew, plan[layer].block_size, plan[layer].blocks, parameterization=spec.parameterization)
+            return tree.get_submodule(layer).weight @ r.T
+
+        y = x
+        for i in range(2):
+            part = tree.get_submodule(f"layers.{i}")
+            z = part.norm(y)
+            parts = [z @ weight(f"layers.{i}.{n}").T + part.get_submodule(n).bias for n in "qkv"]
+            y = y + torch.cat(parts, dim=-1) @ weight(f"layers.{i}.o").T + part.o.bias
+        return y
+
+    with torch.no_grad():
+        assert rel(model(x), reference(model)) < 1e-12
+
+
+def test_sites_of_other_sizes_or_adapters_fall_back_to_their_own_product(monkeypatch):
+    rules = {"*.q": OFT(4), "*.k": OFT(5), "*.v": OFT(4, dropout=0.5)}
+    model = make(None, rules=rules).eval()
+    x = torch.randn(5, 20)
+    expected = model(x)
+    counts, _ = products(monkeypatch, lambda: model(x))
+    assert counts == {"rotate": 2, "rotate_jointly": 2, "cayley": 4}  # q and v together, k alone
+    for _, placement in rotated_sites(model):
+        placement.group = None
+    assert rel(model(x), expected) < 1e-6
+    oftfx.add_adapter(model, "second", {"*.q": OFT(2)})
+    oftfx.set_adapter(model, ["default", "second"])
+    folded = oftfx.fold(randomize(model, std=0.1)).model
+    assert rel(folded(x), model(x)) < 1e-5
+
+
+def test_a_copy_has_groups_of_its_own():
+    model = make(OFT(4))
+    twin = copy.deepcopy(model)
+    x = torch.randn(5, 20)
+    expected = model(x)
+    randomize(twin, std=0.2, seed=3)
+    assert rel(twin(x), expected) > 1e-2
+    assert torch.equal(model(x), expected)
+    groups = {id(p.group) for m in (model, twin) for _, p in rotated_sites(m) if p.group is not None}
+    assert len(groups) == 4
+
+
+def test_what_waits_does_not_outlive_the_input():
+    model = make(OFT(4)).eval()
+    placements = {p.site: p for _, p in rotated_sites(model)}
+    q, handout = placements["layers.0.q"], placements["layers.0.q"].group.handout
+    x = torch.randn(5, 20)
+    with torch.no_grad():
+        first = q.rotate(x)
+        assert sorted(handout._pending[2]) == ["layers.0.k", "layers.0.v"]
+        second = placements["layers.0.k"].rotate(x)
+        assert sorted(handout._pending[2]) == ["layers.0.v"]
+        assert rel(second, first) > 1e-3
+        x.add_(1)
+        assert rel(placements["layers.0.v"].rotate(x), placements["layers.0.v"].alone(x)) < 1e-6
+        del x
+        assert handout._pending is None
+    y = torch.randn(5, 20)
+    q.rotate(y).sum().backward()
+    placements["layers.0.k"].rotate(y).sum().backward()  # would fail on a graph that is used up
+
+
+@pytest.mark.parametrize("checkpoint", [None, False])
+@pytest.mark.parametrize("spec", [OFT(4), OFT(4, share_input=True)], ids=["own", "shared"])
+def test_compiled_models_evaluate_each_group_once_and_break_nowhere(spec, checkpoint):
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.backends.common import aot_autograd
+
+    products = []
+
+    def count(graph, _):
+        products.append(sum("bmm.default" in str(n.target) and "badd" not in str(n.target) for n in graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    model = make(spec, checkpoint).train()
+    x = torch.randn(5, 20)
+    torch._dynamo.reset()
+    explained = torch._dynamo.explain(model)(x)
+    assert (explained.graph_break_count, explained.graph_count) == (0, 1)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=aot_autograd(fw_compiler=count, inference_compiler=count), fullgraph=True)
+    compiled(x).square().sum().backward()
+    assert products[0] == 4  # per layer: one for q, k, v together and one for o
+    got = [p.grad.clone() for p in oftfx.adapter_parameters(model)]
+    model.zero_grad()
+    model(x).square().sum().backward()
+    assert all(rel(g, p.grad) < 1e-6 for g, p in zip(got, oftfx.adapter_parameters(model), strict=True))
+    products.clear()
+    with torch.no_grad():
+        compiled.eval()(x)
+    assert products == [4]
