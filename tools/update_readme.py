@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+from oftfx.demo import ocr_job
 from oftfx.demo.job import COLUMNS, table_rows
 
 ROOT = Path(__file__).parents[1]
@@ -29,8 +30,13 @@ def speed():
     return markdown(("", *names), rows)
 
 
+def ocr():
+    results = json.loads((ROOT / "tools/results/ocr.json").read_text())
+    return markdown(ocr_job.COLUMNS, ocr_job.table_rows(results))
+
+
 def tables():
-    return {"quickstart": quickstart(), "speed": speed()}
+    return {"quickstart": quickstart(), "speed": speed(), "ocr": ocr()}
 
 
 def filled(text):

@@ -1,1 +1,1 @@
-"""The main job on a real language model: 4-bit base, train, fold each way, export, run in ONNX Runtime."""
+"""Real models end to end: a 4-bit language model (`job`), a convolution network that reads words (`ocr_job`)."""

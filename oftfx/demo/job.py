@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,10 +14,9 @@ import torch.nn as nn
 from torch import Tensor
 
 import oftfx
+from oftfx.demo import figures, smollm, text
 from oftfx.demo import perplexity as ppl
-from oftfx.demo import smollm, text
 from oftfx.demo.train import train
-from oftfx.errors import OftfxError
 from oftfx.report.rich_table import render
 
 LENGTH, BATCH, RATE = 128, 4, 2.5e-4
@@ -61,7 +58,6 @@ class Job:
         Raises:
             OftfxError: the folder holds a run of another size, or a package is missing.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._read()
         start = time.perf_counter()
         with self._timed("load SmolLM2-135M-Instruct"):
@@ -185,22 +181,11 @@ class Job:
         self.say(f"{title} ({time.perf_counter() - start:.1f} s)")
 
     def _read(self) -> None:
-        path = self.folder / "results.json"
         asked = {"steps": self.size.steps, "held_out": self.size.held_out}
-        if path.exists():
-            self.results.update(json.loads(path.read_text()))
-            if self.results.get("size") != asked:
-                raise OftfxError(
-                    f"{self.folder} holds a run with {self.results.get('size')}, this one is {asked}; "
-                    "choose another folder or remove it"
-                )
-            self.say(f"continuing the run in {self.folder}")
-        self.results["size"] = asked
+        self.results.update(figures.read(self.folder, asked, self.say))
 
     def _write(self) -> None:
-        partial = self.folder / "results.json.part"
-        partial.write_text(json.dumps(self.results, indent=1))
-        os.replace(partial, self.folder / "results.json")
+        figures.write(self.folder, self.results)
 
     def table(self) -> str:
         """The final table as text."""

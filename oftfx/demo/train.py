@@ -26,7 +26,7 @@ def train(
     folder: Path,
     report: Callable[[int, float], None],
 ) -> list[float]:
-    """Train the active adapter on next-token loss with AdamW, linear warm-up and decay.
+    """Train the active adapter on next-token loss.
 
     Args:
         model: a transformed causal language model.
@@ -40,26 +40,55 @@ def train(
     Returns:
         The loss of every step.
     """
-    parameters = oftfx.adapter_parameters(model)
+
+    def loss(step: int) -> Tensor:
+        ids = text.batch(data, step, size)
+        return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
+
+    model.train()
+    losses = minimise(loss, oftfx.adapter_parameters(model), steps=steps, rate=rate, folder=folder, report=report)
+    model.eval()
+    return losses
+
+
+def minimise(
+    loss: Callable[[int], Tensor],
+    parameters: list[nn.Parameter],
+    *,
+    steps: int,
+    rate: float,
+    folder: Path,
+    report: Callable[[int, float], None],
+) -> list[float]:
+    """AdamW with linear warm-up and decay, and a checkpoint every few steps.
+
+    Args:
+        loss: the loss of a step; the same step must have the same batch.
+        parameters: what trains.
+        steps: see `train`, like the rest.
+        rate: largest learning rate.
+        folder: where checkpoints go.
+        report: called after every step.
+
+    Returns:
+        The loss of every step.
+    """
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
     warm = max(1, steps // 10)
     losses = _resume(folder, parameters, optimizer)
     if losses:
         report(len(losses), losses[-1])
-    model.train()
     for step in range(len(losses), steps):
         for group in optimizer.param_groups:
             group["lr"] = rate * min((step + 1) / warm, (steps - step) / max(1, steps - warm))
-        ids = text.batch(data, step, size)
-        loss = model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
-        loss.backward()
+        value = loss(step)
+        value.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        losses.append(float(loss.detach()))
+        losses.append(float(value.detach()))
         report(step + 1, losses[-1])
         if (step + 1) % EVERY == 0 or step + 1 == steps:
             _checkpoint(folder, parameters, optimizer, losses)
-    model.eval()
     return losses
 
 
