@@ -243,7 +243,7 @@ def _carry_out(model: nn.Module, plan: Plan) -> Program:
     entries = []
     for entry in plan:
         found = sites.get(entry.fqn)
-        if found is None and not entry.site.is_layer and fits(model, entry.site):
+        if not entry.site.is_layer and (found is None or found.is_layer) and fits(model, entry.site):
             found = entry.site  # a parameter that only a recording shows the meaning of
         if found is None:
             raise RuleError(f"the plan rotates {entry.fqn}, which {type(model).__name__} does not have as a layer")

@@ -70,6 +70,9 @@ class FindFunctional(Pass):
                 reads[str(node.target)].append(node)
         for name, nodes in reads.items():
             names = finder.names[id(parameters[name])]
+            known = sites.get(name)
+            if known is not None and not known.is_layer and len(names) == 1:
+                continue  # attention and experts are known by their class, and read their weights by themselves
             called = [s.fqn for n in names if (s := sites.get(n)) and recording.calls.get(s.module)]
             try:
                 if called or len(names) > 1:

@@ -35,8 +35,31 @@ def ocr():
     return markdown(ocr_job.COLUMNS, ocr_job.table_rows(results))
 
 
+def zoo():
+    names = ["model", "family", "layers run", "sites rotated", "kinds", "weight bytes rotated %", "program"]
+    columns = [*names, "exact at start", "gradients", "fold", "fold, other size"]
+    rows = []
+    for name, figures in json.loads((ROOT / "tools/results/zoo.json").read_text())["architectures"].items():
+        cells = [name, figures["family"], str(figures["layers_run"])]
+        if "error" in figures:
+            rows.append((*cells, "0", *[""] * (len(columns) - 4)))
+            continue
+        rows.append(
+            (
+                *cells,
+                str(figures["sites_rotated"]),
+                ", ".join(figures["kinds"]),
+                f"{figures['bytes_percent']:.0f}",
+                figures["rung"],
+                "yes" if figures["identity"] else "no",
+                *(f"{figures[k]:.0e}" for k in ("gradients_rel", "fold_rel", "other_size_rel")),
+            )
+        )
+    return markdown(columns, rows)
+
+
 def tables():
-    return {"quickstart": quickstart(), "speed": speed(), "ocr": ocr()}
+    return {"quickstart": quickstart(), "speed": speed(), "ocr": ocr(), "zoo": zoo()}
 
 
 def filled(text):

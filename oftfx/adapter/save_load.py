@@ -169,7 +169,8 @@ def _plan_of_file(
     config = {} if saved else _config(directory / peft.CONFIG_FILE)
     sites = {s.fqn: s for s in Program.of(root).sites}
     if saved:
-        sites |= {e.fqn: e.site for e in saved if e.fqn not in sites and fits(root, e.site)}
+        raw = [e.site for e in saved if not e.site.is_layer]
+        sites |= {r.fqn: r for r in raw if (r.fqn not in sites or sites[r.fqn].is_layer) and fits(root, r)}
     names = {e.fqn: e.spec for e in saved} if saved else {}
     where = directory / peft.WEIGHT_FILE
     entries = []

@@ -32,7 +32,7 @@ class Dense(WeightFormat):
     def matches(self, module: nn.Module) -> bool:
         """A layer of these kinds whose weight is a plain float Parameter, not computed by a parametrization."""
         weight: Any = module._parameters.get("weight")
-        plain = type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype in FLOATS
+        plain = type(weight) is nn.Parameter and weight.dtype in FLOATS
         return plain and kind_of(module) is not None
 
     def layout(self, module: nn.Module) -> Layout:
@@ -121,7 +121,7 @@ class DenseParameter(Dense):
     def matches(self, module: nn.Module) -> bool:
         """Whether the module has that parameter as plain floats."""
         weight: Any = module._parameters.get(self.parameter)
-        return type(weight) is nn.Parameter and type(weight.data) is Tensor and weight.dtype in FLOATS
+        return type(weight) is nn.Parameter and weight.dtype in FLOATS
 
     def layout(self, module: nn.Module) -> Layout:  # noqa: ARG002
         """As given."""

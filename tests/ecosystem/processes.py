@@ -1,0 +1,281 @@
+"""What each of two processes runs, and how they are started.
+
+A job is a function of this module's that takes ``(rank, world)`` and returns tensors; rank 0's come back.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+
+import oftfx
+from tests.ecosystem.network import Block, transformed
+from tests.reference import randomize
+
+WORLD = 2
+TIMEOUT = 60
+STEPS = 3
+
+
+def run(names, folder):
+    """Run jobs, one after the other, in two gloo processes; ``{name: result or the text of its error}``."""
+    context = torch.multiprocessing.get_context("spawn")
+    root = str(Path(__file__).parents[2])
+    if root not in sys.path:
+        sys.path.append(root)  # spawned processes get this list
+    processes = [context.Process(target=_work, args=(rank, names, str(folder)), daemon=True) for rank in range(WORLD)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + TIMEOUT * 2
+    for process in processes:
+        process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        if process.is_alive():
+            process.kill()
+            process.join()
+    return {n: torch.load(f, weights_only=False) if (f := Path(folder) / n).exists() else "no result" for n in names}
+
+
+def _work(rank, names, folder):
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    torch.set_num_threads(1)
+    # A file and no port: nothing to be taken by somebody else in between.
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD,
+        timeout=datetime.timedelta(seconds=TIMEOUT),
+    )  # fmt: skip
+    for name in names:
+        result = _result(name, rank)
+        everyone = [None] * WORLD
+        dist.all_gather_object(everyone, result if isinstance(result, str) else "")
+        if rank == 0:
+            torch.save(next((e for e in everyone if e), result), Path(folder) / name)
+    dist.destroy_process_group()
+
+
+def _result(name, rank):
+    import traceback
+
+    try:
+        return JOBS[name](rank, WORLD)
+    except Exception:
+        return f"rank {rank}: {traceback.format_exc()}"
+
+
+def data(step):
+    """The whole batch of a step."""
+    generator = torch.Generator().manual_seed(step)
+    return tuple(torch.randn(4, 3, n, generator=generator, dtype=torch.float64) for n in (16, 4))
+
+
+def train(model, rank=0, world=1, steps=STEPS, first=0):
+    """Losses of the whole batch, each process on its rows; the last gradients stay."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    losses = []
+    for step in range(first, first + steps):
+        x, y = (t.chunk(world)[rank] for t in data(step))
+        loss = nn.functional.mse_loss(model(x).double(), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        total = loss.detach().clone()
+        if world > 1:
+            dist.all_reduce(total)
+        losses.append(float(total) / world)
+    return losses
+
+
+def outcome(model, losses, parameters=None, **more):
+    """What a test compares."""
+    parameters = dict(model.named_parameters()) if parameters is None else parameters
+    ours = {n: p.detach().clone() for n, p in parameters.items() if ".oft." in n}
+    return {"losses": losses, "skews": ours, **more}
+
+
+def single(share):
+    """One process on the whole batch."""
+    model = transformed(share)
+    losses = train(model)
+    return model, outcome(model, losses, grads={n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+
+
+def full(model):
+    """The gathered state dict of a sharded model, on every rank."""
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+
+
+def ddp(share, **options):
+    """DistributedDataParallel."""
+
+    def job(rank, world):
+        model = transformed(share, std=0.1 * (1 + rank) if options.get("start_apart") else 0.1)
+        kwargs = {k: v for k, v in options.items() if k != "start_apart"}
+        wrapped = nn.parallel.DistributedDataParallel(model, **kwargs)
+        losses = train(wrapped, rank, world)
+        apart = torch.stack([p.detach().abs().sum() for p in oftfx.adapter_parameters(wrapped)])
+        low, high = apart.clone(), apart.clone()
+        dist.all_reduce(low, dist.ReduceOp.MIN)
+        dist.all_reduce(high, dist.ReduceOp.MAX)
+        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+        folded = oftfx.fold(wrapped).model.state_dict()
+        return outcome(model, losses, grads=grads, apart=float((high - low).abs().max()), folded=folded)
+
+    return job
+
+
+def ddp_accumulates(rank, world):
+    """Two micro-batches, the first without communication."""
+    model = transformed(True)
+    wrapped = nn.parallel.DistributedDataParallel(model)
+    for index in range(2):
+        x, y = (t.chunk(world)[rank].chunk(2)[index] for t in data(0))
+        if index == 0:
+            with wrapped.no_sync():
+                (nn.functional.mse_loss(wrapped(x), y) / 2).backward()
+        else:
+            (nn.functional.mse_loss(wrapped(x), y) / 2).backward()
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def fsdp2(share, units):
+    """``fully_shard`` of every block, of every layer, or of the root alone."""
+
+    def job(rank, world):
+        model = sharded(share, units)
+        losses = train(model, rank, world)
+        grads = {n: p.grad.full_tensor() for n, p in model.named_parameters() if p.grad is not None}
+        return outcome(model, losses, full(model), grads=grads)
+
+    return job
+
+
+def sharded(share, units, **options):
+    """A transformed model, sharded."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = transformed(share)
+    if units == "blocks":
+        for block in model.blocks:
+            fully_shard(block, **options)
+    elif units == "layers":
+        for module in list(model.modules()):
+            if isinstance(module, nn.Linear):
+                fully_shard(module, **options)
+    return fully_shard(model, **options)
+
+
+def fsdp2_checkpointed(rank, world):
+    """Sharded blocks that are computed again in the backward pass."""
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+    from torch.distributed.fsdp import fully_shard
+
+    model = transformed(True)
+    apply_activation_checkpointing(model, check_fn=lambda m: isinstance(m, Block))
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+    losses = train(model, rank, world)
+    parameters = {n.replace("_checkpoint_wrapped_module.", ""): p for n, p in full(model).items()}
+    return outcome(model, losses, parameters)
+
+
+def fsdp2_evaluates(rank, world):
+    """Eval forwards between steps: outputs of the model as it is then."""
+    model = sharded(True, "blocks").eval()
+    x = data(7)[0]
+    outputs, states = [], []
+    for step in range(3):
+        train(model, rank, world, 1, step)
+        with torch.no_grad():
+            outputs.append(model(x))
+        states.append({n: p.clone() for n, p in full(model).items()})
+    return {"outputs": outputs, "states": states}
+
+
+def fsdp2_loads(rank, world):
+    """Sharded rotations loaded, several times, into a model that has run in eval mode."""
+    from torch.distributed.tensor import distribute_tensor
+
+    model, states, outputs = sharded(False, "layers").eval(), [], []
+    for seed in range(5):
+        other = dict(randomize(transformed(False), std=0.3, seed=seed).named_parameters())
+        states.append({
+            n: distribute_tensor(other[n].detach(), p.device_mesh, p.placements)
+            for n, p in model.named_parameters()
+            if ".oft." in n
+        })  # fmt: skip
+    for state in states:
+        model.load_state_dict(state, strict=False)
+        with torch.no_grad():
+            outputs.append(model(data(7)[0]))
+        model.reshard()  # FSDP keeps the root gathered after a forward, and loads only into shards
+    return {"outputs": outputs}
+
+
+def fsdp2_narrow(rank, world):
+    """Mixed precision of FSDP: parameters gathered in bfloat16."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    model = sharded(True, "blocks", mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    losses = train(model, rank, world)
+    return outcome(model, losses, full(model))
+
+
+def fsdp2_api(rank, world):
+    """The adapter functions on a sharded model."""
+    model = sharded(True, "blocks").eval()
+    kinds = [type(p).__name__ for p in oftfx.adapter_parameters(model)]
+    x = data(7)[0]
+    with torch.no_grad():
+        with oftfx.disable_adapters(model):
+            silent = model(x)
+        after = model(x)
+    return {"silent": silent, "after": after, "active": oftfx.active_adapters(model), "kinds": kinds}
+
+
+def fsdp2_folds(rank, world):
+    """A fold of the sharded model itself, after it has trained."""
+    model = sharded(True, "blocks")
+    train(model, rank, world)
+    folded = oftfx.fold(model, inplace=True).model
+    with torch.no_grad():
+        return {"output": folded(data(7)[0]), "state": full(folded)}
+
+
+def fsdp1(rank, world):
+    """FullyShardedDataParallel with original parameters."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+
+    wrap = {"auto_wrap_policy": ModuleWrapPolicy({Block}), "device_id": torch.device("cpu")}
+    model = FullyShardedDataParallel(transformed(True), use_orig_params=True, **wrap)
+    losses = train(model, rank, world)
+    with FullyShardedDataParallel.summon_full_params(model):
+        parameters = {n.replace("_fsdp_wrapped_module.", ""): p for n, p in model.named_parameters()}
+        return outcome(model, losses, parameters)
+
+
+JOBS = {
+    **{f"ddp-{s}": ddp(s) for s in (False, True)},
+    "ddp-start-apart": ddp(False, start_apart=True),
+    "ddp-static-graph": ddp(True, static_graph=True),
+    "ddp-bucket-view": ddp(True, gradient_as_bucket_view=True, find_unused_parameters=True),
+    "ddp-accumulates": ddp_accumulates,
+    **{f"fsdp2-{u}-{s}": fsdp2(s, u) for u in ("root", "blocks", "layers") for s in (False, True)},
+    "fsdp2-checkpointed": fsdp2_checkpointed,
+    "fsdp2-evaluates": fsdp2_evaluates,
+    "fsdp2-loads": fsdp2_loads,
+    "fsdp2-narrow": fsdp2_narrow,
+    "fsdp2-api": fsdp2_api,
+    "fsdp2-folds": fsdp2_folds,
+    "fsdp1": fsdp1,
+}

@@ -1,0 +1,127 @@
+"""Two gloo processes, each on half a batch, against one process on the whole batch."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import oftfx
+from tests.ecosystem import network, processes
+from tests.ecosystem.twin import dense_twin
+from tests.reference import randomize, rel
+
+pytestmark = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+
+
+@pytest.fixture(scope="module")
+def jobs(tmp_path_factory):
+    """Every job's result; the two processes are started once."""
+    return processes.run(list(processes.JOBS), tmp_path_factory.mktemp("jobs"))
+
+
+@pytest.fixture
+def result(jobs):
+    def of(name):
+        if isinstance(jobs[name], str):
+            pytest.fail(jobs[name], pytrace=False)
+        return jobs[name]
+
+    return of
+
+
+def check_same_run(got, share):
+    """Losses, last gradients, rotations, and the model that the rotations fold to."""
+    model, expected = processes.single(share)
+    assert got["losses"] == pytest.approx(expected["losses"], rel=1e-12)
+    assert expected["losses"][0] != pytest.approx(expected["losses"][-1], rel=1e-2)
+    assert got["skews"].keys() == expected["skews"].keys()
+    assert all(rel(got["skews"][n], p) < 1e-10 for n, p in expected["skews"].items())
+    if "grads" in got:
+        assert got["grads"].keys() == expected["grads"].keys() == expected["skews"].keys()
+        assert all(rel(got["grads"][n], g) < 1e-10 for n, g in expected["grads"].items())
+    fresh = network.transformed(share, std=0.0)
+    fresh.load_state_dict(got["skews"], strict=False)
+    x = processes.data(9)[0]
+    expected = dense_twin(network.base(), model)(x)
+    assert rel(oftfx.fold(fresh).model(x), expected) < 1e-10
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_ddp(result, share):
+    got = result(f"ddp-{share}")
+    check_same_run(got, share)
+    assert got["apart"] == 0.0
+    twin = dense_twin(network.base(), processes.single(share)[0]).state_dict()
+    assert got["folded"].keys() == twin.keys()
+    assert all(rel(got["folded"][n], w) < 1e-10 for n, w in twin.items())
+
+
+@pytest.mark.parametrize("name", ["ddp-static-graph", "ddp-bucket-view"])
+def test_ddp_with_other_options(result, name):
+    check_same_run(result(name), True)
+
+
+def test_ddp_takes_the_rotations_of_the_first_process(result):
+    got = result("ddp-start-apart")
+    check_same_run(got, False)
+    assert got["apart"] == 0.0
+
+
+def test_ddp_accumulates(result):
+    got = result("ddp-accumulates")
+    model = network.transformed(True)
+    x, y = processes.data(0)
+    torch.nn.functional.mse_loss(model(x), y).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert got.keys() == expected.keys()
+    assert all(rel(got[n], g) < 1e-12 for n, g in expected.items())
+
+
+@pytest.mark.parametrize("share", [False, True])
+@pytest.mark.parametrize("units", ["root", "blocks", "layers"])
+def test_fsdp2(result, units, share):
+    check_same_run(result(f"fsdp2-{units}-{share}"), share)
+
+
+def test_fsdp2_with_activation_checkpointing(result):
+    check_same_run(result("fsdp2-checkpointed"), True)
+
+
+def test_fsdp1(result):
+    check_same_run(result("fsdp1"), True)
+
+
+def test_fsdp2_in_mixed_precision_follows_the_exact_run(result):
+    got, (_, exact) = result("fsdp2-narrow"), processes.single(True)
+    assert got["losses"] != pytest.approx(exact["losses"], rel=1e-9)
+    assert got["losses"] == pytest.approx(exact["losses"], rel=2e-2)
+    assert all(p.dtype == torch.float64 for p in got["skews"].values())
+
+
+def test_fsdp2_evaluates_what_it_has_just_learnt(result):
+    got, model, x = result("fsdp2-evaluates"), network.transformed(True), processes.data(7)[0]
+    for step, (output, state) in enumerate(zip(got["outputs"], got["states"], strict=True)):
+        model.load_state_dict(state)
+        assert rel(output, dense_twin(network.base(), model)(x)) < 1e-10, step
+    assert rel(got["outputs"][0], got["outputs"][-1]) > 1e-3
+
+
+def test_fsdp2_computes_with_what_was_loaded(result):
+    for seed, output in enumerate(result("fsdp2-loads")["outputs"]):
+        model = randomize(network.transformed(False), std=0.3, seed=seed)
+        assert rel(output, dense_twin(network.base(), model)(processes.data(7)[0])) < 1e-10, seed
+
+
+def test_fsdp2_switches_adapters(result):
+    got, x = result("fsdp2-api"), processes.data(7)[0]
+    assert rel(got["silent"], network.base()(x)) < 1e-12
+    assert rel(got["after"], dense_twin(network.base(), network.transformed(True))(x)) < 1e-10
+    assert got["active"] == ("default",)
+    assert set(got["kinds"]) == {"DTensor"}
+
+
+def test_fsdp2_folds_the_shards(result):
+    got = result("fsdp2-folds")
+    twin = dense_twin(network.base(), processes.single(True)[0])
+    assert rel(got["output"], twin(processes.data(7)[0])) < 1e-10
+    assert got["state"].keys() == twin.state_dict().keys()
+    assert all(rel(got["state"][n], w) < 1e-10 for n, w in twin.state_dict().items())
