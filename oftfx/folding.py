@@ -18,6 +18,7 @@ from oftfx.passes.fold_rotations import FoldRotations, Policy
 from oftfx.passes.protocol import PassManager, relative_error
 from oftfx.plans import Producer
 from oftfx.program import Program
+from oftfx.quantizer import QuantizerNotes, correct
 from oftfx.report.fold_report import FoldReport
 from oftfx.structure import structural_copy
 
@@ -104,6 +105,7 @@ def fold(
     for parameter in own.parameters(names):
         parameter.requires_grad_(False)
     drop_store(target)
+    correct(target, [s.fqn for s in step.sites if s.action == "dequantized"])
     error = _output_error(expected, [_floats(target, b) for b in batches])
     sites = [*pushing.sites, *(_with_reason(s, pushing.reasons) for s in step.sites)] if pushing else step.sites
     report = FoldReport(tuple(sites), names, tuple(n for n in store.adapters if n not in names), error)
@@ -133,16 +135,14 @@ class Before:
     store: AdapterStore
     active: tuple[str, ...]
     trainable: tuple[nn.Parameter, ...]
-    tied: Any
-    ties_embeddings: Any
+    quantizer: QuantizerNotes
     steps: Sequence[FoldIntoProducers | FoldRotations]
 
     @classmethod
     def of(cls, model: nn.Module, store: AdapterStore, steps: Sequence[FoldIntoProducers | FoldRotations]) -> Before:
         """The state now; ``steps`` will know what happened to each site."""
         trainable = tuple(p for p in store.parameters(tuple(store.adapters)) if p.requires_grad)
-        ties = getattr(getattr(model, "config", None), "tie_word_embeddings", None)
-        return cls(store, store.active, trainable, getattr(model, "all_tied_weights_keys", None), ties, steps)
+        return cls(store, store.active, trainable, QuantizerNotes(model), steps)
 
     def restore(self, model: nn.Module) -> None:
         """Bring it back into the same model."""
@@ -152,10 +152,7 @@ class Before:
         self.store.activate(model, self.active)
         for parameter in self.trainable:
             parameter.requires_grad_(True)
-        if self.tied is not None:
-            model.all_tied_weights_keys = self.tied
-        if self.ties_embeddings is not None:
-            model.config.tie_word_embeddings = self.ties_embeddings  # type: ignore[union-attr]
+        self.quantizer.restore(model)
 
 
 def _producers(store: AdapterStore, names: Sequence[str]) -> dict[str, Producer | str]:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from oftfx.errors import OftfxError
 from oftfx.formats import format_of
@@ -27,7 +28,8 @@ HOOKS = (
 def structural_copy(model: M) -> M:
     """A module tree of its own over the same tensors: same classes, names, hooks and attributes.
 
-    Buffers are the same objects. Parameters are new ones over the same memory, so freezing or moving the copy leaves
+    Buffers are the same objects, but for the running statistics of batch norms. Parameters are new ones over the same
+    memory, so freezing or moving the copy leaves
     the original alone. A quantized layer whose runtime may rewrite its weight in place gets state objects of its own
     over the same bytes (`WeightFormat.own`).
 
@@ -36,6 +38,8 @@ def structural_copy(model: M) -> M:
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
+        if isinstance(module, _NormBase):  # a forward in training mode writes these
+            memo.update((id(b), b.clone()) for b in module._buffers.values() if b is not None)
         for tensor in _tensors(vars(module), set()):
             if id(tensor) in memo:
                 continue

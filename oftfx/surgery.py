@@ -22,6 +22,7 @@ from oftfx.passes.share_inputs import ShareInputs
 from oftfx.placement import SiteRotations, child_name
 from oftfx.plans import Plan
 from oftfx.program import Program
+from oftfx.quantizer import allow_training
 from oftfx.rules import Rule, Rules, read_rules
 from oftfx.sites import choose_placement, fits
 from oftfx.structure import structural_copy
@@ -121,6 +122,7 @@ def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool)
     store = store_of(model)
     if first:
         store.freeze_base(model)
+        allow_training(model)
     return store.add(model, Adapter(adapter, _noted(program.plan, result)), trainable=trainable)
 
 

@@ -25,7 +25,7 @@ _ADDMM = (torch.addmm, torch.baddbmm)
 _MATMUL = (torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm")
 _TRANSPOSE = (torch.t, torch.transpose, torch.swapaxes, "t", "transpose", "swapaxes", "mT", "T")
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d)
-_UNCHANGED = ("to", "contiguous", "clone", "float", "half", "bfloat16", "double", "type_as", torch.clone)
+_UNCHANGED = ("to", "type", "contiguous", "clone", "float", "half", "bfloat16", "double", "type_as", torch.clone)
 
 
 class UnclearUseError(Exception):

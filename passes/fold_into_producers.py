@@ -16,7 +16,7 @@ from oftfx.placement import Placement, rotated_sites
 from oftfx.plans import Producer
 from oftfx.probe import has_own_forward
 from oftfx.program import Program
-from oftfx.untie import untie
+from oftfx.untie import Untied, untie
 
 
 class FoldIntoProducers(Pass):
@@ -42,7 +42,7 @@ class FoldIntoProducers(Pass):
         self.producers = producers
         self.sites: list[SiteFold] = []
         self.reasons: dict[str, str] = {}
-        self.undo: list[Undo | UndoProducer] = []
+        self.undo: list[Undo | UndoProducer | Untied] = []
 
     def run(self, program: Program) -> PassResult:
         """Fold, site by site."""
@@ -85,7 +85,8 @@ class FoldIntoProducers(Pass):
             turned = _turn_rows(bias.detach().to(after.dtype).unsqueeze(1), blocks).squeeze(1)
             module._parameters["bias"] = nn.Parameter(turned.to(bias.dtype), requires_grad=bias.requires_grad)
         placement.drop()
-        untie(model, f"{producer.fqn}.weight")
+        if (untied := untie(model, f"{producer.fqn}.weight")) is not None:
+            self.undo.append(untied)
         update = float(torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(before))
         note = f"its rotation is in {len(blocks) * chain[0].shape[1]} rows of {producer.fqn}"
         self.sites.append(SiteFold(fqn, own.name if own else "", "into producer", update, 0.0, 1.0, size, size, note))

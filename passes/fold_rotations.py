@@ -22,7 +22,7 @@ from oftfx.program import Program
 from oftfx.rotation.module import Rotation
 from oftfx.sites import Site
 from oftfx.structure import HOOKS, replace_module
-from oftfx.untie import untie
+from oftfx.untie import Untied, untie
 
 POLICIES = ("keep", "requantize", "float")
 LATER_POLICIES = ("calibrate", "reference")
@@ -60,7 +60,7 @@ class FoldRotations(Pass):
             _check_policy(quantized, "quantized")
         self.quantized, self.progress = quantized, progress
         self.sites: list[SiteFold] = []
-        self.undo: list[Undo] = []
+        self.undo: list[Undo | Untied] = []
 
     def run(self, program: Program) -> PassResult:
         """Fold, site by site.
@@ -74,15 +74,14 @@ class FoldRotations(Pass):
         counts = Counter(id(p) for _, p in program.model.named_parameters(remove_duplicate=False))
         aliases = {id(p) for m in _several_names(program.model) for p in m._parameters.values() if p is not None}
         shared = {i for i, n in counts.items() if n > 1 and i not in aliases}
-        folder = _Folder(program.model, shared)
+        folder = _Folder(program.model, shared, self.undo)
         changes = []
         some_ran = any(placement.ran for _, placement in todo)
         for index, (fqn, placement) in enumerate(todo):
             remark = _NEVER_RAN if some_ran and not placement.ran else _later_hooks(placement)
             weight_format = placement.weight_format()
             if weight_format is None:
-                kind = type(placement.module).__name__
-                raise FoldError(f"{fqn}: no known weight format reads this {kind} any more")
+                raise FoldError(_unreadable(fqn, placement))
             path = folder.paths[placement.module]
             self.undo.append(Undo.of(path, placement, weight_format))
             done = folder.fold(fqn, placement, weight_format, policies[fqn])
@@ -134,8 +133,8 @@ def _check_policy(policy: object, where: str) -> None:
 class _Folder:
     """Folds the sites of one model."""
 
-    def __init__(self, model: nn.Module, shared: set[int]) -> None:
-        self.model, self.shared = model, shared
+    def __init__(self, model: nn.Module, shared: set[int], undo: list[Undo | Untied]) -> None:
+        self.model, self.shared, self.undo = model, shared, undo
         self.freezer = Freezer()
         self.paths = {m: n for n, m in model.named_modules()}
 
@@ -188,8 +187,21 @@ class _Folder:
         if probed is not None:
             _check_probe(fqn, module, *probed)
         path = self.paths[module]
-        untie(self.model, f"{path}.{placement.parameter}" if path else placement.parameter)
+        untied = untie(self.model, f"{path}.{placement.parameter}" if path else placement.parameter)
+        if untied is not None:
+            self.undo.append(untied)
         return _NOT_PROBED if tried and probed is None else ""
+
+
+def _unreadable(fqn: str, placement: Placement) -> str:
+    kind = type(placement.module).__name__
+    if hasattr(placement.module._parameters.get(placement.parameter), "full_tensor"):
+        return (
+            f"{fqn}: the weight of this {kind} is sharded by FSDP. Gather it first: load "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into a model of one process "
+            "that was transformed by the same rules, and fold that"
+        )
+    return f"{fqn}: no known weight format reads this {kind} any more"
 
 
 def _joined(*notes: str) -> str:

@@ -52,7 +52,7 @@ def _matrices(model: nn.Module) -> dict[int, _Matrix]:
             found.setdefault(id(module), entry)[0].append(f"{fqn}.weight")
             continue
         for name, parameter in module._parameters.items():
-            if parameter is not None and is_matrix(parameter):
+            if parameter is not None and is_matrix(parameter) and not name.endswith("bias"):
                 entry = ([], tuple(parameter.shape), parameter.numel() * parameter.element_size())
                 found.setdefault(id(parameter), entry)[0].append(f"{fqn}.{name}" if fqn else name)
     return found

@@ -54,7 +54,7 @@ class HandOut:
             return self._take_traced(x, member, everything, alone)
         if x.is_inference():
             return alone()
-        key = (x._version, torch.is_grad_enabled(), _autocast(x), state())
+        key = (x._version, torch.is_grad_enabled(), _autocast(x), _checkpoint(), state())
         pending = self._pending  # read once: another thread may replace it
         if pending is not None:
             source, known, waiting = pending
@@ -87,6 +87,12 @@ class HandOut:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_pending": None}
+
+
+def _checkpoint() -> Any:
+    """What tells one checkpointed region from another: each recomputes what it computed, so nothing crosses borders."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks(True) if hooks is not None else None
 
 
 def _autocast(x: Tensor) -> tuple[bool, torch.dtype | None]:

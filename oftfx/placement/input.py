@@ -56,7 +56,9 @@ class RotateInput(Placement):
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Apply what acts to the input, any number of other axes; together with the sites that read the same."""
-        return self.alone(x) if self.group is None else self.group.rotate(self, x)
+        y = self.alone(x) if self.group is None else self.group.rotate(self, x)
+        # In another memory format the layer may take another kernel, which sums in another order.
+        return y if x.is_contiguous() or self.axis != -1 else torch.empty_like(x).copy_(y)
 
     def alone(self, x: torch.Tensor) -> torch.Tensor:
         """The same for this site only."""

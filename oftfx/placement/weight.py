@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
 import torch.nn as nn
 
-from oftfx.formats import WeightFormat
+from oftfx.errors import OftfxError
 from oftfx.placement.base import Placement
 from oftfx.rotation.module import FrozenRotation, Rotation, caching
+
+_LOCK = threading.Lock()
+_LOCAL = threading.local()
+
+
+def _inside() -> list[tuple[RotateWeight, bool]]:
+    """The readers that this thread is in, and whether each has a rotated weight."""
+    if not hasattr(_LOCAL, "stack"):
+        _LOCAL.stack = []
+    return _LOCAL.stack
 
 
 class RotateWeight(Placement):
@@ -29,6 +40,10 @@ class RotateWeight(Placement):
     def __init__(self, *args: Any, reader: nn.Module | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._reader = reader
+        weight_format = self.weight_format()
+        assert weight_format is not None
+        self.layout = weight_format.layout(self.module)
+        self._entered = 0
         self._cached: tuple[Any, torch.Tensor] | None = None
 
     @property
@@ -43,14 +58,37 @@ class RotateWeight(Placement):
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         """Put the rotated weight in the Parameter's place."""
+        if getattr(module, "_is_replica", False):
+            raise OftfxError(
+                f"{self.site}: nn.DataParallel copies modules without their parameters, so this weight cannot be "
+                "rotated there; use DistributedDataParallel"
+            )
         self.note_run()
         chain = self.in_effect()
-        if chain:
-            self.module.__dict__[self.parameter] = self.rotated(chain)
+        weight = self.rotated(chain) if chain else None
+        if torch.compiler.is_compiling():
+            if weight is not None:
+                self.module.__dict__[self.parameter] = weight
+            return
+        with _LOCK:  # several threads may be in the reader at once
+            _inside().append((self, weight is not None))
+            if weight is not None:
+                self._entered += 1
+                self.module.__dict__[self.parameter] = weight
 
     def give_back(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Uncover the Parameter."""
-        self.module.__dict__.pop(self.parameter, None)
+        """Uncover the Parameter, once no thread needs the rotated weight any more."""
+        if torch.compiler.is_compiling():
+            self.module.__dict__.pop(self.parameter, None)
+            return
+        with _LOCK:
+            stack = _inside()
+            if not stack or stack[-1][0] is not self:
+                return  # the pre-hook itself has failed
+            if stack.pop()[1]:
+                self._entered -= 1
+            if self._entered == 0:
+                self.module.__dict__.pop(self.parameter, None)
 
     def rotated(self, chain: list[Rotation | FrozenRotation]) -> torch.Tensor:
         """The weight as the reader sees it, in its own shape and dtype; the product is made in float32 at least."""
@@ -68,9 +106,7 @@ class RotateWeight(Placement):
         return cached[1]
 
     def _product(self, weight: torch.Tensor, chain: list[Rotation | FrozenRotation]) -> torch.Tensor:
-        weight_format: WeightFormat | None = self.weight_format()
-        assert weight_format is not None
-        layout = weight_format.layout(self.module)
+        layout = self.layout
         matrix = layout.turned_by(layout.matrix(weight), [r.effective() for r in chain])
         return layout.restore(matrix, tuple(weight.shape)).to(weight.dtype)
 
@@ -84,4 +120,4 @@ class RotateWeight(Placement):
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_cached": None, "_entered": 0}

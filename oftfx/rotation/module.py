@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn as nn
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from oftfx.rotation.cayley import cayley
 from oftfx.rotation.cayley import project as project_norm
@@ -18,6 +20,17 @@ from oftfx.rotation.skew import skew_matrix, skew_size, skew_vector
 
 if TYPE_CHECKING:
     from oftfx.spec import OFT
+
+# Optimisers that are fused or write through `.data` leave a parameter's version as it is, so their steps are counted.
+_steps = 0
+
+
+def _count_step(*_: Any) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 _caching: ContextVar[bool] = ContextVar("oftfx_rotation_caching", default=True)
 
@@ -35,6 +48,15 @@ def no_cache() -> Iterator[None]:
 def caching() -> bool:
     """Whether results may be kept from one forward to the next."""
     return not torch.compiler.is_compiling() and _caching.get()
+
+
+def whole(skew: Tensor) -> Tensor:
+    """The whole parameter where FSDP has only a shard here: a rotation that is used outside its owner's forward."""
+    if not hasattr(skew, "full_tensor"):
+        return skew
+    from torch.distributed.tensor import Partial
+
+    return skew.full_tensor(grad_placements=[Partial("avg")] * skew.device_mesh.ndim)
 
 
 class BlockDropout(nn.Module):
@@ -62,8 +84,8 @@ class Rotation(nn.Module):
     """One trainable block-diagonal rotation ``y = x @ blockdiag(R(skew))``.
 
     In eval mode without gradients the blocks are computed once and kept until the parameter's version changes
-    (an optimiser step, ``load_state_dict``, ``copy_``), it moves, or the module changes mode. Writing through
-    ``skew.data`` in eval mode is invisible to torch and to this cache; call ``forget()`` after it.
+    (an optimiser step, ``load_state_dict``, ``copy_``), an optimiser steps, it moves, or the module changes mode.
+    Writing through ``skew.data`` by hand in eval mode is invisible to torch and to this cache; call ``forget()``.
 
     Args:
         in_features: length of the axis that one rotation turns.
@@ -115,12 +137,14 @@ class Rotation(nn.Module):
                 self.skew.zero_()
 
     def forget(self) -> None:
-        """Drop what eval mode has cached."""
+        """Drop what eval mode has cached, here and wherever the blocks went."""
         self._cached: tuple[Any, Tensor] | None = None
+        self._seen: weakref.ref[Tensor] | None = None
+        self._generation = getattr(self, "_generation", 0) + 1
 
     def matrices(self) -> Tensor:
         """Blocks ``(blocks, b, b)`` in float32 or wider: without dropout, never cached, differentiable."""
-        return self.spread(self.formula(self.skew))
+        return self.spread(self.formula(whole(self.skew)))
 
     def formula(self, skew: Tensor) -> Tensor:
         """A block ``(rows, b, b)`` for each row of ``skew``, by this rotation's parameterization."""
@@ -175,7 +199,12 @@ class Rotation(nn.Module):
         """What the blocks depend on, where they may be kept for the next forward; None where they may not."""
         if not self._cacheable():
             return None
-        return self.skew._version, self.skew.data_ptr(), self.skew.device
+        skew = self.skew
+        # An address and a version are soon used again by another parameter, so the object counts as well.
+        if self._seen is None or self._seen() is not skew:
+            self._seen = weakref.ref(skew)
+            self._generation += 1
+        return self._generation, skew._version, skew.data_ptr(), skew.device, _steps
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""
@@ -198,7 +227,8 @@ class Rotation(nn.Module):
             return False
         if torch.is_grad_enabled() and self.skew.requires_grad:
             return False
-        return not self.skew.is_meta and not self.skew.is_inference()
+        # No plain parameter: `functional_call` has put a tensor in its place, or FSDP a shard.
+        return type(self.skew) is nn.Parameter and not self.skew.is_meta and not self.skew.is_inference()
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -211,6 +241,12 @@ class Rotation(nn.Module):
             q = project_norm(skew_matrix(self.skew, self.block_size), self.spec.coft_eps)
             self.skew.copy_(skew_vector(q))
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Forget with a new parameter; FSDP, for one, puts gathered values into an object that was there before."""
+        super().__setattr__(name, value)
+        if name == "skew" and "_cached" in self.__dict__:
+            self.forget()
+
     def train(self, mode: bool = True) -> Rotation:
         """Set the mode; a change drops the cache."""
         if mode != self.training:
@@ -222,7 +258,7 @@ class Rotation(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_cached": None, "_seen": None}
 
     def extra_repr(self) -> str:
         spec = self.spec
@@ -282,7 +318,7 @@ def cayley_of(rotations: Sequence[Rotation | FrozenRotation]) -> list[Tensor]:
     trainable = [r for r in rotations if isinstance(r, Rotation)]
     if any(_formula(r) != _formula(first) for r in trainable):
         return [r.effective() for r in rotations]
-    rows = first.formula(torch.cat([r.skew for r in trainable]))
+    rows = first.formula(torch.cat([whole(r.skew) for r in trainable]))
     parts = rows.split([r.skew.shape[0] for r in trainable])
     return [r.dropped(r.spread(p)) for r, p in zip(trainable, parts, strict=True)]
 

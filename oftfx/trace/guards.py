@@ -105,7 +105,10 @@ def _evaluate(expression: str, tensors: list[Any]) -> bool:
     return bool(eval(expression, dict(SYMPY_INTERP), {"L": {f"t{i}": t for i, t in enumerate(tensors)}}))
 
 
+_LONGEST = 400
+
+
 def _readable(expression: str, names: list[str]) -> str:
     for index, name in enumerate(names):
         expression = expression.replace(f"L['t{index}']", name)
-    return expression
+    return expression if len(expression) <= _LONGEST else f"{expression[:_LONGEST]} ... (more conditions)"

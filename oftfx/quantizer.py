@@ -1,0 +1,95 @@
+"""What transformers notes on a model about its quantization, kept true when rotations come and weights change."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch.nn as nn
+
+from oftfx.formats import format_of
+
+_NOTES = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
+
+
+def allow_training(model: nn.Module) -> None:
+    """Let transformers' Trainer take a quantized model that has rotations to train.
+
+    Its check knows PEFT's adapters and quantizers that train the weights themselves. The model gets a quantizer of its
+    own that says the latter; only that check asks.
+    """
+    quantizer: Any = getattr(model, "hf_quantizer", None)
+    if quantizer is None or getattr(quantizer, "is_qat_trainable", True):
+        return
+    own = copy.copy(quantizer)
+    own.__class__ = trainable_class(type(quantizer))
+    model.hf_quantizer = own
+
+
+def trainable_class(base: type) -> type:
+    """A quantizer class that says yes; pickles name this function, so it can be made again."""
+    found = _classes.get(base)
+    if found is None:
+        found = type(base.__name__, (base,), {"is_qat_trainable": True, "__reduce_ex__": _reduce})
+        found.__module__, found.__qualname__ = base.__module__, base.__qualname__
+        _classes[base] = found
+    return found
+
+
+_classes: dict[type, type] = {}
+
+
+def _reduce(self: Any, protocol: int) -> Any:  # noqa: ARG001
+    return _restored, (type(self).__mro__[1], dict(self.__dict__))
+
+
+def _restored(base: type, state: dict[str, Any]) -> Any:
+    result: Any = object.__new__(trainable_class(base))
+    result.__dict__.update(state)
+    return result
+
+
+class QuantizerNotes:
+    """What a model says of its quantization, to be brought back by an undo."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.notes = {n: vars(model)[n] for n in _NOTES if n in vars(model)}
+        config = getattr(model, "config", None)
+        self.config = copy.copy(getattr(config, "quantization_config", None))
+
+    def restore(self, model: nn.Module) -> None:
+        """Bring it back."""
+        vars(model).update(self.notes)
+        if self.config is not None:
+            model.config.quantization_config = self.config  # type: ignore[union-attr]
+
+
+def correct(model: nn.Module, made_float: list[str]) -> None:
+    """After layers became float ones: a saved model must not be loaded with quantized layers in their place.
+
+    Args:
+        model: the folded model.
+        made_float: paths of those layers.
+    """
+    config: Any = getattr(model, "config", None)
+    quantization: Any = getattr(config, "quantization_config", None)
+    if not made_float or quantization is None:
+        return
+    if not any(_is_quantized(m) for m in model.modules()):
+        for name in _NOTES:
+            vars(model).pop(name, None)
+        del config.quantization_config
+        return
+    quantization = copy.copy(quantization)
+    if hasattr(quantization, "llm_int8_skip_modules"):
+        skipped = quantization.llm_int8_skip_modules or []
+        quantization.llm_int8_skip_modules = [*skipped, *(n for n in made_float if n not in skipped)]
+    elif hasattr(quantization, "modules_to_not_convert"):
+        skipped = quantization.modules_to_not_convert or []
+        quantization.modules_to_not_convert = [*skipped, *(n for n in made_float if n not in skipped)]
+    config.quantization_config = quantization
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    found = format_of(module)
+    return found is not None and not found.lossless
