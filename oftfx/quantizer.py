@@ -81,13 +81,16 @@ def correct(model: nn.Module, made_float: list[str]) -> None:
         del config.quantization_config
         return
     quantization = copy.copy(quantization)
-    if hasattr(quantization, "llm_int8_skip_modules"):
-        skipped = quantization.llm_int8_skip_modules or []
-        quantization.llm_int8_skip_modules = [*skipped, *(n for n in made_float if n not in skipped)]
-    elif hasattr(quantization, "modules_to_not_convert"):
-        skipped = quantization.modules_to_not_convert or []
-        quantization.modules_to_not_convert = [*skipped, *(n for n in made_float if n not in skipped)]
+    # A list of exceptions replaces transformers' own (the head), so it has to name every float layer.
+    plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not _is_quantized(m)]
+    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+        if hasattr(quantization, name):
+            skipped = getattr(quantization, name) or []
+            setattr(quantization, name, [*skipped, *(n for n in plain if n not in skipped)])
     config.quantization_config = quantization
+    if (quantizer := vars(model).get("hf_quantizer")) is not None:
+        model.hf_quantizer = copy.copy(quantizer)
+        model.hf_quantizer.quantization_config = quantization  # type: ignore[union-attr, assignment]
 
 
 def _is_quantized(module: nn.Module) -> bool:

@@ -51,7 +51,10 @@ class InputGroup:
             )
         joint = {s: c[0] for s, c in chains.items() if len(c) == 1 and len(mine) == 1 and _alike(c[0], mine[0])}
         exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-        if len(joint) < 2 or exporting:  # an exported file keeps each site's blocks under their own name
+        offloaded = any(r.device.type == "meta" for r in joint.values()) and not x.is_meta
+        # An exported file keeps each site's blocks under their own name; accelerate fills in what it has offloaded
+        # only around a module's own forward.
+        if len(joint) < 2 or exporting or offloaded:
             return placement.alone(x)
         rotations = list(joint.values())
         return self.handout.take(
@@ -98,4 +101,5 @@ def _stamps(rotations: list[Rotation | FrozenRotation]) -> tuple[Any, ...]:
 
 
 def _side_by_side(rotations: list[Rotation | FrozenRotation], dtype: torch.dtype) -> Tensor:
-    return torch.cat([b.to(dtype) for b in cayley_of(rotations)], dim=2)
+    with torch.autocast(rotations[0].device.type, enabled=False):
+        return torch.cat([b.to(dtype) for b in cayley_of(rotations)], dim=2)

@@ -65,6 +65,11 @@ class RotateWeight(Placement):
             )
         self.note_run()
         chain = self.in_effect()
+        if chain and hasattr(self.module, "_hf_hook") and self.module._parameters[self.parameter].is_meta:  # type: ignore[union-attr]
+            raise OftfxError(
+                f"{self.site}: accelerate has offloaded this weight and brings it back only after its rotation; keep "
+                "this layer on a device, or fold first"
+            )
         weight = self.rotated(chain) if chain else None
         if torch.compiler.is_compiling():
             if weight is not None:

@@ -191,6 +191,11 @@ class Rotation(nn.Module):
         """``(blocks, b)``."""
         return self.blocks, self.block_size
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameter is."""
+        return self.skew.device
+
     def stamp(self) -> tuple[Any, ...]:
         """What tells this rotation from another, and from itself after a change."""
         return id(self), 0 if self.skew.is_inference() else self.skew._version, self.training
@@ -287,6 +292,11 @@ class FrozenRotation(nn.Module):
     def shape(self) -> tuple[int, int]:
         """``(blocks, b)``."""
         return self.blocks.shape[0], self.blocks.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the blocks are."""
+        return self.blocks.device
 
     def stamp(self) -> tuple[Any, ...]:
         """What tells this rotation from another, and from itself after a change."""
