@@ -58,8 +58,13 @@ def zoo():
     return markdown(columns, rows)
 
 
+def against_peft():
+    rows = json.loads((ROOT / "tools/results/compare_peft.json").read_text())["rows"]
+    return markdown(("case", "PEFT", "oftfx"), [(r["case"], r["PEFT"], r["oftfx"]) for r in rows if r["brief"]])
+
+
 def tables():
-    return {"quickstart": quickstart(), "speed": speed(), "ocr": ocr(), "zoo": zoo()}
+    return {"quickstart": quickstart(), "speed": speed(), "ocr": ocr(), "zoo": zoo(), "peft": against_peft()}
 
 
 def filled(text):

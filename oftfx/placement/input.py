@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from oftfx.placement.base import Placement
 from oftfx.placement.group import InputGroup
+from oftfx.rotation.rotate import in_format_of
 
 
 class RotateInput(Placement):
@@ -57,8 +58,7 @@ class RotateInput(Placement):
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Apply what acts to the input, any number of other axes; together with the sites that read the same."""
         y = self.alone(x) if self.group is None else self.group.rotate(self, x)
-        # In another memory format the layer may take another kernel, which sums in another order.
-        return y if x.is_contiguous() or self.axis != -1 else torch.empty_like(x).copy_(y)
+        return in_format_of(x, y)
 
     def alone(self, x: torch.Tensor) -> torch.Tensor:
         """The same for this site only."""
@@ -73,5 +73,4 @@ class RotateInput(Placement):
         for rotation in self.in_effect():
             y = rotation(y)
         y = y.flatten(-2).movedim(-1, self.axis)
-        # In another memory format the convolution may take another kernel, which rounds differently.
         return y.contiguous() if x.is_contiguous() else y

@@ -11,6 +11,7 @@ import torch.nn as nn
 from oftfx.errors import OftfxError
 from oftfx.placement.base import Placement
 from oftfx.rotation.module import FrozenRotation, Rotation, caching
+from oftfx.rotation.rotate import in_format_of
 
 _LOCK = threading.Lock()
 _LOCAL = threading.local()
@@ -113,7 +114,8 @@ class RotateWeight(Placement):
     def _product(self, weight: torch.Tensor, chain: list[Rotation | FrozenRotation]) -> torch.Tensor:
         layout = self.layout
         matrix = layout.turned_by(layout.matrix(weight), [r.effective() for r in chain])
-        return layout.restore(matrix, tuple(weight.shape)).to(weight.dtype)
+        rotated = layout.restore(matrix, tuple(weight.shape)).to(weight.dtype)
+        return in_format_of(weight, rotated.contiguous() if weight.is_contiguous() else rotated)
 
     def forget(self) -> None:
         """Drop the rotated weight."""

@@ -28,6 +28,14 @@ def rotate(x: Tensor, blocks: Tensor) -> Tensor:
     return turned.transpose(0, 1).reshape(x.shape)
 
 
+def in_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """``y`` in the memory format of ``x``, of the same shape.
+
+    In another format a layer may take a kernel that sums in another order, and the identity would not be exact.
+    """
+    return y if x.is_contiguous() or x.stride() == y.stride() else torch.empty_like(x).copy_(y)
+
+
 def rotate_jointly(x: Tensor, blocks: Tensor) -> tuple[Tensor, ...]:
     """Rotate the last axis by several rotations in one batched product: ``y_i = x @ blockdiag(R_i)``.
 
