@@ -58,7 +58,7 @@ class RotateInput(Placement):
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Apply what acts to the input, any number of other axes; together with the sites that read the same."""
         y = self.alone(x) if self.group is None else self.group.rotate(self, x)
-        return in_format_of(x, y)
+        return y if x.is_nested else in_format_of(x, y)
 
     def alone(self, x: torch.Tensor) -> torch.Tensor:
         """The same for this site only."""

@@ -11,7 +11,6 @@ import torch.nn as nn
 from oftfx.errors import OftfxError
 from oftfx.placement.base import Placement
 from oftfx.rotation.module import FrozenRotation, Rotation, caching
-from oftfx.rotation.rotate import in_format_of
 
 _LOCK = threading.Lock()
 _LOCAL = threading.local()
@@ -89,9 +88,11 @@ class RotateWeight(Placement):
             return
         with _LOCK:
             stack = _inside()
-            if not stack or stack[-1][0] is not self:
+            # A reader may have several weights, whose hooks leave in the order in which they came.
+            mine = next((i for i in reversed(range(len(stack))) if stack[i][0] is self), None)
+            if mine is None:
                 return  # the pre-hook itself has failed
-            if stack.pop()[1]:
+            if stack.pop(mine)[1]:
                 self._entered -= 1
             if self._entered == 0:
                 self.module.__dict__.pop(self.parameter, None)
@@ -115,7 +116,8 @@ class RotateWeight(Placement):
         layout = self.layout
         matrix = layout.turned_by(layout.matrix(weight), [r.effective() for r in chain])
         rotated = layout.restore(matrix, tuple(weight.shape)).to(weight.dtype)
-        return in_format_of(weight, rotated.contiguous() if weight.is_contiguous() else rotated)
+        # Strictly: of a weight with axes of one element, the strides alone tell its memory format.
+        return rotated if rotated.stride() == weight.stride() else torch.empty_like(weight).copy_(rotated)
 
     def forget(self) -> None:
         """Drop the rotated weight."""

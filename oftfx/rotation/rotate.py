@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
@@ -22,6 +23,8 @@ def rotate(x: Tensor, blocks: Tensor) -> Tensor:
     """
     if has_torch_function_variadic(x, blocks):
         return handle_torch_function(rotate, (x, blocks), x, blocks)
+    if x.is_nested:  # the encoder of torch.nn packs padded batches so; such tensors cannot be split into blocks
+        return F.linear(x, torch.block_diag(*blocks.to(x.dtype)).T)
     count, size, _ = blocks.shape
     split = x.reshape(-1, count, size).transpose(0, 1)
     turned = torch.bmm(split, blocks.to(x.dtype))

@@ -97,9 +97,14 @@ def step(node: fx.Node, source: fx.Node, labels: Labels) -> Labels:
         if any(isinstance(a, fx.Node) for a in fx.node.map_aggregate(args, lambda a: a)):
             raise LostError(f"{name} takes a size or index that is computed")
         kwargs = dict(node.kwargs)
+        if name == "view":  # labels are expanded, which a view does not take
+            return args[0].reshape(*args[1:], **kwargs)
         return getattr(args[0], name)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)  # type: ignore[operator]
 
-    return Labels(move(labels.feature), move(labels.context), labels.mixed)
+    try:
+        return Labels(move(labels.feature), move(labels.context), labels.mixed)
+    except RuntimeError as error:
+        raise LostError(f"{name} could not be followed: {error}") from error
 
 
 def _uses_twice(node: fx.Node, source: fx.Node) -> bool:

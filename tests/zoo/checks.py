@@ -301,7 +301,8 @@ class Subject:
 
     def coverage(self) -> float:
         """Share of the bytes of all weight matrices that lie in rotated weights; a tied one counts once."""
-        parameters = {n: p for n, p in self.base.named_parameters(remove_duplicate=False) if p.dim() >= 2}
+        named = self.base.named_parameters(remove_duplicate=False)
+        parameters = {n: p for n, p in named if p.dim() >= 2 and not n.endswith("bias")}
         sizes = {id(p): p.numel() * p.element_size() for p in parameters.values()}
         rotated = {id(parameters[n]) for n in self.rotated_parameters()}
         return sum(sizes[i] for i in rotated) / sum(sizes.values())
