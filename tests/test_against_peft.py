@@ -69,6 +69,7 @@ FAULTS = {
     "Conv2d k=3, bfloat16": WRONG,
     "Linear, 4-D input": RAISES,
     "Linear, two adapters at once": {"folded": 0.3},
+    "Conv2d k=1, two adapters at once": {"folded": 0.3},
     "COFT, one eval forward": {"parameter changed": 0.5},
     "tied weights, adapter on the head": {"folded": 0.3, "embed changed": 0.3},
     "tied weights, adapter on the embedding": {"folded": 0.3, "head changed": 0.3},
@@ -199,6 +200,7 @@ IDS = torch.arange(18).view(2, 9) % 13
 NAMES = ["embed", "point", "whole", "out"]
 
 
+@pytest.mark.filterwarnings("ignore:PEFT cannot use this adapter at 1 sites, e.g. whole")
 @pytest.mark.parametrize(
     "changes",
     [
@@ -274,6 +276,23 @@ def test_gradients_are_the_references_slope(name):
     assert float((skew.grad * direction).sum()) == pytest.approx(slope, rel=1e-6)
 
 
+@pytest.mark.parametrize("name", ["Linear", "Conv2d k=3", "Conv2d k=3, dilation 2", "Embedding", "GPT-2 Conv1D"])
+def test_adapters_of_other_block_sizes_act_and_fold_in_the_order_named(name):
+    """Of equal sizes a fold multiplies the blocks first; these it folds one after the other."""
+    case = CASES[name]
+    base, inputs = case.build(), case.inputs()
+    model = oftfx.transform(base, {"0": OFT(4)}, adapter="a").eval()
+    oftfx.add_adapter(model, "b", {"0": OFT(8)})
+    oftfx.set_adapter(model, ["b", "a"])
+    randomize(model, std=0.2)
+    with torch.no_grad():
+        first, second = (oftfx.adapter_parameters(model, n)[0] for n in "ba")
+        expected = tool.expected(case, base, inputs, first, second)
+        assert rel(tool.expected(case, base, inputs, second, first), expected) > 0.1
+        assert rel(model(*inputs), expected) <= 1e-6
+        assert rel(oftfx.fold(model).model(*inputs), expected) <= 1e-6
+
+
 def test_the_dense_layers_are_torchs_at_the_identity():
     """The references themselves, against torch in float64 with the rotated weight."""
     ids = torch.arange(12).view(2, 6)
@@ -336,3 +355,12 @@ def test_two_threads_may_run_one_model():
         first.join()
     assert torch.equal(second, expected)
     assert torch.equal(results[first], expected)
+
+
+def test_saving_for_peft_says_what_peft_cannot_use(tmp_path):
+    base = nn.Sequential(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 1), nn.Conv1d(4, 4, 1))
+    model = oftfx.transform(base, {"*": OFT(2)})
+    with pytest.warns(
+        oftfx.errors.OftfxWarning, match=r"PEFT cannot use this adapter at 2 sites, e\.g\. 0: its forward"
+    ):
+        oftfx.save_adapter(model, tmp_path)

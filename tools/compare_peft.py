@@ -234,15 +234,16 @@ def expected(case, base, inputs, *skews):
         rotation = blocks_of(case, skews[0], 16)
         return dense_embedding(base.embed, rotation, *inputs) @ base.embed.weight.detach().double().T
     if isinstance(layer, nn.Conv2d):
-        patch = layer.weight[0].numel()
         size = math.isqrt(2 * skews[0].shape[1]) + 1
-        length = patch if case.spec.block_share else skews[0].shape[0] * size
-        return dense_conv2d(layer, blocks_of(case, skews[0], length), *inputs)
-    length = layer.embedding_dim if isinstance(layer, nn.Embedding) else inputs[0].shape[-1]
+        length = layer.weight[0].numel() if case.spec.block_share else skews[0].shape[0] * size
+        dense = dense_conv2d
+    elif isinstance(layer, nn.Embedding):
+        length, dense = layer.embedding_dim, dense_embedding
+    else:
+        length, dense = inputs[0].shape[-1], dense_linear
     rotation = torch.eye(length, dtype=torch.float64)
     for skew in skews:
         rotation = rotation @ blocks_of(case, skew, length)
-    dense = dense_embedding if isinstance(layer, nn.Embedding) else dense_linear
     return dense(layer, rotation, *inputs)
 
 
@@ -495,6 +496,7 @@ EXACT = {"use_cayley_neumann": False}
 LAST = {"memory_format": torch.channels_last}
 HALF = {"dtype": torch.bfloat16}
 LINEAR = one(nn.Linear, in_features=16, out_features=10)
+EMBEDDING = one(nn.Embedding, num_embeddings=13, embedding_dim=16)
 WIDE = one(nn.Linear, in_features=2048, out_features=2048, bias=False)
 
 CASES = (
@@ -529,6 +531,8 @@ CASES = (
     Case("Conv2d k=3, bfloat16", conv(kernel_size=3, **HALF), noise(2, 8, 12, 12, **HALF)),
     Case("Linear, 4-D input", LINEAR, noise(2, 3, 5, 16)),
     Case("Linear, two adapters at once", LINEAR, noise(7, 16), two_adapters, std=0.3),
+    Case("Conv2d k=1, two adapters at once", conv(kernel_size=1), IMAGE, two_adapters, std=0.3, brief=False),
+    Case("Embedding, two adapters at once", EMBEDDING, tokens, two_adapters, std=0.3, brief=False),
     Case(
         "dropout 0.9", identity(512), lambda: (torch.eye(512),), dropped, {"module_dropout": 0.9}, OFT(4, dropout=0.9)
     ),
@@ -589,10 +593,10 @@ CASES = (
     Case("Conv2d k=1, bfloat16", conv(kernel_size=1, **HALF), noise(2, 8, 12, 12, **HALF), brief=False),
     Case("Conv2d k=1, stride 2", conv(kernel_size=1, stride=2), IMAGE, brief=False),
     Case("Conv2d, kernel as large as the input", conv(kernel_size=5), noise(2, 8, 5, 5)),
-    Case("Embedding", one(nn.Embedding, num_embeddings=13, embedding_dim=16), tokens),
+    Case("Embedding", EMBEDDING, tokens),
     Case("Conv2d k=1, files", conv(kernel_size=1), IMAGE, files),
     Case("Conv2d, kernel as large as the input, files", conv(kernel_size=5), noise(2, 8, 5, 5), files),
-    Case("Embedding, files", one(nn.Embedding, num_embeddings=13, embedding_dim=16), tokens, files),
+    Case("Embedding, files", EMBEDDING, tokens, files),
 )
 
 

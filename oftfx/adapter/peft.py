@@ -207,6 +207,18 @@ def config_for(plan: Plan, root: nn.Module) -> dict[str, Any]:
     return config
 
 
+def unusable_reason(site: Site, module: nn.Module) -> str:
+    """Why PEFT itself cannot use the rotation of a site, though its file format can hold it; empty where it can."""
+    if site.kind in ("conv1d", "conv3d", "conv_transpose", "conv1d_gpt2"):
+        return f"it does not know {type(module).__name__} layers"
+    if site.kind != "conv2d":
+        return ""
+    kernel: Any = module.kernel_size
+    if max(kernel) > 1:
+        return "its forward is wrong for kernels larger than 1 on inputs larger than the kernel"
+    return "it rotates all groups together" if module.groups != 1 else ""
+
+
 _SHARED = ("block_size", "blocks", "parameterization", "terms", "block_share", "coft_eps", "dropout")
 
 

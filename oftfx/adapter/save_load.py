@@ -6,6 +6,7 @@ import difflib
 import json
 import math
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from oftfx.adapter import peft
 from oftfx.adapter.store import AdapterStore, check_name, find_store, located, store_of, unwrapped
-from oftfx.errors import AdapterError, AdapterFileError
+from oftfx.errors import AdapterError, AdapterFileError, OftfxWarning
 from oftfx.placement import rotated_sites
 from oftfx.plans import Plan, SitePlan
 from oftfx.program import Program
@@ -56,6 +57,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
         raise AdapterError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
     plan = store.adapters[adapter].plan
     if layout == "peft":
+        _warn_of_peft(root, plan)
         side = peft.CONFIG_FILE, json.dumps(peft.config_for(plan, root), indent=2, sort_keys=True)
     else:
         side = PLAN_FILE, plan.to_json()
@@ -111,6 +113,18 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     _fill(root, store, adapter, skews, parameters)
     store.activate(root, store.active or (adapter,))
     return model
+
+
+def _warn_of_peft(root: nn.Module, plan: Plan) -> None:
+    reasons = {e.fqn: peft.unusable_reason(e.site, root.get_submodule(e.site.module)) for e in plan}
+    if found := {n: r for n, r in reasons.items() if r}:
+        name, reason = next(iter(found.items()))
+        warnings.warn(
+            f"PEFT cannot use this adapter at {len(found)} sites, e.g. {name}: {reason}; oftfx reads it back. "
+            "layout='oftfx' says so in its name",
+            OftfxWarning,
+            stacklevel=3,
+        )
 
 
 def _tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[str, Tensor]]:

@@ -82,7 +82,8 @@ def convolutions(draw):
     return conv, size, block, last, batched, placement
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(convolutions())
 def test_output_gradients_and_fold_equal_dense_algebra(case):
     arguments, size, block, last, batched, placement = case
@@ -96,13 +97,12 @@ def test_output_gradients_and_fold_equal_dense_algebra(case):
         base, x = base.to(memory_format=memory), x.to(memory_format=memory)
     model = oftfx.transform(base, {"*": OFT(block, placement=placement)})
     given_x = x if batched else x[0]
-    # The weight is the same bit for bit; what a kernel makes of it may depend on where in memory it lies.
     ((_, placed),) = rotated_sites(model)
     if isinstance(placed, RotateWeight):
         rotated = placed.rotated(placed.in_effect())
         assert torch.equal(rotated, layer.weight)
         assert rotated.stride() == layer.weight.stride()
-    assert rel(model(given_x), base.requires_grad_(False)(given_x)) < 1e-6
+    assert torch.equal(model(given_x), base.requires_grad_(False)(given_x))
     randomize(model, std=0.2)
     (skew,) = oftfx.adapter_parameters(model)
     blocks = skew.shape[0]
