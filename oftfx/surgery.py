@@ -163,7 +163,9 @@ def _noted(plan: Plan, result: PassResult) -> Plan:
     return replace(plan, entries=entries)
 
 
-def graph(model: nn.Module, example_inputs: ExampleInputs = None) -> ProgramGraph:
+def graph(
+    model: nn.Module, example_inputs: ExampleInputs = None, *, on_miss: Literal["error", "eager"] = "error"
+) -> ProgramGraph:
     """Record the whole program of a model as an executable graph, active rotations as explicit nodes.
 
     Sizes of the inputs stay free where the program allows it; a guard, the graph's first node, refuses calls that the
@@ -172,10 +174,14 @@ def graph(model: nn.Module, example_inputs: ExampleInputs = None) -> ProgramGrap
     Args:
         model: any module, transformed or not.
         example_inputs: see `plan`. Sizes 0 and 1 are taken as fixed.
+        on_miss: what a call that the guard refuses gets: a clear error, or the answer of the model itself.
 
     Raises:
+        RuleError: another ``on_miss``.
         TraceError: the program depends on data, or cannot be recorded for another reason (which is named).
     """
+    if on_miss not in ("error", "eager"):
+        raise RuleError(f"on_miss: got {on_miss!r}, expected 'error' or 'eager'")
     try:
         recording = record(model, example_inputs, dynamic=True, executable=True)
     except TraceError:
@@ -192,6 +198,7 @@ def graph(model: nn.Module, example_inputs: ExampleInputs = None) -> ProgramGrap
     if not _same_program(recording.graph, other):
         guard = recording.module.get_submodule("_guard")
         guard.recorded_training = model.training  # type: ignore[assignment]
+    recording.module.on_miss = on_miss
     return recording.module
 
 

@@ -1,3 +1,6 @@
+import resource
+import time
+
 import pytest
 import torch
 import torch.nn as nn
@@ -204,3 +207,19 @@ def test_a_layer_with_two_names_answers_to_both():
 def test_a_model_that_is_a_layer_is_explained():
     with pytest.raises(RuleError, match=r"wrap it: nn\.Sequential\(model\)"):
         oftfx.plan(nn.Linear(4, 4), "all-linear")
+
+
+@pytest.mark.needs("transformers")
+def test_eighty_layers_are_planned_without_weights_in_seconds():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64,
+                         num_key_value_heads=8, vocab_size=128256)  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    memory, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    plan = oftfx.plan(model, {"all-linear": OFT(32, share_input=True)})
+    assert time.perf_counter() - start < 30
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 200 * 1024  # KiB; the weights are 260 GiB
+    assert (len(plan), plan.rotations, plan.trace.rung) == (560, 320, "graph")
+    assert sum(e.producer is not None for e in plan) == 80  # every o_proj

@@ -22,9 +22,12 @@ class ProgramGraph(fx.GraphModule):
 
     Attributes:
         eager: the model it was recorded from, over the same parameters; not a submodule.
+        on_miss: what happens to a call that the recording does not stand for: ``"error"``, or ``"eager"`` to let the
+            model itself answer it.
     """
 
     eager: nn.Module
+    on_miss: str = "error"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ProgramGraph:
         result = super().__deepcopy__(memo)
@@ -36,6 +39,7 @@ class ProgramGraph(fx.GraphModule):
             "_non_persistent_buffers_set",
             "training",
             "eager",
+            "on_miss",
         ):
             result.__dict__[name] = copy.deepcopy(self.__dict__[name], memo)
         return result
@@ -44,8 +48,17 @@ class ProgramGraph(fx.GraphModule):
         """Run the graph.
 
         Raises:
-            GuardError: arguments other than the recorded ones, or values that the recording does not stand for.
+            GuardError: arguments other than the recorded ones, or values that the recording does not stand for, unless
+                ``on_miss`` is ``"eager"``.
         """
+        if self.on_miss == "eager" and not torch.compiler.is_compiling():
+            try:
+                return self._checked(*args, **kwargs)
+            except GuardError:
+                return self.eager.train(self.training)(*args, **kwargs)
+        return self._checked(*args, **kwargs)
+
+    def _checked(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.compiler.is_compiling():
             try:
                 inspect.signature(self.forward).bind(*args, **kwargs)
@@ -72,7 +85,7 @@ def build(model: nn.Module, graph: fx.Graph, constants: dict[str, torch.Tensor],
     result._parameters = tree._parameters
     result._buffers = {**tree._buffers, **constants}
     result._non_persistent_buffers_set = tree._non_persistent_buffers_set | set(constants)
-    result.__dict__["eager"] = model
+    result.__dict__["eager"], result.__dict__["on_miss"] = model, "error"
     result.training = model.training
     guard.training = model.training
     return result

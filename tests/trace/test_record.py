@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 import torch.nn as nn
@@ -334,3 +336,16 @@ def test_a_constant_before_a_tensor_is_an_argument_without_default():
         assert torch.equal(graph(True, x), model(True, x))
         with pytest.raises(GuardError, match="double: got False, recorded for True"):
             graph(False, x)
+
+
+def test_a_miss_goes_to_the_model_where_that_is_asked_for(ids):
+    model = randomize(oftfx.transform(arch("llama"), {"all-linear": oftfx.OFT(16)}))
+    graph = oftfx.graph(model, ids(), on_miss="eager")
+    assert torch.equal(graph(**ids(3, 7)).logits, model(**ids(3, 7)).logits)
+    batch = {**ids(), "labels": ids()["input_ids"]}
+    with pytest.raises(GuardError):
+        oftfx.graph(model, ids())(**batch)
+    assert torch.equal(graph(**batch).loss, model(**batch).loss)
+    assert copy.deepcopy(graph).on_miss == "eager"
+    with pytest.raises(oftfx.errors.RuleError, match="on_miss"):
+        oftfx.graph(model, ids(), on_miss="ignore")
