@@ -31,6 +31,7 @@ class InputGroup:
         self.placements: dict[str, RotateInput] = {}
         self.handout = HandOut(key, local=local)
         self._cached: tuple[Any, Tensor] | None = None
+        self._known: tuple[Any, dict[str, Any]] = (None, {})
 
     def add(self, placement: RotateInput) -> None:
         """Let a site be one of the group."""
@@ -39,31 +40,45 @@ class InputGroup:
 
     def rotate(self, placement: RotateInput, x: Tensor) -> Tensor:
         """What the rotations of one site make of ``x``; the others get theirs when they ask for the same ``x``."""
+        sites, rotations, joint = self._together(placement)
+        if not sites or (joint and (_is_decoding(x) or not _in_reach(rotations, x))):
+            return placement.alone(x)
+
+        def everything() -> dict[str, Tensor]:
+            if joint:
+                return dict(zip(sites, rotate_jointly(x, self._blocks(rotations, x.dtype)), strict=True))
+            return dict.fromkeys(sites, placement.alone(x))
+
+        return self.handout.take(
+            x,
+            lambda: tuple(r.stamp() for r in rotations),
+            placement.site,
+            everything,
+            lambda: placement.alone(x),
+        )
+
+    def _together(self, placement: RotateInput) -> tuple[tuple[str, ...], list[Rotation | FrozenRotation], bool]:
+        """The sites that get their results with this one, the rotations that make them, and whether each has its own.
+
+        No sites: this one rotates for itself. Kept until other rotations act at a site of the group.
+        """
+        if torch.compiler.is_compiling():
+            return self._find_together(placement)
+        acting = tuple((p.active, len(p.fixed), len(p.rotations)) for p in self.placements.values())
+        if self._known[0] != acting:
+            self._known = (acting, {})
+        known = self._known[1]
+        if placement.site not in known:
+            known[placement.site] = self._find_together(placement)
+        return known[placement.site]
+
+    def _find_together(self, placement: RotateInput) -> tuple[tuple[str, ...], list[Rotation | FrozenRotation], bool]:
         chains = {site: p.in_effect() for site, p in self.placements.items()}
         mine = chains[placement.site]
         if all(_same(c, mine) for c in chains.values()):
-            return self.handout.take(
-                x,
-                lambda: _stamps(mine),
-                placement.site,
-                lambda: dict.fromkeys(chains, placement.alone(x)),
-                lambda: placement.alone(x),
-            )
+            return tuple(chains), mine, False
         joint = {s: c[0] for s, c in chains.items() if len(c) == 1 and len(mine) == 1 and _alike(c[0], mine[0])}
-        exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-        offloaded = any(r.device.type == "meta" for r in joint.values()) and not x.is_meta
-        # An exported file keeps each site's blocks under their own name; accelerate fills in what it has offloaded
-        # only around a module's own forward.
-        if len(joint) < 2 or exporting or offloaded:
-            return placement.alone(x)
-        rotations = list(joint.values())
-        return self.handout.take(
-            x,
-            lambda: _stamps(rotations),
-            placement.site,
-            lambda: dict(zip(joint, rotate_jointly(x, self._blocks(rotations, x.dtype)), strict=True)),
-            lambda: placement.alone(x),
-        )
+        return tuple(joint) if len(joint) > 1 else (), list(joint.values()), True
 
     def _blocks(self, rotations: list[Rotation | FrozenRotation], dtype: torch.dtype) -> Tensor:
         """Blocks of several rotations side by side, ``(blocks, b, count * b)``; kept in eval mode."""
@@ -82,10 +97,11 @@ class InputGroup:
     def forget(self) -> None:
         """Drop what is kept."""
         self._cached = None
+        self._known = (None, {})
         self.handout.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_cached": None, "_known": (None, {})}
 
 
 def _same(a: list[Rotation | FrozenRotation], b: list[Rotation | FrozenRotation]) -> bool:
@@ -93,11 +109,23 @@ def _same(a: list[Rotation | FrozenRotation], b: list[Rotation | FrozenRotation]
 
 
 def _alike(a: Rotation | FrozenRotation, b: Rotation | FrozenRotation) -> bool:
-    return type(a) is type(b) and a.shape == b.shape and a.training == b.training
+    return type(a) is type(b) and a.shape == b.shape
 
 
-def _stamps(rotations: list[Rotation | FrozenRotation]) -> tuple[Any, ...]:
-    return tuple(r.stamp() for r in rotations)
+def _is_decoding(x: Tensor) -> bool:
+    """One token or a few: a product of its own is then cheaper than handing out (22 against 29 microseconds a site)."""
+    return not torch.compiler.is_compiling() and not torch.is_grad_enabled() and x.numel() <= 4 * x.shape[-1]
+
+
+def _in_reach(rotations: list[Rotation | FrozenRotation], x: Tensor) -> bool:
+    """Whether several rotations can be used together here.
+
+    An exported file keeps each site's blocks under their own name; accelerate fills in what it has offloaded only
+    around a module's own forward.
+    """
+    if torch.compiler.is_compiling():
+        return torch.compiler.is_dynamo_compiling()
+    return x.is_meta or rotations[0].device.type != "meta"
 
 
 def _side_by_side(rotations: list[Rotation | FrozenRotation], dtype: torch.dtype) -> Tensor:
