@@ -56,6 +56,26 @@ def demo(
 
 
 @app.command()
+def ocr(
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and figures.")] = Path("oftfx-ocr"),
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer steps and test words.")] = False,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps (100, or 20 with --quick).")] = None,
+    threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
+) -> None:
+    """Teach a convolution network with real weights to read bad scans, and fold what it learnt; two minutes.
+
+    Needs the extra 'demo' and two data packages; no network. Interrupt it and start it again: it continues.
+    """
+    import torch
+
+    from oftfx.demo import ocr_job
+
+    if threads:
+        torch.set_num_threads(threads)
+    ocr_job.run(out / ("quick" if quick else "full"), steps, quick, console.print, _bar)
+
+
+@app.command()
 def plan(
     model: Annotated[Path, typer.Argument(help="Directory with a transformers config.json.")],
     rules: Annotated[str, typer.Option(help="'all-linear' or a .toml file with [[rule]] tables.")] = "all-linear",

@@ -20,13 +20,13 @@ class Layout:
     Attributes:
         stored: shape of the tensor, and of the matrix ``(rows, n)`` it is read as:
 
-            ================== ============================ =============================== ====================
-            ``rows``           ``(out, in, *kernel)``       ``(out, in * kernel)``          Linear, Conv, Embedding
-            ``columns``        ``(in, out)``                ``(out, in)``                   GPT-2's Conv1D, ``x @ W``
-            ``transposed``     ``(in, out/groups, *k)``     ``(groups * ..., in/groups)``   ConvTranspose
-            ``experts``        ``(experts, out, in)``       ``(experts * out, in)``         mixtures of experts
-            ``experts_columns````(experts, in, out)``       ``(experts * out, in)``         the same for ``x @ W``
-            ================== ============================ =============================== ====================
+            =================== ============================ ============================== ====================
+            ``rows``            ``(out, in, *kernel)``       ``(out, in * kernel)``          Linear, Conv, Embedding
+            ``columns``         ``(in, out)``                ``(out, in)``                   GPT-2's Conv1D, ``x @ W``
+            ``transposed``      ``(in, out/groups, *k)``     ``(groups * ..., in/groups)``   ConvTranspose
+            ``experts``         ``(experts, out, in)``       ``(experts * out, in)``         mixtures of experts
+            ``experts_columns`` ``(experts, in, out)``       ``(experts * out, in)``         the same for ``x @ W``
+            =================== ============================ ============================== ====================
 
         groups: of a transposed convolution; the same rotation acts on the input channels of each group.
         each: an own rotation for every expert; the matrix is then ``(out, experts * in)``.
