@@ -87,4 +87,5 @@ class Undo:
         if self.holder is not None:
             module._modules[placement.child] = self.holder
         placement.fixed, placement.rotations, placement.active = list(self.fixed), dict(self.rotations), self.active
+        placement.forget()
         placement.register()

@@ -61,6 +61,7 @@ class InsertRotations(Pass):
                 placement.hold(self.adapter, rotation)
                 owned[entry.owner] = rotation
             placement.rotations[self.adapter] = rotation
+            placement.forget()
             if self.activate:
                 placement.active = (self.adapter,)
             known[entry.fqn] = placement

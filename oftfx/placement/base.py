@@ -63,12 +63,14 @@ class Placement(ABC):
 
     def remove(self) -> None:
         """Take the hooks away."""
-        for hooks, flags in (("_forward_pre_hooks", "with_kwargs"), ("_forward_hooks", "with_kwargs")):
-            registered = getattr(self.reader, hooks)
-            for key in [k for k, h in registered.items() if owner_of(h) is self]:
-                del registered[key]
-                getattr(self.reader, f"{hooks}_{flags}").pop(key, None)
-                self.reader._forward_hooks_always_called.pop(key, None)
+        reader = self.reader
+        for hooks, *flags in (
+            (reader._forward_pre_hooks, reader._forward_pre_hooks_with_kwargs),
+            (reader._forward_hooks, reader._forward_hooks_with_kwargs, reader._forward_hooks_always_called),
+        ):
+            for key in [k for k, h in hooks.items() if owner_of(h) is self]:
+                for registered in (hooks, *flags):
+                    registered.pop(key, None)
 
     def note_run(self) -> None:
         """Remember that a hook was called; a trace must not write to objects that outlive it."""
@@ -80,7 +82,7 @@ class Placement(ABC):
         return [*self.fixed, *(self.rotations[n] for n in self.active if n in self.rotations)]
 
     def forget(self) -> None:  # noqa: B027  (most keep nothing)
-        """Drop what is kept from one forward to the next."""
+        """Drop what is kept from one forward to the next; also to be called when other rotations take a name."""
 
     def weight_format(self) -> WeightFormat | None:
         """The format that reads the weight now; None where none does."""
@@ -119,6 +121,7 @@ class Placement(ABC):
         else:
             self.rotations.pop(adapter, None)
         self.active = tuple(n for n in self.active if n in self.rotations)
+        self.forget()
         holder = self.holder
         if isinstance(holder, SiteRotations):
             for name in [adapter] if adapter else list(holder._modules):

@@ -37,6 +37,7 @@ class InputGroup:
         """Let a site be one of the group."""
         self.placements[placement.site] = placement
         placement.group = self
+        self.forget()
 
     def rotate(self, placement: RotateInput, x: Tensor) -> Tensor:
         """What the rotations of one site make of ``x``; the others get theirs when they ask for the same ``x``."""
@@ -60,7 +61,8 @@ class InputGroup:
     def _together(self, placement: RotateInput) -> tuple[tuple[str, ...], list[Rotation | FrozenRotation], bool]:
         """The sites that get their results with this one, the rotations that make them, and whether each has its own.
 
-        No sites: this one rotates for itself. Kept until other rotations act at a site of the group.
+        No sites: this one rotates for itself. Kept until others act at a site of the group; who changes the rotations
+        behind a name says so by `Placement.forget`.
         """
         if torch.compiler.is_compiling():
             return self._find_together(placement)
@@ -73,8 +75,9 @@ class InputGroup:
         return known[placement.site]
 
     def _find_together(self, placement: RotateInput) -> tuple[tuple[str, ...], list[Rotation | FrozenRotation], bool]:
+        mine = placement.in_effect()
         chains = {site: p.in_effect() for site, p in self.placements.items()}
-        mine = chains[placement.site]
+        chains = {site: chain for site, chain in chains.items() if chain}  # the others never ask for their part
         if all(_same(c, mine) for c in chains.values()):
             return tuple(chains), mine, False
         joint = {s: c[0] for s, c in chains.items() if len(c) == 1 and len(mine) == 1 and _alike(c[0], mine[0])}

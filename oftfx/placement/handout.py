@@ -26,7 +26,8 @@ class HandOut:
     """
 
     def __init__(self, key: str, *, local: bool = False) -> None:
-        self.attribute, self.local = f"_oftfx_{key}".replace(".", "_"), local
+        # Two keys never become one name, as those of a.b_c and a_b.c would if a dot were just an underscore.
+        self.attribute, self.local = "_oftfx_" + key.replace("_", "_u").replace(".", "_d"), local
         self.forget()
 
     def forget(self) -> None:

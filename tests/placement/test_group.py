@@ -8,7 +8,11 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
+from oftfx.fold_record import Undo
+from oftfx.passes import FreezeRotations
 from oftfx.placement import rotated_sites
+from oftfx.placement.handout import HandOut
+from oftfx.program import Program
 from tests.reference import dense_rotation, randomize, rel
 
 
@@ -218,3 +222,78 @@ def test_compiled_models_evaluate_each_group_once_and_break_nowhere(spec, checkp
     with torch.no_grad():
         compiled.eval()(x)
     assert products == [4]
+
+
+def plain():
+    torch.manual_seed(0)
+    return Net()
+
+
+def ungrouped(model, x):
+    """What a model computes where every site rotates for itself."""
+    model = copy.deepcopy(model)
+    for _, placement in rotated_sites(model):
+        placement.group = None
+    return model(x)
+
+
+@pytest.mark.parametrize("spec", [OFT(4), OFT(4, share_input=True)], ids=["own", "shared"])
+def test_another_adapter_of_a_removed_ones_name_acts_with_its_own_rotations(spec):
+    """A second adapter keeps the sites' placements, so only the rotations behind the name are other ones."""
+    x = torch.randn(5, 20)
+    model = make(spec).eval()
+    oftfx.add_adapter(model, "second", {"*": spec}, example_inputs=(x,))
+    groups = {id(p.group): p.group for _, p in rotated_sites(model) if p.group is not None}.values()
+    plan = oftfx.adapters(model)["default"]
+    with torch.no_grad():
+        before = model(x)
+        oftfx.remove_adapter(model, "default")
+        oftfx.add_adapter(model, "default", plan)  # a plan needs no recording, which would run the model in between
+        oftfx.set_adapter(model, "default")
+        assert torch.equal(model(x), plain()(x))  # a new adapter is the identity
+        randomize(model, std=0.2, seed=3)
+        assert rel(model(x), ungrouped(model, x)) < 1e-6
+        assert rel(model(x), before) > 1e-2
+        assert all(g._known[1] for g in groups)
+        oftfx.remove_adapter(model, "default")
+        assert all(g._known == (None, {}) and g._cached is None and g.handout._pending is None for g in groups)
+
+
+@pytest.mark.parametrize("spec", [OFT(4), OFT(4, share_input=True)], ids=["own", "shared"])
+def test_rotations_that_are_frozen_again_count_at_once(spec):
+    """What a fold that keeps quantized weights does, undone and done again after more training."""
+    model = make(spec).eval()
+    x = torch.randn(5, 20)
+    with torch.no_grad():
+        before = model(x)
+        names = {m: n for n, m in model.named_modules()}
+        undo = [Undo.of(names[p.module], p, p.weight_format()) for _, p in rotated_sites(model)]
+        FreezeRotations().run(Program.of(model))
+        assert rel(model(x), before) < 1e-6
+        for site in undo:
+            site.restore(model)
+        randomize(model, std=0.2, seed=3)
+        FreezeRotations().run(Program.of(model))
+        assert rel(model(x), ungrouped(model, x)) < 1e-6
+        assert rel(model(x), before) > 1e-2
+
+
+def test_members_that_nothing_acts_at_do_not_stop_the_others_from_sharing(monkeypatch):
+    """An adapter on three sites, then another on two of them: those two still get one product."""
+    x = torch.randn(5, 20)
+    model = make(OFT(4, share_input=True)).eval()
+    rules = {"*.q": OFT(4, share_input=True), "*.k": OFT(4, share_input=True)}
+    oftfx.add_adapter(model, "second", rules, example_inputs=(x,))
+    oftfx.set_adapter(model, "second")
+    randomize(model, std=0.1)
+    counts, _ = products(monkeypatch, lambda: model(x))
+    assert counts["rotate"] == 2  # one a layer
+    oftfx.set_adapter(model, None)
+    assert torch.equal(model(x), plain()(x))
+
+
+def test_groups_of_similar_names_keep_their_results_apart():
+    keys = ["a.b_c", "a_b.c", "a_b_c", "a.b.c", "a._b", "a_.b", "a_d.b", "a.d_b", "a_u.b"]
+    names = {HandOut(key).attribute for key in keys}
+    assert len(names) == len(keys)
+    assert all(name.isidentifier() for name in names)
