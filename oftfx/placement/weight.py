@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from oftfx.errors import OftfxError
 from oftfx.placement.base import Placement
+from oftfx.rotation.identity import Identity
 from oftfx.rotation.module import FrozenRotation, Rotation, caching
 
 _LOCK = threading.Lock()
@@ -44,6 +45,7 @@ class RotateWeight(Placement):
         assert weight_format is not None
         self.layout = weight_format.layout(self.module)
         self._entered = 0
+        self._identity = Identity()
         self._cached: tuple[Any, torch.Tensor] | None = None
 
     @property
@@ -101,9 +103,9 @@ class RotateWeight(Placement):
         """The weight as the reader sees it, in its own shape and dtype; the product is made in float32 at least."""
         weight: Any = self.module._parameters[self.parameter]
         states = [r.state() for r in chain]
-        if not caching() or None in states or (torch.is_grad_enabled() and weight.requires_grad):
+        if None in states or not _cacheable(weight):
             return self._product(weight, chain)
-        key = (weight._version, weight.data_ptr(), weight.device, weight.dtype, *states)
+        key = (self._identity.of(weight), weight._version, weight.data_ptr(), weight.device, weight.dtype, *states)
         cached = self._cached
         if cached is None or cached[0] != key:
             with torch.inference_mode(False), torch.no_grad():
@@ -130,3 +132,10 @@ class RotateWeight(Placement):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None, "_entered": 0}
+
+
+def _cacheable(weight: torch.Tensor) -> bool:
+    if not caching() or (torch.is_grad_enabled() and weight.requires_grad):
+        return False
+    # No plain parameter: `functional_call` has put a tensor in its place, or FSDP a shard.
+    return type(weight) is nn.Parameter and not weight.is_inference()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -15,6 +14,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from oftfx.rotation.cayley import cayley
 from oftfx.rotation.cayley import project as project_norm
+from oftfx.rotation.identity import Identity
 from oftfx.rotation.rotate import rotate
 from oftfx.rotation.skew import skew_matrix, skew_size, skew_vector
 
@@ -118,6 +118,7 @@ class Rotation(nn.Module):
     ) -> None:
         super().__init__()
         self.spec = spec
+        self._identity = Identity()
         self.copies, self.tied = copies, tied
         self.in_features = in_features * copies
         blocks, self.block_size = spec.geometry(in_features, where)
@@ -139,8 +140,7 @@ class Rotation(nn.Module):
     def forget(self) -> None:
         """Drop what eval mode has cached, here and wherever the blocks went."""
         self._cached: tuple[Any, Tensor] | None = None
-        self._seen: weakref.ref[Tensor] | None = None
-        self._generation = getattr(self, "_generation", 0) + 1
+        self._identity.forget()
 
     def matrices(self) -> Tensor:
         """Blocks ``(blocks, b, b)`` in float32 or wider: without dropout, never cached, differentiable."""
@@ -205,11 +205,7 @@ class Rotation(nn.Module):
         if not self._cacheable():
             return None
         skew = self.skew
-        # An address and a version are soon used again by another parameter, so the object counts as well.
-        if self._seen is None or self._seen() is not skew:
-            self._seen = weakref.ref(skew)
-            self._generation += 1
-        return self._generation, skew._version, skew.data_ptr(), skew.device, _steps
+        return self._identity.of(skew), skew._version, skew.data_ptr(), skew.device, _steps
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""
@@ -263,7 +259,7 @@ class Rotation(nn.Module):
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None, "_seen": None}
+        return {**self.__dict__, "_cached": None}
 
     def extra_repr(self) -> str:
         spec = self.spec
@@ -286,6 +282,7 @@ class FrozenRotation(nn.Module):
 
     def __init__(self, blocks: Tensor) -> None:
         super().__init__()
+        self._identity = Identity()
         self.register_buffer("blocks", blocks)
 
     @property
@@ -310,7 +307,8 @@ class FrozenRotation(nn.Module):
         """What the blocks depend on; see `Rotation.state`."""
         if not caching() or self.blocks.is_meta or self.blocks.is_inference():
             return None
-        return self.blocks._version, self.blocks.data_ptr(), self.blocks.device
+        blocks = self.blocks
+        return self._identity.of(blocks), blocks._version, blocks.data_ptr(), blocks.device
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""

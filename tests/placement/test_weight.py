@@ -11,6 +11,7 @@ import oftfx
 from oftfx import OFT
 from oftfx.errors import OftfxError, RuleError
 from oftfx.placement import rotated_sites
+from oftfx.rotation.module import FrozenRotation
 from tests.reference import dense_rotation, randomize, rel
 
 
@@ -215,3 +216,73 @@ def test_a_replica_is_refused_and_threads_are_not():
         thread.join()
     assert results == [True] * 400
     assert not shadows(model)
+
+
+def over(array):
+    """A parameter object of its own over memory in which another one's values stood before."""
+    return nn.Parameter(torch.from_numpy(array), requires_grad=False)
+
+
+@pytest.mark.parametrize("how", ["load_state_dict", "functional_call", "functional_call with tensors"])
+def test_a_weight_that_stands_where_another_stood_is_seen(how):
+    """Same address, same version, other object: an allocator gives memory out again at once."""
+    base = nn.Sequential(nn.Conv2d(4, 6, 3)).eval().requires_grad_(False)
+    model = randomize(oftfx.transform(base, {"*": OFT(6)}), std=0.3).eval()
+    x, memory = torch.randn(1, 4, 5, 5), base[0].weight.numpy().copy()
+    rotation = dense_rotation(model[0].oft.default.skew, 6)
+    for seed in range(3):
+        memory[...] = torch.randn(memory.shape, generator=torch.Generator().manual_seed(seed)).numpy()
+        weight = over(memory)
+        with torch.no_grad():
+            if how == "load_state_dict":
+                model.load_state_dict({"0.weight": weight}, strict=False, assign=True)
+                found = model(x)
+            else:
+                values = {"0.weight": weight if how == "functional_call" else weight.data}
+                found = torch.func.functional_call(model, values, (x,))
+        turned = (weight.double().flatten(1) @ rotation.T).view(weight.shape)
+        assert rel(found, F.conv2d(x.double(), turned, base[0].bias.double())) < 1e-6
+        del weight
+
+
+def test_a_rotated_weight_is_kept_for_its_parameter_only(tmp_path):
+    model = randomize(oftfx.transform(nn.Sequential(nn.Conv2d(4, 6, 3)), {"*": OFT(6)}), std=0.3).eval()
+    ((_, placement),) = rotated_sites(model)
+    x = torch.randn(1, 4, 5, 5)
+    with torch.no_grad():
+        expected = model(x)
+        kept = placement._cached
+        assert torch.equal(torch.func.functional_call(model, {"0.weight": torch.zeros(6, 4, 3, 3)}, (x,)), zeros(model))
+        assert placement._cached is kept  # a call with other values costs the model nothing
+        assert torch.equal(model(x), expected)
+        assert placement._cached is kept
+        torch.save(model, tmp_path / "model")
+        again = torch.load(tmp_path / "model", weights_only=False)
+        assert next(p for _, p in rotated_sites(again))._cached is None
+        assert torch.equal(again(x), expected)
+
+
+def zeros(model):
+    return model[0].bias.detach().view(1, 6, 1, 1).expand(1, 6, 3, 3)
+
+
+def test_a_base_that_was_made_in_inference_mode_runs():
+    with torch.inference_mode():
+        base = nn.Sequential(nn.Conv2d(4, 6, 3)).eval()
+    model = oftfx.transform(base, {"*": OFT(6)}, inplace=True).eval()
+    x = torch.randn(1, 4, 5, 5)
+    with torch.no_grad():
+        expected = model(x)
+        randomize(model, std=0.3)
+        assert rel(model(x), expected) > 1e-2
+
+
+def test_frozen_blocks_that_stand_where_others_stood_are_seen():
+    rotation = FrozenRotation(torch.eye(3).repeat(2, 1, 1))
+    memory = rotation.blocks.numpy()
+    states = set()
+    for _ in range(3):
+        rotation.load_state_dict({"blocks": torch.from_numpy(memory)}, assign=True)
+        states.add(rotation.state())
+        assert rotation.state() in states
+    assert len(states) == 3
