@@ -6,7 +6,6 @@ import operator
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.fx as fx
@@ -18,12 +17,14 @@ from oftfx.passes.formats.dense import DenseParameter
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.program import Program
 from oftfx.sites import Finder, Site
+from oftfx.trace.operand import first_operand, operand
 from oftfx.unreachable import is_matrix
 
 _LINEAR = (F.linear, torch._C._nn.linear)
 _ADDMM = (torch.addmm, torch.baddbmm)
 _MATMUL = (torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm")
-_TRANSPOSE = (torch.t, torch.transpose, torch.swapaxes, "t", "transpose", "swapaxes", "mT", "T")
+_SECOND = ("weight", "other", "mat2")
+_TRANSPOSE = (torch.t, torch.transpose, torch.swapaxes, "t", "transpose", "swapaxes")
 _CONVOLUTIONS = (torch.conv1d, torch.conv2d, torch.conv3d, F.conv1d, F.conv2d, F.conv3d)
 _UNCHANGED = ("to", "type", "contiguous", "clone", "float", "half", "bfloat16", "double", "type_as", torch.clone)
 
@@ -137,6 +138,8 @@ def _uses(node: fx.Node, turned: bool = False, indexed: bool = False) -> Iterato
     """
     for user in node.users:
         target = user.target
+        if target in _UNCHANGED and first_operand(user) is not node:
+            continue  # x.type_as(w): only the dtype of the weight is read
         if target in _UNCHANGED:
             yield from _uses(user, turned, indexed)
         elif _is_transpose(user):
@@ -148,32 +151,47 @@ def _uses(node: fx.Node, turned: bool = False, indexed: bool = False) -> Iterato
 
 
 def _layout(user: fx.Node, node: fx.Node, turned: bool, indexed: bool) -> Layout:
-    args, target, dims = user.args, user.target, node.meta["val"].dim()
-    second = args[1] if len(args) > 1 else user.kwargs.get("weight")
-    only_second = second is node and args[0] is not node
-    if target in (*_CONVOLUTIONS, F.embedding) and only_second and not turned and not indexed:
+    target, where = user.target, user.meta.get("module") or "the model itself"
+    if user.op == "output":
+        raise UnclearUseError("the model returns it")
+    at = _place(user, node)
+    if target in (*_CONVOLUTIONS, F.embedding) and at == 1 and not turned and not indexed:
         return Layout(side="output") if target is F.embedding else Layout()
-    if (target in _LINEAR and only_second) or (target in _MATMUL and args[0] is node and second is not node):
+    if (target in _LINEAR and at == 1) or (target in _MATMUL and at == 0):
         columns = False
-    elif (target in _MATMUL and only_second) or (target in _ADDMM and args[2] is node and node not in args[:2]):
+    elif (target in _MATMUL and at == 1) or (target in _ADDMM and at == 2):
         columns = True
     else:
-        what, where = getattr(target, "__name__", str(target)), user.meta.get("module") or "the model itself"
+        what = getattr(target, "__name__", str(target))
         raise UnclearUseError(f"it is used by {what} in {where}, where no axis is its input")
     stored = "columns" if columns != turned else "rows"
-    if dims == 3 or indexed:
+    if node.meta["val"].dim() == 3 or indexed:
         return Layout("experts_columns" if stored == "columns" else "experts")
     return Layout(stored)  # type: ignore[arg-type]
 
 
+def _place(user: fx.Node, node: fx.Node) -> int | None:
+    """Which of the first three operands a weight is; None where it is none or several of them."""
+    second, third = (("mat1", "batch1"), ("mat2", "batch2")) if user.target in _ADDMM else (_SECOND, ())
+    operands = (first_operand(user), operand(user, 1, *second), operand(user, 2, *third))
+    places = [i for i, value in enumerate(operands) if value is node]
+    return places[0] if len(places) == 1 else None
+
+
 def _is_transpose(user: fx.Node) -> bool:
+    """Whether a call swaps the last two axes."""
+    result = user.meta.get("val")
+    if not isinstance(result, torch.Tensor):
+        return False
+    count = result.dim()
     if user.target is getattr:
-        return user.args[1] in ("T", "mT")
-    if user.target in _TRANSPOSE:
-        dims: Any = user.args[1:]
-        count = user.meta["val"].dim()
-        return not dims or {d % count for d in dims} == {count - 2, count - 1}
-    return False
+        return user.args[1] == "mT" or (user.args[1] == "T" and count == 2)
+    if user.target not in _TRANSPOSE:
+        return False
+    dims = [operand(user, 1, "dim0", "axis0"), operand(user, 2, "dim1", "axis1")]
+    if dims == [None, None]:
+        return count == 2  # t()
+    return all(isinstance(d, int) for d in dims) and {d % count for d in dims} == {count - 2, count - 1}
 
 
 def _picks_one(user: fx.Node) -> bool:

@@ -17,6 +17,7 @@ from oftfx.plans import Producer, SitePlan
 from oftfx.program import Program
 from oftfx.sites import Site
 from oftfx.trace.labels import Labels, LostError, name_of, source_of, start, step
+from oftfx.trace.operand import first_operand
 
 
 class FindProducers(Pass):
@@ -51,9 +52,11 @@ class FindProducers(Pass):
                 producer = search.producer(entry)
                 entries.append(_tied(replace(entry, producer=producer)))
                 changes.append(Change(entry.fqn, f"can be folded into {producer.fqn}"))
-            except LostError as reason:
-                entries.append(replace(entry, producer_reason=str(reason)))
-                changes.append(Change(entry.fqn, "fold into producer", str(reason), refused=True))
+            except Exception as error:
+                # Somebody else's program: what cannot be followed, for whatever reason, is not pushed.
+                reason = str(error) if isinstance(error, LostError) else f"its way could not be followed: {error!r}"
+                entries.append(replace(entry, producer_reason=reason))
+                changes.append(Change(entry.fqn, "fold into producer", reason, refused=True))
                 if entry.spec.into == "producer":
                     faults.append(f"{entry.fqn}: cannot be folded into a producer: {reason}")
         if faults:
@@ -70,6 +73,12 @@ def _tied(entry: SitePlan) -> SitePlan:
         return entry
     rows = list(dict.fromkeys(entry.producer.starts))
     return replace(entry, tied_blocks=tuple(rows.index(s) for s in entry.producer.starts))
+
+
+def _turned(entry: SitePlan) -> str:
+    """What the rotation of a site turns, in words."""
+    side = "weight" if entry.placement == "weight" else entry.site.layout.side
+    return f"the {side} of {entry.fqn} ({entry.site.module_class})"
 
 
 class _Search:
@@ -90,10 +99,10 @@ class _Search:
             LostError: there is none, and why.
         """
         if not entry.site.is_linear or entry.placement != "activation":
-            raise LostError(f"only the input of a linear layer, not the {entry.placement} of a {entry.site.kind}")
+            raise LostError(f"only what a linear layer reads can be turned before it, not {_turned(entry)}")
         calls = self.calls[entry.fqn]
         if len(calls) != 1:
-            raise LostError(f"called {len(calls)} times in the recorded forward")
+            raise LostError(f"{f'called {len(calls)} times' if calls else 'never called'} in the recorded forward")
         path = self._back(calls[0])
         labels = start(path[0])
         for before, node in pairwise(path[:-1]):
@@ -104,7 +113,7 @@ class _Search:
 
     def _back(self, call: fx.Node) -> list[fx.Node]:
         """Nodes from the producer's call to the site's."""
-        value = call.args[0] if call.args else call.kwargs.get("input")
+        value = first_operand(call)
         path = [call]
         while isinstance(value, fx.Node):
             path.insert(0, value)
@@ -143,7 +152,8 @@ class _Search:
                 if moved is not None:
                     todo.append((user, moved))
                 elif _sees(labels, wanted):
-                    raise LostError(f"{self._said(user)} reads the same rows of {path[0].target}")
+                    reader = "the model returns" if user.op == "output" else f"{self._said(user)} reads"
+                    raise LostError(f"{reader} the same rows of {path[0].target}")
 
 
 def _sees(labels: Labels, rows: torch.Tensor) -> bool:

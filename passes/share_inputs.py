@@ -12,6 +12,7 @@ import torch.nn as nn
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.plans import SitePlan, TraceInfo
 from oftfx.program import Program
+from oftfx.trace.operand import first_operand
 
 # Functions and layers that hand a value on unchanged, as far as a rotation of its last axis goes.
 _TRANSPARENT_METHODS = frozenset({"contiguous", "to", "clone", "float", "half", "bfloat16", "double", "type_as"})
@@ -91,7 +92,7 @@ def _inputs_by_site(graph: fx.Graph, modules: dict[str, nn.Module]) -> dict[str,
     found: dict[str, list[fx.Node]] = defaultdict(list)
     for node in graph.nodes:
         if node.op == "call_module":
-            value = node.args[0] if node.args else node.kwargs.get("input")
+            value = first_operand(node)
             if isinstance(value, fx.Node):
                 found[str(node.target)].append(_canonical(value, modules))
     return found
@@ -105,7 +106,7 @@ def _canonical(node: fx.Node, modules: dict[str, nn.Module]) -> fx.Node:
             or (node.op == "call_module" and isinstance(modules.get(str(node.target)), _TRANSPARENT_MODULES))
             or (node.op == "call_function" and node.target is torch.clone)
         ):
-            step = node.args[0]
+            step = first_operand(node)
         else:
             return node
         if not isinstance(step, fx.Node):

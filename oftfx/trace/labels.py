@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.nn as nn
-import torch.nn.functional as F
+
+from oftfx.trace.operand import first_operand, operand
 
 MOVES = frozenset(
     [
@@ -28,6 +29,7 @@ UNCHANGED = frozenset(
     [*("contiguous", "to", "clone", "detach", "type_as", "float", "half", "bfloat16", "double", "dropout", "dropout_")]
 )
 _UNCHANGED_MODULES = (nn.Identity, nn.Dropout)
+_ATTENTION = "scaled_dot_product_attention"
 _MATMUL = (torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm")
 
 
@@ -57,23 +59,30 @@ def name_of(node: fx.Node) -> str:
 
 def source_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | None:
     """The operand of a node whose features its result carries; None where the node is no such step."""
-    args: tuple[Any, ...] = node.args
     name = name_of(node)
+    found: Any = None
     if node.op == "call_module":
-        through = isinstance(modules.get(str(node.target)), _UNCHANGED_MODULES)
-        return args[0] if through and args else None
-    if node.op not in ("call_method", "call_function") or not args:
+        if isinstance(modules.get(str(node.target)), _UNCHANGED_MODULES):
+            found = first_operand(node)
+    elif node.op not in ("call_method", "call_function"):
         return None
-    if node.target is F.scaled_dot_product_attention or name == "scaled_dot_product_attention":
-        return args[2] if len(args) > 2 else node.kwargs.get("value")  # type: ignore[return-value]
-    if node.target in _MATMUL:
-        return args[1] if isinstance(args[1], fx.Node) else None
-    known = name in MOVES or name in UNCHANGED or node.target is operator.getitem or _is_scaling(node)
-    return args[0] if known and isinstance(args[0], fx.Node) else None
+    elif name == _ATTENTION:
+        found = operand(node, 2, "value")
+    elif node.target in _MATMUL:
+        found = operand(node, 1, "other", "mat2")
+    elif name in MOVES or name in UNCHANGED or node.target is operator.getitem or _is_scaling(node):
+        found = first_operand(node)
+    return found if isinstance(found, fx.Node) else None
 
 
 def start(node: fx.Node) -> Labels:
-    """Labels of a producer's own output: its last axis, counted."""
+    """Labels of a producer's own output: its last axis, counted.
+
+    Raises:
+        LostError: it gives out something other than one tensor.
+    """
+    if not isinstance(node.meta.get("val"), torch.Tensor):
+        raise LostError(f"{name_of(node)} gives out several values")
     shape = tuple(node.meta["val"].shape)
     return Labels(torch.arange(shape[-1]).expand(shape), torch.zeros(shape, dtype=torch.long))
 
@@ -87,23 +96,26 @@ def step(node: fx.Node, source: fx.Node, labels: Labels) -> Labels:
     name = name_of(node)
     if _uses_twice(node, source):
         raise LostError(f"{name} reads it twice")
-    if name == "scaled_dot_product_attention" or node.target in _MATMUL:
+    if name == _ATTENTION or node.target in _MATMUL:
         return _mix(node, labels)
     if name in UNCHANGED or node.op == "call_module" or _is_scaling(node):
         return labels
 
     def move(value: Any) -> Any:
-        args = [value if a is source else a for a in node.args]
-        if any(isinstance(a, fx.Node) for a in fx.node.map_aggregate(args, lambda a: a)):
-            raise LostError(f"{name} takes a size or index that is computed")
-        kwargs = dict(node.kwargs)
+        def known(other: fx.Node) -> Any:
+            if other is not source:
+                raise LostError(f"{name} takes a size or index that is computed")
+            return value
+
+        # Computed ones also hide in the tuples of a subscript and under names.
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), known)
         if name == "view":  # labels are expanded, which a view does not take
-            return args[0].reshape(*args[1:], **kwargs)
+            return args[0].reshape(*args[1:], **{"shape" if k == "size" else k: v for k, v in kwargs.items()})
         return getattr(args[0], name)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)  # type: ignore[operator]
 
     try:
         return Labels(move(labels.feature), move(labels.context), labels.mixed)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as error:
         raise LostError(f"{name} could not be followed: {error}") from error
 
 
@@ -128,5 +140,7 @@ def _mix(node: fx.Node, labels: Labels) -> Labels:
 
 
 def _is_scaling(node: fx.Node) -> bool:
-    """A product with, or division by, a plain number."""
-    return name_of(node) in ("mul", "div", "truediv") and isinstance(node.args[1], (int, float))
+    """A product with, or division by, a plain number; not one that rounds."""
+    factor = operand(node, 1, "other")
+    rounds = node.kwargs.get("rounding_mode") is not None
+    return name_of(node) in ("mul", "div", "truediv") and isinstance(factor, (int, float)) and not rounds

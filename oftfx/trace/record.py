@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -123,7 +123,8 @@ def record(
         _insert_guard(recorder.graph)
         module = build(model, recorder.graph, recorder.constants, guard)
     else:
-        recorder.graph.output(())
+        # Nothing can build the result from these; they say which values somebody outside reads.
+        recorder.graph.output(recorder.known(_returned(out)))
     return Recording(rung, recorder.graph, reason, dict(recorder.calls), time.perf_counter() - start, module)
 
 
@@ -299,6 +300,24 @@ def _output(recorder: Recorder, out: Any) -> Any:
     if isinstance(out, (tuple, list)):
         return type(out)(_output(recorder, v) for v in out)
     raise TraceError(f"the model returned a {type(out).__name__}, which a graph cannot build")
+
+
+def _returned(out: Any) -> Iterator[torch.Tensor]:
+    """Tensors anywhere in a model's result, also in objects of classes of its own; anything else is passed over."""
+    todo, seen = [out], dict[int, Any]()  # objects are kept, as ids are only unique among living ones
+    while todo:
+        value = todo.pop()
+        if id(value) in seen:
+            continue
+        seen[id(value)] = value
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, Mapping):
+            todo += value.values()
+        elif isinstance(value, (tuple, list, set)):
+            todo += value
+        elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
+            todo += vars(value).values()
 
 
 def _first_line(error: Exception) -> str:

@@ -8,7 +8,7 @@ Everything else is looked through. A tensor is known by its identity, a symbolic
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -110,6 +110,10 @@ class Recorder(TorchFunctionMode):
         node = self.graph.create_node("get_attr", name)
         self.bind(value, node)
         return node
+
+    def known(self, values: Iterable[torch.Tensor]) -> tuple[fx.Node, ...]:
+        """The nodes of those tensors that the recording has met, each once."""
+        return tuple(dict.fromkeys(self._nodes[id(v)] for v in values if id(v) in self._nodes))
 
     def argument(self, value: Any) -> Any:
         """A value as argument of a node."""
@@ -229,10 +233,9 @@ class Recorder(TorchFunctionMode):
         self._on = False
         try:
             with without_rotation(module):
-                out = self._run_leaf(module, original, args, kwargs)
+                out = _distinct(self._run_leaf(module, original, args, kwargs), (args, kwargs))
         finally:
             self._on = True
-        out = _distinct(out, (args, kwargs))
         node = self.graph.call_module(name, node_args, node_kwargs)
         node.meta["module"] = name
         self._track(out, node)
