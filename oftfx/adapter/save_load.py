@@ -8,6 +8,8 @@ import math
 import os
 import warnings
 from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +19,29 @@ from torch import Tensor
 
 from oftfx.adapter import peft
 from oftfx.adapter.store import AdapterStore, check_name, find_store, located, store_of, unwrapped
+from oftfx.adapter.switch import disable_adapters
 from oftfx.errors import AdapterError, AdapterFileError, OftfxWarning
+from oftfx.passes.find_producers import FindProducers
+from oftfx.passes.protocol import PassManager
+from oftfx.passes.share_inputs import ShareInputs
 from oftfx.placement import rotated_sites
-from oftfx.plans import Plan, SitePlan
+from oftfx.plans import Plan, SitePlan, TraceInfo
 from oftfx.program import Program
 from oftfx.rotation.module import skew_rows
 from oftfx.rotation.skew import skew_size
 from oftfx.sites import Site, choose_placement, fits
 from oftfx.spec import OFT
+from oftfx.trace.inputs import names_inputs
+from oftfx.trace.record import record_best
 
 PLAN_FILE = "oftfx_plan.json"
 LAYOUTS = ("peft", "oftfx")
 
 # What decides the meaning of a skew; an adapter in the model and a file have to agree in it.
 _MEANING = ("parameterization", "terms", "block_share", "coft_eps")
+
+# What a plan knows of a site besides its rotation.
+_KNOWN = ("owner", "same_input", "placement", "local_input", "producer", "producer_reason", "tied_blocks")
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", layout: str = "peft") -> Path:
@@ -79,7 +90,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
 
     A model that was never transformed gets the rotations the file names. Where it has an adapter of that name already,
     the values go into it, and its sites and settings have to be the file's. A model without an active adapter uses the
-    new one at once.
+    new one at once. As in `oftfx.transform`, the program of a model that names inputs itself is recorded for a new
+    adapter of PEFT's, so that layers that read the same tensor rotate in one product; the other layout says it itself.
 
     Args:
         model: the base model, or a transformed one.
@@ -108,11 +120,21 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     else:
         from oftfx.surgery import insert
 
-        insert(root, Program.of(root).with_(plan=plan), adapter, trainable=trainable)
+        program = Program.of(root).with_(plan=plan)
+        if names_inputs(root) and not (directory / PLAN_FILE).is_file():
+            program = _recorded(program, store)
+        insert(root, program, adapter, trainable=trainable)
     store = store_of(root)
     _fill(root, store, adapter, skews, parameters)
     store.activate(root, store.active or (adapter,))
     return model
+
+
+def _recorded(program: Program, store: AdapterStore | None) -> Program:
+    """The program with what a recording of the bare model tells of the sites: who reads the same, and what makes it."""
+    with nullcontext() if store is None else disable_adapters(program.model):
+        recorded = program.with_(recording=record_best(program.model))
+    return PassManager([ShareInputs(), FindProducers()]).run(recorded).program
 
 
 def _warn_of_peft(root: nn.Module, plan: Plan) -> None:
@@ -214,8 +236,7 @@ def _plan_of_file(
                 f"{where}: {name} has shape {tuple(tensor.shape)}, the model's {tuple(known[name].shape)}"
             )
     if saved:
-        owners = {e.fqn: e for e in saved}
-        entries = [_with_owner(e, owners[e.fqn]) for e in entries]
+        entries = [_as_saved(e, saved[e.fqn], skews[e.fqn], where) for e in entries]
         modules, bias = saved.train_modules, saved.train_bias
     else:
         modules = tuple(config.get("modules_to_save") or ())
@@ -223,16 +244,21 @@ def _plan_of_file(
     return Plan(
         type(root).__name__,
         tuple(entries),
+        trace=saved.trace if saved else TraceInfo(),
         train=tuple(n for n in known if n in parameters),
         train_modules=modules,
         train_bias=bias,
     )
 
 
-def _with_owner(entry: SitePlan, saved: SitePlan) -> SitePlan:
-    from dataclasses import replace
-
-    return replace(entry, owner=saved.owner, same_input=saved.same_input, placement=saved.placement)
+def _as_saved(entry: SitePlan, saved: SitePlan, skew: Tensor, where: Path) -> SitePlan:
+    """The entry with all that the plan beside the file knows of its site."""
+    entry = replace(entry, **{name: getattr(saved, name) for name in _KNOWN})
+    if len(entry.tied_blocks) not in (0, entry.blocks) or not _agrees(entry, skew):
+        raise AdapterFileError(
+            f"{where}: {entry.fqn}: blocks that share their parameters in {PLAN_FILE} have different numbers"
+        )
+    return entry
 
 
 def _config(path: Path) -> dict[str, Any]:
@@ -268,8 +294,6 @@ def _entry(site: Site, spec: OFT, skew: Tensor, where: Path) -> SitePlan:
 
 
 def _resized(spec: OFT, size: int) -> OFT:
-    from dataclasses import replace
-
     return replace(spec, block_size=size, blocks=None)
 
 

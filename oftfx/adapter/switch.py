@@ -50,7 +50,8 @@ def add_adapter(
     root, store = _switchable(model)
     if name in store.adapters:
         raise AdapterError(f"the model already has an adapter {name!r}; it has {', '.join(store.adapters)}")
-    planned = _planned(root, rules, example_inputs, train, train_bias, trace=False)
+    with disable_adapters(root):  # a recording would show rotations of their own in front of sites that read the same
+        planned = _planned(root, rules, example_inputs, train, train_bias, trace=False)
     if not planned.program.plan:
         raise RuleError("no site is left to rotate: every rule is optional or excludes what it matches")
     insert(root, planned.program, name, trainable=trainable)
