@@ -70,7 +70,7 @@ class FoldIntoProducers(Pass):
             stored = "by no known format" if weight_format is None else f"as {weight_format.name}"
             return f"its producer {producer.fqn} is stored {stored}, where turned rows would be rounded"
         if has_own_forward(module):
-            return f"its producer {producer.fqn} is a {type(module).__name__} with a forward of its own"
+            return f"its producer {producer.fqn} ({type(module).__name__}) has a forward of its own"
         own = placement.weight_format()
         size = own.nbytes(placement.module) if own is not None else 0
         names = {m: n for n, m in model.named_modules()}

@@ -55,7 +55,10 @@ class ProgramGraph(fx.GraphModule):
             try:
                 return self._checked(*args, **kwargs)
             except GuardError:
-                return self.eager.train(self.training)(*args, **kwargs)
+                # Only where it has to: parts of the model may be in another mode than the whole (a frozen batch norm).
+                if self.eager.training != self.training:
+                    self.eager.train(self.training)
+                return self.eager(*args, **kwargs)
         return self._checked(*args, **kwargs)
 
     def _checked(self, *args: Any, **kwargs: Any) -> Any:

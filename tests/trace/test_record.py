@@ -349,3 +349,26 @@ def test_a_miss_goes_to_the_model_where_that_is_asked_for(ids):
     assert copy.deepcopy(graph).on_miss == "eager"
     with pytest.raises(oftfx.errors.RuleError, match="on_miss"):
         oftfx.graph(model, ids(), on_miss="ignore")
+
+
+def test_a_miss_leaves_parts_in_the_mode_they_are_in():
+    class Frozen(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear, self.norm = nn.Linear(8, 8), nn.BatchNorm1d(8)
+
+        def forward(self, x, scale=None):
+            y = self.norm(self.linear(x))
+            return y if scale is None else y * scale
+
+    model = oftfx.transform(Frozen(), {"linear": oftfx.OFT(4)}).train()
+    model.norm.eval()
+    x = torch.randn(5, 8) + 3
+    graph = oftfx.graph(model, (x,), on_miss="eager")
+    before, expected = model.norm.running_mean.clone(), model(x, 2.0)
+    assert torch.equal(graph(x, 2.0), expected)
+    assert (model.training, model.norm.training) == (True, False)
+    assert torch.equal(model.norm.running_mean, before)
+    graph.eval()  # a graph in another mode still means the whole model
+    assert torch.equal(graph(x, 2.0), expected)
+    assert not model.training
