@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import importlib.util
-import sys
 import threading
 from pathlib import Path
 
@@ -28,12 +27,12 @@ def _tool():
     path = Path(__file__).parents[1] / "tools" / "compare_peft.py"
     spec = importlib.util.spec_from_file_location("compare_peft", path)
     module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclass looks there
     spec.loader.exec_module(module)
     return module
 
 
-tool = _tool()
+tool = _tool()  # and with it, its parts
+measures, models = (importlib.import_module(f"tools.peft_{part}") for part in ("measures", "models"))
 CASES = {case.name: case for case in tool.CASES}
 COST = "cost of a fold, Linear 2048x2048"
 
@@ -152,9 +151,9 @@ def test_an_indivisible_block_size_is_refused_and_never_replaced():
 def test_a_fold_needs_no_dense_product():
     size = 512
     small = dataclasses.replace(
-        CASES[COST], build=tool.one(nn.Linear, in_features=size, out_features=size, bias=False), inputs=None
+        CASES[COST], build=models.one(nn.Linear, in_features=size, out_features=size, bias=False), inputs=None
     )
-    measured = tool.cost(small, rounds=1)
+    measured = measures.cost(small, rounds=1)
     assert measured["PEFT"]["fold (GFLOP)"] >= 2 * size**3 / 1e9
     # out * in * block multiply-adds for the product, blocks * block^3 for each power of the series.
     assert measured["oftfx"]["fold (GFLOP)"] <= 1.5 * 2 * size**2 * 32 / 1e9
@@ -238,7 +237,7 @@ def test_files_of_embeddings_and_convolutions_both_ways(tmp_path, changes):
 )
 def test_a_file_of_a_larger_kernel_means_what_peft_merges(tmp_path, settings):
     """PEFT's own forward is wrong there, its merge is right; so a file it trained has one sensible meaning."""
-    base = tool.conv(kernel_size=3, **settings)
+    base = models.conv(kernel_size=3, **settings)
     x = torch.randn(2, 8, 12, 12)
     theirs = theirs_of(base(), target_modules=["0"])
     theirs.save_pretrained(tmp_path)
@@ -250,7 +249,7 @@ def test_a_file_of_a_larger_kernel_means_what_peft_merges(tmp_path, settings):
 @pytest.mark.parametrize("settings", [{"kernel_size": 1, "groups": 2}, {"kernel_size": (3, 1)}], ids=str)
 def test_a_file_whose_rotation_is_another_one_is_refused(tmp_path, settings):
     """Of these PEFT rotates all channels of all groups, or a square patch."""
-    base = tool.conv(**settings)
+    base = models.conv(**settings)
     theirs_of(base(), target_modules=["0"]).save_pretrained(tmp_path)
     with pytest.raises(AdapterError, match=r"0: skew of shape \(\d+, 6\) does not fit in_features"):
         oftfx.load_adapter(base(), tmp_path)
@@ -271,7 +270,7 @@ def test_gradients_are_the_references_slope(name):
     (output * weights).sum().backward()
     step = 1e-5
     with torch.no_grad():
-        up, down = (tool.expected(case, base, inputs, skew + s * step * direction) for s in (1, -1))
+        up, down = (measures.expected(case, base, inputs, skew + s * step * direction) for s in (1, -1))
     slope = float(((up - down) * weights).sum()) / (2 * step)
     assert float((skew.grad * direction).sum()) == pytest.approx(slope, rel=1e-6)
 
@@ -287,8 +286,8 @@ def test_adapters_of_other_block_sizes_act_and_fold_in_the_order_named(name):
     randomize(model, std=0.2)
     with torch.no_grad():
         first, second = (oftfx.adapter_parameters(model, n)[0] for n in "ba")
-        expected = tool.expected(case, base, inputs, first, second)
-        assert rel(tool.expected(case, base, inputs, second, first), expected) > 0.1
+        expected = measures.expected(case, base, inputs, first, second)
+        assert rel(measures.expected(case, base, inputs, second, first), expected) > 0.1
         assert rel(model(*inputs), expected) <= 1e-6
         assert rel(oftfx.fold(model).model(*inputs), expected) <= 1e-6
 
