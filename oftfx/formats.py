@@ -53,6 +53,10 @@ class WeightFormat(ABC):
     name: ClassVar[str]
     lossless: ClassVar[bool] = False
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> WeightFormat:
+        """Itself: a format knows no layer, and layers that refer to it share it."""
+        return self
+
     def layout(self, module: nn.Module) -> Layout:  # noqa: ARG002
         """How the stored tensor reads as matrix."""
         return Layout()
@@ -76,6 +80,26 @@ class WeightFormat(ABC):
     @abstractmethod
     def requantize(self, weight: Tensor, like: nn.Module) -> WeightState:
         """Store ``weight (out, in)``, float32 or wider, the way ``like`` stores its own; ``like`` is not changed."""
+
+    def calibrate(self, weight: Tensor, like: nn.Module, moments: Tensor) -> WeightState:  # noqa: ARG002
+        """Store ``weight (out, in)`` so that the layer's outputs change least, rather than its elements.
+
+        Args:
+            weight: float32 or wider.
+            like: the layer, whose settings are kept; it is not changed.
+            moments: second moments of the layer's inputs, ``X^T X (in, in)``, float32.
+
+        Raises:
+            FormatError: the format cannot do that.
+        """
+        raise FormatError(f"format {self.name!r} has no calibrated rounding; use 'requantize', 'keep' or 'float'")
+
+    def native_fault(self, module: nn.Module) -> str | None:  # noqa: ARG002
+        """Why gradients or outputs of the layer's own forward cannot be relied on here; None where they can.
+
+        Such a layer computes ``x @ dequantize(layer)^T + bias`` instead; see `oftfx.kernel`.
+        """
+        return None
 
     @abstractmethod
     def read(self, module: nn.Module) -> WeightState:
@@ -116,12 +140,12 @@ class WeightFormat(ABC):
         linear = nn.Linear(1, 1, bias=False, device="meta")
         linear.out_features, linear.in_features = weight.shape
         linear.weight = nn.Parameter(weight, requires_grad=False)
-        bias = module._parameters.get("bias")
+        bias: Tensor | None = getattr(module, "bias", None)  # a parameter, a buffer or a plain attribute
         linear.bias = None if bias is None else nn.Parameter(bias.detach().to(weight.dtype), bias.requires_grad)
         return linear.train(module.training)
 
 
-_BUILTIN = ("dense", "bnb4")
+_BUILTIN = ("dense", "bnb4", "bnb8", "hqq")
 _formats: dict[str, WeightFormat] = {}
 
 

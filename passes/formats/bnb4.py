@@ -14,19 +14,50 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FormatError, MissingExtraError
-from oftfx.formats import Geometry, WeightFormat, WeightState, register_format
+from oftfx.formats import Geometry, WeightState, register_format
+from oftfx.grids import Codes, Grid, Partition, Table
+from oftfx.scalar_format import ScalarFormat
 
 _PACK_ROWS = 32  # rows that the CPU layout interleaves
 
 
-class Bnb4(WeightFormat):
+class _Nested(NamedTuple):
+    """How scales are stored when they are quantized as well."""
+
+    absmax: Tensor
+    state2: Any
+    offset: Any
+
+
+class _DoubleQuantization:
+    """Scales less their mean, in 8-bit codes under one scale for 256 of them, as the package rounds them.
+
+    Args:
+        second: the QuantState of the scales, whose table and block size are kept.
+    """
+
+    def __init__(self, second: Any) -> None:
+        self.second, self.table = second, Table(second.code.float())
+
+    def __call__(self, scale: Tensor) -> tuple[Tensor, _Nested]:
+        """The scales that come out, and what is stored."""
+        offset = scale.mean()
+        partition = Partition.flat((1, scale.numel()), self.second.blocksize)
+        grid = Grid(partition, self.table, least_scale=1e-12)
+        coded = grid.fit((scale - offset).unsqueeze(0))
+        second = copy.copy(self.second)
+        second.absmax = coded.scale
+        return grid.values(coded)[0] + offset, _Nested(coded.codes[0], second, offset)
+
+
+class Bnb4(ScalarFormat):
     """``Linear4bit`` and its subclasses, recognised by class name and quant_state."""
 
     name = "bnb4"
@@ -46,35 +77,41 @@ class Bnb4(WeightFormat):
         state = _state(module)
         return getattr(state, "original_dtype", None) or state.dtype
 
-    def dequantize(self, module: nn.Module) -> Tensor:
-        """``code[c] * absmax`` in float32, from either layout."""
+    def grid(self, module: nn.Module) -> Grid:
+        """Runs of ``blocksize`` elements, which may cross rows, scaled into the table of nf4 or fp4."""
         state = _state(module)
-        codes, absmax = _codes(module.weight, state), _absmax(state)
-        values = state.code.float()[codes.long()]
-        count = values.numel()
-        # A last block may be shorter than the others.
-        scale = absmax.repeat_interleave(state.blocksize)[:count]
-        return (values * scale).reshape(tuple(state.shape))
-
-    def requantize(self, weight: Tensor, like: nn.Module) -> WeightState:
-        """Nearest code under each block's absmax, by the package's own quantizer; settings as in ``like``."""
-        try:
-            import bitsandbytes as bnb
-        except ImportError as error:
-            raise MissingExtraError("bitsandbytes", "bnb", "Requantizing a 4-bit weight") from error
-        old, state = like.weight, _state(like)
-        source = weight.to(device=old.device, dtype=torch.float32).contiguous()
-        packed, new_state = bnb.functional.quantize_4bit(
-            source,
-            blocksize=state.blocksize,
-            compress_statistics=bool(state.nested or getattr(state, "original_nested", False)),
-            quant_type=state.quant_type,
-            quant_storage=old.quant_storage,
+        return Grid(
+            Partition.flat(tuple(state.shape), state.blocksize),
+            Table(state.code.float()),
+            couple=_DoubleQuantization(state.state2) if state.nested else None,
         )
-        new_state.dtype = self.dtype(like)
+
+    def codes(self, module: nn.Module) -> Codes:
+        """From either layout."""
+        state = _state(module)
+        codes = _codes(module.weight, state).reshape(tuple(state.shape))
+        parts = _Nested(state.absmax, state.state2, state.offset) if state.nested else None
+        return Codes(codes, _absmax(state).contiguous(), parts=parts)
+
+    def pack(self, coded: Codes, like: nn.Module) -> WeightState:
+        """Two codes a byte, and a Params4bit and QuantState with the settings of ``like``."""
+        old, state = like.weight, copy.copy(_state(like))
+        flat = torch.nn.functional.pad(coded.codes.reshape(-1), (0, coded.codes.numel() % 2))
+        raw = (flat[::2] << 4) | flat[1::2]
+        if state.nested:
+            parts: _Nested = coded.parts
+            state.absmax, state.state2, state.offset = parts
+        else:
+            state.absmax = coded.scale
+        state.dtype = self.dtype(like)
+        state.packing_format_for_cpu = False
         parameter = copy.copy(old)
-        parameter.data, parameter.quant_state, parameter.bnb_quantized = packed, new_state, True
-        return {"weight": parameter, "quant_state": new_state}
+        parameter.data, parameter.quant_state, parameter.bnb_quantized = (
+            raw.view(_storage(old)).unsqueeze(1),
+            state,
+            True,
+        )
+        return {"weight": parameter, "quant_state": state}
 
     def read(self, module: nn.Module) -> WeightState:
         """The Params4bit and the quant_state that the layer keeps beside it."""
@@ -168,6 +205,11 @@ def _state(module: nn.Module) -> Any:
             "quantized. Move it to a device first, e.g. layer.to('cpu')"
         )
     return state
+
+
+def _storage(weight: Any) -> torch.dtype:
+    """The dtype as which the bytes are kept."""
+    return getattr(weight, "quant_storage", None) or torch.uint8
 
 
 def _is_packed(state: Any) -> bool:

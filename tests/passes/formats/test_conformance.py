@@ -11,7 +11,9 @@ from oftfx import OFT
 from oftfx.formats import format_of, formats
 from tests.reference import dense_rotation, randomize, rel
 
-PACKAGES = {"dense": "torch", "bnb4": "bitsandbytes"}
+PACKAGES = {"dense": "torch", "bnb4": "bitsandbytes", "bnb8": "bitsandbytes", "hqq": "hqq"}
+ROUNDS_ACTIVATIONS = {"bnb8": 0.02}
+"""Formats whose own eval forward rounds activations as well, and how much of the output that is."""
 SHAPES = [(256, 128), (192, 320), (64, 96)]  # (in, out)
 
 
@@ -77,7 +79,7 @@ def reload_bnb4(weight_format, layer):
     return fresh
 
 
-RELOAD = {"dense": reload_dense, "bnb4": reload_bnb4}
+RELOAD = {"dense": reload_dense, "bnb4": reload_bnb4, "bnb8": reload_dense, "hqq": reload_dense}
 
 
 def states(weight_format, layer):
@@ -108,11 +110,12 @@ def test_requantizing_an_unrotated_weight_changes_no_byte(weight_format, layer):
     weight_format.write(layer, weight_format.requantize(before, layer))
     assert torch.equal(weight_format.dequantize(layer), before)
     weight_format.write(layer, state)
-    assert weight_format.read(layer)["weight"] is state["weight"]
+    now = weight_format.read(layer)
+    assert all(now[name] is value for name, value in state.items())
 
 
 def test_ten_random_rotations_cost_no_more_than_the_first_quantization(weight_format, layer):
-    original = nn.Linear(*reversed(weight_format.dequantize(layer).shape)).weight.detach()
+    original = torch.randn(weight_format.dequantize(layer).shape) * 0.05
     weight_format.write(layer, weight_format.requantize(original, layer))
     plain = rel(weight_format.dequantize(layer), original)
     base = weight_format.dequantize(layer)
@@ -152,18 +155,22 @@ def test_every_policy_against_the_dense_product(weight_format, layer, policy):
     result = oftfx.fold(model, quantized=policy)
     (row,) = result.report
     expected = x.double() @ target.T + layer.bias.double()
-    with torch.no_grad():
-        error = rel(result.model(x), expected)
+    rounded = ROUNDS_ACTIVATIONS.get(weight_format.name, 0.0) if row.action != "dequantized" else 0.0
+
+    def error_of(wanted):
+        with torch.no_grad():
+            return rel(result.model(x), wanted)
+
     if policy == "requantize" and not weight_format.lossless:
         folded = weight_format.dequantize(result.model[0])
         assert row.action == "requantized"
-        assert rel(result.model(x), x.double() @ folded.double().T + layer.bias.double()) < 1e-5
+        assert error_of(x.double() @ folded.double().T + layer.bias.double()) < max(1e-5, rounded)
         assert row.relative_error == pytest.approx(rel(folded, target), rel=1e-3)
         update, arrived = (target - weight).flatten(), (folded.double() - weight).flatten()
         assert row.survival == pytest.approx(float(arrived @ update / (update @ update)), rel=1e-3)
         assert row.relative_error < 0.13
     else:
-        assert error < 2e-6
+        assert error_of(expected) < max(2e-6, rounded)
         assert row.relative_error < 1e-7
         assert row.survival == pytest.approx(1.0, abs=1e-5)
     assert row.update == pytest.approx(rel(target, weight), rel=1e-4)

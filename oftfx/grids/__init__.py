@@ -1,0 +1,8 @@
+"""Grids that weights are rounded to: which elements share a scale, which levels there are, and how to round."""
+
+from oftfx.grids.compensate import compensated
+from oftfx.grids.grid import Codes, Grid
+from oftfx.grids.levels import Float8, Integers, Levels, Table
+from oftfx.grids.partition import Partition
+
+__all__ = ["Codes", "Float8", "Grid", "Integers", "Levels", "Partition", "Table", "compensated"]

@@ -1,0 +1,164 @@
+"""A weight on a grid: codes, scales and zeros; and the grid that a float weight is rounded to."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from oftfx.grids.levels import Integers, Levels
+from oftfx.grids.partition import Partition
+
+_NARROWEST, _STEPS = 0.6, 20
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight on a grid.
+
+    Attributes:
+        codes: ``(rows, columns)``, int16 or uint8; their meaning is the grid's.
+        scale: float32 ``(groups,)``.
+        zero: float32 ``(groups,)``, in units of a code; None where the grid fixes it.
+        parts: how the scales are stored, where the format quantizes them as well; what `Grid.couple` returned.
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None = None
+    parts: Any = None
+
+
+@dataclass(frozen=True, eq=False)
+class Grid:
+    """The values a format can store: ``W = (level(code) - zero) * scale``, scale and zero by group.
+
+    Attributes:
+        partition: the groups.
+        levels: the levels before scaling.
+        zero: ``"integer"`` or ``"float"``: each group has its own; or the one number they all have.
+        product: dtype in which the format's own runtime multiplies, so that values are the layer's to the bit.
+        stored: what a format makes of scales when it stores them in a narrower dtype; float32 ``(groups,)`` both ways.
+        couple: the same where it needs the scales of all groups at once (a second quantization); also returns what it
+            stores, for `Codes.parts`.
+        least_scale: scales are at least this, so that a group of zeros is not divided by zero.
+    """
+
+    partition: Partition
+    levels: Levels
+    zero: Literal["integer", "float"] | float = 0.0
+    product: torch.dtype = torch.float32
+    stored: Callable[[Tensor], Tensor] = lambda scale: scale
+    couple: Callable[[Tensor], tuple[Tensor, Any]] | None = None
+    least_scale: float = 1e-8
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the zero is the same for all."""
+        return not isinstance(self.zero, str)
+
+    def narrowed(self, columns: int) -> Grid:
+        """The grid of one of the partition's column sets."""
+        return replace(self, partition=self.partition.narrowed(columns))
+
+    def values(self, coded: Codes) -> Tensor:
+        """The weight ``(rows, columns)``, float32."""
+        expand = self.partition.expand
+        zero = None if coded.zero is None else expand(coded.zero)
+        return self.value(coded.codes, expand(coded.scale), zero)
+
+    def value(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Values of codes whose scales and zeros are given element by element (or broadcast)."""
+        level = self._offset(self.levels.decode(codes), zero)
+        return (level.to(self.product) * scale.to(self.product)).float()
+
+    def code(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """Codes of the nearest values under scales and zeros given element by element (or broadcast)."""
+        level = values / scale
+        if zero is not None:
+            level = level + zero
+        elif self.zero:
+            level = level + float(self.zero)
+        return self.levels.encode(level)
+
+    def _offset(self, level: Tensor, zero: Tensor | None) -> Tensor:
+        if zero is not None:
+            return level - zero
+        return level - float(self.zero) if self.zero else level
+
+    def fit(self, weight: Tensor, *, search: bool = False, importance: Tensor | None = None) -> Codes:
+        """Scales and zeros for a weight, with the nearest codes.
+
+        Args:
+            weight: float32 ``(rows, columns)``.
+            search: narrow each group's range as far as that lessens its squared error; else the range is the group's.
+            importance: what the squared error of an element counts, ``(rows, columns)`` or broadcast to it.
+        """
+        groups = self.partition.split(weight)
+        counts = None if importance is None else self.partition.split(importance.expand_as(weight))
+        best: tuple[Tensor, Tensor, Tensor | None] | None = None
+        for scale, zero in self._ranges(groups, search):
+            error = self._error(groups, scale, zero, counts)
+            best = (error, scale, zero) if best is None else _better(best, (error, scale, zero))
+        assert best is not None
+        _, scale, zero = best
+        if self.couple is None:
+            return self.encode(weight, scale, zero)
+        scale, parts = self.couple(scale)  # stored together, whatever was chosen for each
+        return replace(self.encode(weight, scale, zero), parts=parts)
+
+    def encode(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Codes:
+        """The nearest codes under given scales and zeros, ``(groups,)`` each."""
+        expand = self.partition.expand
+        return Codes(self.code(weight, expand(scale), None if zero is None else expand(zero)), scale, zero)
+
+    def nearest(self, weight: Tensor, old: Codes | None = None, *, search: bool = False) -> Codes:
+        """Round a weight; groups in which it equals ``old`` keep their bytes, the others the better of both scales."""
+        new = self.fit(weight, search=search)
+        if old is None:
+            return new
+        split, was = self.partition.split, self.values(old)
+        groups = split(weight)
+        same = (groups == split(was)).all(dim=1)
+        if self.couple is not None:  # scales stand together
+            return old if bool(same.all()) else new
+        same |= self._error(groups, old.scale, old.zero, None) < self._error(groups, new.scale, new.zero, None)
+        scale = torch.where(same, old.scale, new.scale)
+        zero = None if new.zero is None or old.zero is None else torch.where(same, old.zero, new.zero)
+        coded = self.encode(weight, scale, zero)
+        # A table may hold a value twice; where neither value nor scale has changed, the byte does not.
+        kept = (weight == was) & self.partition.expand(same)
+        return replace(coded, codes=torch.where(kept, old.codes, coded.codes))
+
+    def _error(self, groups: Tensor, scale: Tensor, zero: Tensor | None, counts: Tensor | None) -> Tensor:
+        column, offset = scale.unsqueeze(1), None if zero is None else zero.unsqueeze(1)
+        missed = (self.value(self.code(groups, column, offset), column, offset) - groups).square_()
+        return missed.sum(1) if counts is None else (missed * counts).sum(1)
+
+    def _ranges(self, groups: Tensor, search: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Scales and zeros to choose from, the group's own range first."""
+        shares = torch.linspace(1.0, _NARROWEST, _STEPS + 1).tolist() if search else [1.0]
+        if self.symmetric:
+            largest = groups.abs().amax(1)
+            for share in shares:
+                yield self._scale(largest * (share / self.levels.reach)), None
+            return
+        assert isinstance(self.levels, Integers)
+        low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
+        for share in shares:
+            scale = self._scale((high - low) * (share / (self.levels.high - self.levels.low)))
+            zero = self.levels.low - low * share / scale
+            yield scale, (zero.round().clamp(self.levels.low, self.levels.high) if self.zero == "integer" else zero)
+
+    def _scale(self, scale: Tensor) -> Tensor:
+        scale = scale.clamp(min=self.least_scale)
+        return scale if self.couple is not None else self.stored(scale)
+
+
+def _better(a: tuple[Tensor, Tensor, Tensor | None], b: tuple[Tensor, Tensor, Tensor | None]) -> tuple:
+    chosen = b[0] < a[0]
+    zero = None if a[2] is None or b[2] is None else torch.where(chosen, b[2], a[2])
+    return torch.where(chosen, b[0], a[0]), torch.where(chosen, b[1], a[1]), zero

@@ -1,0 +1,104 @@
+"""The values that a scaled weight may take, and rounding to the nearest."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+
+class Levels(ABC):
+    """A finite set of levels. Codes are integers; `encode` saturates.
+
+    Attributes:
+        reach: the largest magnitude of a level on both sides; a group's largest element is scaled to it.
+    """
+
+    reach: float
+
+    @abstractmethod
+    def encode(self, values: Tensor) -> Tensor:
+        """Codes of the levels nearest to ``values`` (float32, any shape)."""
+
+    @abstractmethod
+    def decode(self, codes: Tensor) -> Tensor:
+        """The levels of codes, float32."""
+
+
+@dataclass(frozen=True)
+class Integers(Levels):
+    """``low, ..., high``; a code is the integer itself, int16. Halves are rounded to even.
+
+    Attributes:
+        low: smallest.
+        high: largest, below 2**15.
+        reach: what a group's largest magnitude is scaled to, where zero is fixed; formats differ in it.
+    """
+
+    low: int
+    high: int
+    reach: float = 0.0
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Round and clamp."""
+        return values.round().clamp_(self.low, self.high).to(torch.int16)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """As float32."""
+        return codes.float()
+
+
+@dataclass(frozen=True, eq=False)
+class Table(Levels):
+    """Levels of a table, in any order; a code is an index, uint8.
+
+    Attributes:
+        values: float32 ``(levels,)``.
+    """
+
+    values: Tensor
+    reach: float = 1.0
+    _sorted: Tensor = field(init=False, repr=False)
+    _middles: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        order = torch.argsort(self.values, stable=True)
+        ascending = self.values[order]
+        object.__setattr__(self, "_sorted", order.to(torch.uint8))
+        object.__setattr__(self, "_middles", (ascending[1:] + ascending[:-1]) / 2)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """The nearest entry; of two equally near, the lower."""
+        return self._sorted[torch.bucketize(values.contiguous(), self._middles)]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Look up."""
+        return self.values[codes.int()]
+
+
+@dataclass(frozen=True)
+class Float8(Levels):
+    """A float8 type of torch; a code is its byte, uint8.
+
+    Attributes:
+        dtype: ``torch.float8_e4m3fn``, ...
+        reach: what a group's largest magnitude is scaled to; its largest finite value unless a format says else.
+    """
+
+    dtype: torch.dtype
+    reach: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.reach:
+            object.__setattr__(self, "reach", torch.finfo(self.dtype).max)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Saturate, then round to even."""
+        largest = torch.finfo(self.dtype).max
+        return values.clamp(-largest, largest).to(self.dtype).view(torch.uint8)
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """As float32."""
+        return codes.view(self.dtype).float()
