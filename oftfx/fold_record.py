@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from oftfx.formats import WeightFormat, WeightState
+from oftfx.kernel import is_exact, use_exact
 from oftfx.placement import Placement
 from oftfx.rotation.module import FrozenRotation, Rotation
 from oftfx.structure import replace_module
@@ -21,14 +22,19 @@ class SiteFold:
         fqn: module path.
         format: weight format before the fold.
         action: ``"folded"`` (float weight rotated), ``"kept"`` (quantized weight untouched, rotation in front),
-            ``"requantized"``, ``"dequantized"`` (now a float layer), ``"untouched"`` (the rotation was the identity) or
-            ``"into producer"`` (this weight untouched, the rows of the layer before it turned).
+            ``"requantized"``, ``"calibrated"``, ``"from reference"`` (and ``", calibrated"``), ``"dequantized"`` (now a
+            float layer), ``"untouched"`` (the rotation was the identity) or ``"into producer"`` (this weight untouched,
+            the rows of the layer before it turned).
         update: ``|W_target - W| / |W|``, how far the rotation moved the weight.
         relative_error: ``|W_folded - W_target| / |W_target|``, Frobenius; 0 where nothing was rounded.
         survival: ``<W_folded - W, W_target - W> / |W_target - W|^2``, the share of the update that arrived.
         bytes_before: size of the stored weight.
         bytes_after: the same afterwards, with a rotation that stays in front.
         note: what a user should know.
+        output_error: ``|X (W_folded - W_target)^T| / |X W_target^T|`` on the calibration inputs X that the layer read;
+            None where they were not seen.
+        output_survival: the same as ``survival`` for these outputs; what error-compensated rounding keeps, which moves
+            weights for its sake.
     """
 
     fqn: str
@@ -40,6 +46,8 @@ class SiteFold:
     bytes_before: int
     bytes_after: int
     note: str = ""
+    output_error: float | None = None
+    output_survival: float | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +63,7 @@ class Undo:
     active: tuple[str, ...]
     holder: nn.Module | None
     path: str
+    exact: bool
 
     @classmethod
     def of(cls, path: str, placement: Placement, weight_format: WeightFormat) -> Undo:
@@ -74,6 +83,7 @@ class Undo:
             tuple(placement.active),
             holder,
             path,
+            is_exact(placement.module),
         )
 
     def restore(self, model: nn.Module) -> None:
@@ -84,6 +94,8 @@ class Undo:
             replace_module(model, now, module)
         placement.drop()
         self.format.write(module, self.state)
+        if self.exact:
+            use_exact(module)
         if self.holder is not None:
             module._modules[placement.child] = self.holder
         placement.fixed, placement.rotations, placement.active = list(self.fixed), dict(self.rotations), self.active

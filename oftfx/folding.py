@@ -12,13 +12,15 @@ import torch.nn as nn
 from oftfx.adapter.store import AdapterStore, drop_store, keep_store, located
 from oftfx.errors import AdapterError, FoldError
 from oftfx.fold_record import SiteFold
-from oftfx.modes import outputs_of
+from oftfx.hf_quantizer import QuantizerNotes, note_float_layers
+from oftfx.measure import Measured, measure
 from oftfx.passes.fold_into_producers import FoldIntoProducers
-from oftfx.passes.fold_rotations import FoldRotations, Policy
-from oftfx.passes.protocol import PassManager, relative_error
+from oftfx.passes.fold_rotations import FoldRotations
+from oftfx.passes.protocol import PassManager
 from oftfx.plans import Producer
+from oftfx.policies import Policy
 from oftfx.program import Program
-from oftfx.quantizer import QuantizerNotes, correct
+from oftfx.reference import Reference, ReferenceWeights
 from oftfx.report.fold_report import FoldReport
 from oftfx.structure import structural_copy
 
@@ -45,6 +47,7 @@ def fold(
     adapter: str | Sequence[str] | None = None,
     into: Literal["site", "producer"] = "site",
     calibration: Iterable[Mapping[str, Any] | tuple[Any, ...]] | None = None,
+    reference: Reference | None = None,
     inplace: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> FoldResult:
@@ -57,13 +60,20 @@ def fold(
         model: a transformed model.
         quantized: ``"keep"``: the quantized weight stays bit for bit and a fixed rotation stays in front of it (exact);
             ``"float"``: the layer becomes a float one (exact, larger); ``"requantize"``: rounded to the format's
-            nearest codes, which loses part of a small update, see `FoldReport.survival`. Or a function from `Site` to
-            one of these.
+            nearest codes, which loses part of a small update, see `FoldReport.survival`; ``"calibrate"``: rounded so
+            that the layer's outputs on ``calibration`` change least, error-compensated, layer after layer in the order
+            in which the model runs them; ``"reference"``: the rotated original float weights are rounded, with error
+            compensation where there is ``calibration``. A `Budget` takes for each site the first policy that is good
+            enough; a function from `Site` gives any of these.
         adapter: which adapters, in the order they act; None for the active ones. Others are dropped, and reported.
         into: ``"producer"``: where a site's rotation can be pushed exactly into the layer that makes its input (v_proj
             for o_proj, say), its own weight stays bit for bit and that layer's rows are turned; the report says for
             every other site why it is folded on itself instead. See `FindProducers`.
-        calibration: inputs to measure the whole model's output error on (dicts of keyword arguments or tuples).
+        calibration: inputs of the model (dicts of keyword arguments or tuples), some dozens of real ones: for the
+            policies that need them, and to measure the whole model's output error and perplexity on.
+        reference: the original float model, the directory of its checkpoint, or a function from module path to weight.
+            Only for adapters that were trained on the float model: one that was trained on a quantized model has learnt
+            that model's errors as well, and they are not in these weights.
         inplace: change ``model`` itself; otherwise the result shares every tensor that the fold does not replace.
         progress: called with (sites done, all sites).
 
@@ -84,16 +94,16 @@ def fold(
     if into not in ("site", "producer"):
         raise FoldError(f"into: got {into!r}, expected 'site' or 'producer'")
     batches = _batches(calibration)
-    step = FoldRotations(quantized, progress)
+    original = None if reference is None else ReferenceWeights(reference)
+    step = FoldRotations(quantized, calibration=batches, reference=original, progress=progress)
     # The state before is kept as a structure of its own; nothing the user does to the model afterwards reaches it.
-    before = None if inplace else structural_copy(root)
+    before = structural_copy(root) if not inplace or batches else None
     target = root if inplace else structural_copy(root)
     own = located(target)[1]
     pushing = FoldIntoProducers(_producers(store, names)) if into == "producer" else None
     undo = Before.of(target, own, [*([pushing] if pushing else []), step])
     try:
         own.activate(target, names)
-        expected = [_floats(target, b) for b in batches]
         program = Program.of(target)
         if pushing is not None:
             PassManager([pushing], verify=batches[0] if batches else None).run(program)
@@ -105,11 +115,11 @@ def fold(
     for parameter in own.parameters(names):
         parameter.requires_grad_(False)
     drop_store(target)
-    correct(target, [s.fqn for s in step.sites if s.action == "dequantized"])
-    error = _output_error(expected, [_floats(target, b) for b in batches])
+    note_float_layers(target, [s.fqn for s in step.sites if s.action == "dequantized"])
+    measured = None if before is None or not batches else _measured(before, target, names, batches)
     sites = [*pushing.sites, *(_with_reason(s, pushing.reasons) for s in step.sites)] if pushing else step.sites
-    report = FoldReport(tuple(sites), names, tuple(n for n in store.adapters if n not in names), error)
-    return FoldResult(target, report, before, undo if inplace else None)
+    report = FoldReport(tuple(sites), names, tuple(n for n in store.adapters if n not in names), measured)
+    return FoldResult(target, report, None if inplace else before, undo if inplace else None)
 
 
 def unfold(result: FoldResult) -> nn.Module:
@@ -186,13 +196,14 @@ def _batches(calibration: Any) -> list[Mapping[str, Any] | tuple[Any, ...]]:
     return batches
 
 
-def _floats(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...]) -> list[torch.Tensor]:
-    return [t for t in outputs_of(model, batch) if t.is_floating_point()]
-
-
-def _output_error(before: list[list[torch.Tensor]], after: list[list[torch.Tensor]]) -> float | None:
-    if not before:
-        return None
-    old = torch.cat([t.double().flatten() for batch in before for t in batch])
-    new = torch.cat([t.double().flatten() for batch in after for t in batch])
-    return relative_error(new, old)
+def _measured(
+    before: nn.Module, after: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str, Any] | tuple[Any, ...]]
+) -> Measured:
+    """The folded model against the unfolded one with the same adapters; ``before`` is left as it was."""
+    store = located(before)[1]
+    active = store.active
+    store.activate(before, tuple(names))
+    try:
+        return measure(before, after, batches)
+    finally:
+        store.activate(before, active)

@@ -49,6 +49,7 @@ class SitePlan:
         producer: the layer that `oftfx.fold` can put the rotation into with ``into="producer"``, or None.
         producer_reason: why there is none.
         tied_blocks: for each block its row of the skew, where blocks share rows; see `Rotation`.
+        kernel: how a quantized layer multiplies: ``"native"`` or ``"exact"``; see `oftfx.kernel`.
         notes: what a user should know about this site.
     """
 
@@ -65,6 +66,7 @@ class SitePlan:
     producer: Producer | None = None
     producer_reason: str = "not recorded"
     tied_blocks: tuple[int, ...] = ()
+    kernel: str = "native"
 
     @property
     def copies(self) -> int:

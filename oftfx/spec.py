@@ -31,6 +31,8 @@ class OFT:
         experts: of a layer of experts, ``"shared"``: one rotation for all of them, or ``"each"``: one for every.
         into: ``"producer"``: make the rotation so that `oftfx.fold` can put it into the layer before the site, exactly;
             blocks of grouped heads that read the same rows then share their parameters. See `passes.find_producers`.
+        kernel: of a quantized layer, ``"native"``: its package's own forward, ``"exact"``: its dequantized weight;
+            ``"auto"`` takes the package's own unless gradients or outputs of it cannot be relied on where the layer is.
         init: ``"identity"`` (skew 0: the model starts unchanged) or ``"normal"`` (std 0.1).
         on_indivisible: ``"error"``, or ``"nearest"``: take the divisor nearest to the size asked for, as PEFT does.
 
@@ -50,6 +52,7 @@ class OFT:
     placement: Literal["auto", "activation", "weight"] = "auto"
     experts: Literal["shared", "each"] = "shared"
     into: Literal["site", "producer"] = "site"
+    kernel: Literal["auto", "native", "exact"] = "auto"
     init: Literal["identity", "normal"] = "identity"
     on_indivisible: Literal["error", "nearest"] = "error"
 
@@ -78,6 +81,7 @@ class OFT:
         self._check("placement", self.placement in ("auto", "activation", "weight"), '"auto", "activation" or "weight"')
         self._check("experts", self.experts in ("shared", "each"), '"shared" or "each"')
         self._check("into", self.into in ("site", "producer"), '"site" or "producer"')
+        self._check("kernel", self.kernel in ("auto", "native", "exact"), '"auto", "native" or "exact"')
         self._check("init", self.init in ("identity", "normal"), '"identity" or "normal"')
         self._check("on_indivisible", self.on_indivisible in ("error", "nearest"), '"error" or "nearest"')
 

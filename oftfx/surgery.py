@@ -12,6 +12,8 @@ import torch.nn as nn
 
 from oftfx.adapter.store import Adapter, check_name, find_store, store_of, transformed_part, unwrapped
 from oftfx.errors import AdapterError, OftfxWarning, RuleError, TraceError
+from oftfx.hf_quantizer import allow_training
+from oftfx.kernel import choose_kernel
 from oftfx.passes.find_functional import FindFunctional
 from oftfx.passes.find_producers import FindProducers
 from oftfx.passes.insert_rotations import InsertRotations
@@ -22,7 +24,6 @@ from oftfx.passes.share_inputs import ShareInputs
 from oftfx.placement import SiteRotations, child_name
 from oftfx.plans import Plan
 from oftfx.program import Program
-from oftfx.quantizer import allow_training
 from oftfx.rules import Rule, Rules, read_rules
 from oftfx.sites import choose_placement, fits
 from oftfx.structure import structural_copy
@@ -263,7 +264,8 @@ def _carry_out(model: nn.Module, plan: Plan) -> Program:
             )
         # The plan may come from a float or a meta model; format and dtype are those of the layer that is here.
         placement = entry.placement if entry.placement in found.placements else choose_placement(found, entry.spec)
-        entries.append(replace(entry, site=found, placement=placement))
+        kernel, _ = choose_kernel(model.get_submodule(found.module), entry.spec.kernel)
+        entries.append(replace(entry, site=found, placement=placement, kernel=kernel))
     return program.with_(plan=replace(plan, entries=tuple(entries)))
 
 

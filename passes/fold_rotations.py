@@ -2,48 +2,50 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn as nn
 
 from oftfx.errors import FoldError, OftfxWarning, PassError
 from oftfx.fold_record import SiteFold, Undo
-from oftfx.formats import WeightFormat, format_of
-from oftfx.passes.freeze_rotations import Freezer, product_of
-from oftfx.passes.protocol import BOUNDS, Change, Pass, PassResult, relative_error
-from oftfx.placement import CHILD, Placement, RotateInput, rotated_sites
-from oftfx.probe import has_own_forward, probe
+from oftfx.formats import WeightFormat
+from oftfx.lockstep import Inputs, Lockstep
+from oftfx.moments import Moments
+from oftfx.passes.fold_site import SiteFolder
+from oftfx.passes.protocol import Change, Pass, PassResult
+from oftfx.placement import Placement, RotateInput, rotated_sites
+from oftfx.policies import Budget, Policy, check_policy, choices
 from oftfx.program import Program
+from oftfx.reference import ReferenceWeights
 from oftfx.rotation.module import Rotation
 from oftfx.sites import Site
-from oftfx.structure import HOOKS, replace_module
-from oftfx.untie import Untied, untie
-
-POLICIES = ("keep", "requantize", "float")
-LATER_POLICIES = ("calibrate", "reference")
-Policy = str | Callable[[Site], str]
+from oftfx.untie import Untied
 
 _NEVER_RAN = (
     "this layer has never been called while others have, so its rotation may not be part of what the model computed "
     "(its weight may be used by other code); compare folded and unfolded outputs, or exclude it by a rule"
 )
-_NOT_PROBED = "its class has a forward of its own that could not be tried alone; compare folded and unfolded outputs"
+_NOT_REACHED = "no calibration input reached this layer, so its weights are rounded to the nearest codes"
 
 
 class FoldRotations(Pass):
     """Fold every site of the model in place.
 
     A float weight takes its rotation exactly, computed in float32 (float64 for float64) blockwise and rounded once.
-    A quantized one follows the policy: ``"keep"`` and ``"float"`` are exact, ``"requantize"`` rounds to the format's
-    grid. A weight whose rotation is exactly the identity is never touched.
+    A quantized one follows the policy; see `oftfx.fold`. A weight whose rotation is exactly the identity is never
+    touched.
+
+    Sites that are calibrated come last, in the order in which the model runs them: each sees what the layers before it
+    have become. See `oftfx.lockstep`.
 
     Args:
         quantized: a policy, or a function from `Site` to one.
+        calibration: inputs of the model, for error-compensated rounding.
+        reference: original float weights, for that policy.
         progress: called with (sites done, all sites) after each.
 
     Attributes:
@@ -55,10 +57,18 @@ class FoldRotations(Pass):
     preserves = "lossy"  # per site; exact and rounding ones are in the report
     after = ("insert_rotations",)
 
-    def __init__(self, quantized: Policy = "keep", progress: Callable[[int, int], None] | None = None) -> None:
-        if isinstance(quantized, str):
-            _check_policy(quantized, "quantized")
-        self.quantized, self.progress = quantized, progress
+    def __init__(
+        self,
+        quantized: Policy = "keep",
+        *,
+        calibration: Sequence[Inputs] = (),
+        reference: ReferenceWeights | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> None:
+        if not callable(quantized) or isinstance(quantized, Budget):
+            check_policy(quantized, "quantized")
+        self.quantized, self.calibration, self.reference = quantized, tuple(calibration), reference
+        self.progress = progress
         self.sites: list[SiteFold] = []
         self.undo: list[Undo | Untied] = []
 
@@ -66,45 +76,104 @@ class FoldRotations(Pass):
         """Fold, site by site.
 
         Raises:
-            FoldError: an unknown policy, a weight that is not finite, or a layer that does not compute ``x @ W^T``.
+            FoldError: an unknown policy, or one without what it needs; a weight that is not finite; a layer that does
+                not compute ``x @ W^T``.
         """
-        sites = {s.fqn: s for s in program.sites}
-        todo = list(rotated_sites(program.model))
-        policies = {fqn: self._policy(sites, fqn) for fqn, _ in todo}  # a bad one is found before anything changes
-        counts = Counter(id(p) for _, p in program.model.named_parameters(remove_duplicate=False))
-        aliases = {id(p) for m in _several_names(program.model) for p in m._parameters.values() if p is not None}
-        shared = {i for i, n in counts.items() if n > 1 and i not in aliases}
-        folder = _Folder(program.model, shared, self.undo)
-        changes = []
-        some_ran = any(placement.ran for _, placement in todo)
-        for index, (fqn, placement) in enumerate(todo):
-            remark = _NEVER_RAN if some_ran and not placement.ran else _later_hooks(placement)
-            weight_format = placement.weight_format()
-            if weight_format is None:
-                raise FoldError(_unreadable(fqn, placement))
-            path = folder.paths[placement.module]
-            self.undo.append(Undo.of(path, placement, weight_format))
-            done = folder.fold(fqn, placement, weight_format, policies[fqn])
+        model, sites = program.model, {s.fqn: s for s in program.sites}
+        todo = [_Todo(fqn, p, self._format(fqn, p), self._policy(sites, fqn)) for fqn, p in rotated_sites(model)]
+        for one in todo:  # before anything changes
+            self._check(one)
+        folder = SiteFolder(model, _shared(model), self.undo, self.reference)
+        some_ran = any(t.placement.ran for t in todo)
+        remarks = {t.fqn: _NEVER_RAN if some_ran and not t.placement.ran else _later_hooks(t.placement) for t in todo}
+        done: dict[str, SiteFold] = {}
+
+        def fold(one: _Todo, moments: torch.Tensor | None = None, remark: str = "") -> None:
+            path = folder.paths[one.placement.module]
+            self.undo.append(Undo.of(path, one.placement, one.format))
+            result = folder.fold(one.fqn, one.placement, one.format, one.policy, moments)
+            remark = remark or remarks[one.fqn]
             if remark:
-                done = replace(done, note=_joined(done.note, remark))
-                warnings.warn(f"{fqn}: {remark}", OftfxWarning, stacklevel=2)
-            self.sites.append(done)
-            changes.append(Change(fqn, done.action, done.note))
+                result = replace(result, note="; ".join(n for n in (result.note, remark) if n))
+                warnings.warn(f"{one.fqn}: {remark}", OftfxWarning, stacklevel=4)
+            done[one.fqn] = result
             if self.progress is not None:
-                self.progress(index + 1, len(todo))
-        return PassResult(program.with_(sites=Program.of(program.model).sites), bool(todo), tuple(changes))
+                self.progress(len(done), len(todo))
+
+        later = [t for t in todo if self._is_calibrated(t)]
+        for one in todo:
+            if one not in later:
+                fold(one)
+        self._calibrate(model, later, fold)
+        self.sites = [done[t.fqn] for t in todo]
+        changes = tuple(Change(s.fqn, s.action, s.note) for s in self.sites)
+        return PassResult(program.with_(sites=Program.of(model).sites), bool(todo), changes)
+
+    def _calibrate(self, model: nn.Module, todo: Sequence[_Todo], fold: Callable[..., None]) -> None:
+        if not todo:
+            return
+        by_module, moments = {t.placement.module: t for t in todo}, Moments()
+
+        def show(module: nn.Module, inputs: list[torch.Tensor]) -> None:
+            fold(by_module[module], moments.of(inputs))
+
+        for module in Lockstep(model, list(by_module)).run(self.calibration, show):
+            fold(by_module[module], None, _NOT_REACHED)
+
+    def _is_calibrated(self, one: _Todo) -> bool:
+        if one.format.lossless or not self.calibration:
+            return False
+        # A budget measures output errors where it can.
+        return isinstance(one.policy, Budget) or one.policy in ("calibrate", "reference")
+
+    def _check(self, one: _Todo) -> None:
+        if one.format.lossless:
+            return
+        if one.policy == "calibrate" and not self.calibration:
+            raise FoldError(
+                f"{one.fqn}: policy 'calibrate' needs calibration=, an iterable of model inputs (some dozens of "
+                "sequences of real text, say)"
+            )
+        if "reference" in choices(one.policy) and self.reference is None:
+            raise FoldError(
+                f"{one.fqn}: policy 'reference' needs reference=, the original float model, its checkpoint directory, "
+                "or a function from module path to weight"
+            )
+
+    def _format(self, fqn: str, placement: Placement) -> WeightFormat:
+        found = placement.weight_format()
+        if found is None:
+            raise FoldError(_unreadable(fqn, placement))
+        return found
 
     def check(self, result: Program) -> None:
         """No trainable rotation is left."""
         if left := [n for n, m in result.model.named_modules() if isinstance(m, Rotation)]:
             raise PassError(f"{left[0]} was not folded")
 
-    def _policy(self, sites: Mapping[str, Site], fqn: str) -> str:
-        if isinstance(self.quantized, str) or fqn not in sites:  # what only a recording shows is a float parameter
-            return self.quantized if isinstance(self.quantized, str) else "keep"
+    def _policy(self, sites: Mapping[str, Site], fqn: str) -> str | Budget:
+        if isinstance(self.quantized, (str, Budget)):
+            return self.quantized
+        if fqn not in sites:  # what only a recording shows is a float parameter
+            return "keep"
         policy = self.quantized(sites[fqn])
-        _check_policy(policy, f"quantized(Site {fqn})")
+        check_policy(policy, f"quantized(Site {fqn})")
         return policy
+
+
+@dataclass(frozen=True, eq=False)
+class _Todo:
+    fqn: str
+    placement: Placement
+    format: WeightFormat
+    policy: str | Budget
+
+
+def _shared(model: nn.Module) -> set[int]:
+    """Weights that several modules have."""
+    counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    aliases = {id(p) for m in _several_names(model) for p in m._parameters.values() if p is not None}
+    return {i for i, n in counts.items() if n > 1 and i not in aliases}
 
 
 def _several_names(model: nn.Module) -> list[nn.Module]:
@@ -123,76 +192,6 @@ def _later_hooks(placement: Placement) -> str:
     return remark if later else ""
 
 
-def _check_policy(policy: object, where: str) -> None:
-    if policy in LATER_POLICIES:
-        raise FoldError(f"{where}: policy {policy!r} is not available in this version; there are {', '.join(POLICIES)}")
-    if policy not in POLICIES:
-        raise FoldError(f"{where}: got {policy!r}, expected one of {', '.join(POLICIES)}")
-
-
-class _Folder:
-    """Folds the sites of one model."""
-
-    def __init__(self, model: nn.Module, shared: set[int], undo: list[Undo | Untied]) -> None:
-        self.model, self.shared, self.undo = model, shared, undo
-        self.freezer = Freezer()
-        self.paths = {m: n for n, m in model.named_modules()}
-
-    @torch.no_grad()
-    def fold(self, fqn: str, placement: Placement, weight_format: WeightFormat, policy: str) -> SiteFold:
-        """Fold one site by a policy."""
-        module, chain, name = placement.module, product_of(placement.in_effect()), weight_format.name
-        before = weight_format.nbytes(module)
-        base = weight_format.dequantize(module)
-        if all(_is_identity(b) for b in chain):
-            placement.drop()
-            return SiteFold(fqn, name, "untouched", 0.0, 0.0, 1.0, before, before)
-        layout = weight_format.layout(module)
-        target = layout.turned_by(base, [b.to(base.device) for b in chain])
-        update = _share(_size(target - base), _size(base))
-        if not math.isfinite(update):
-            raise FoldError(f"{fqn}: the rotated weight is not finite; look at the adapter's values there")
-        is_shared = id(module._parameters.get(placement.parameter)) in self.shared
-        note = "its weight was shared with another module and is now its own" if is_shared else ""
-        if policy == "keep" and not weight_format.lossless:
-            self.freezer.freeze(placement)
-            after = before + sum(b.numel() * b.element_size() for b in chain)
-            return SiteFold(fqn, name, "kept", update, 0.0, 1.0, before, after, note)
-        if weight_format.lossless:
-            action = "folded"
-            note = _joined(note, self._fold_float(fqn, placement, weight_format, target))
-        elif policy == "float":
-            action = "dequantized"
-            placement.drop()
-            module = _replace(self.model, module, weight_format, target)
-            weight_format = _format(module)
-        else:
-            action = "requantized"
-            weight_format.write(module, weight_format.requantize(target, module))
-            placement.drop()
-        error, survival = 0.0, 1.0
-        if not weight_format.lossless or weight_format.dtype(module) != target.dtype:  # else nothing was rounded
-            error, survival = _arrived(base, target, weight_format.dequantize(module))
-        if not math.isfinite(error):
-            raise FoldError(f"{fqn}: the rotated weight overflows {weight_format.dtype(module)}; fold in a wider dtype")
-        return SiteFold(fqn, name, action, update, error, survival, before, weight_format.nbytes(module), note)
-
-    def _fold_float(self, fqn: str, placement: Placement, weight_format: WeightFormat, target: torch.Tensor) -> str:
-        """Write the rotated weight; returns a remark."""
-        module = placement.module
-        tried = placement.format is None and has_own_forward(module)
-        probed = probe(module) if tried else None
-        weight_format.write(module, weight_format.requantize(target, module))
-        placement.drop()
-        if probed is not None:
-            _check_probe(fqn, module, *probed)
-        path = self.paths[module]
-        untied = untie(self.model, f"{path}.{placement.parameter}" if path else placement.parameter)
-        if untied is not None:
-            self.undo.append(untied)
-        return _NOT_PROBED if tried and probed is None else ""
-
-
 def _unreadable(fqn: str, placement: Placement) -> str:
     kind = type(placement.module).__name__
     if hasattr(placement.module._parameters.get(placement.parameter), "full_tensor"):
@@ -202,66 +201,3 @@ def _unreadable(fqn: str, placement: Placement) -> str:
             "that was transformed by the same rules, and fold that"
         )
     return f"{fqn}: no known weight format reads this {kind} any more"
-
-
-def _joined(*notes: str) -> str:
-    return "; ".join(n for n in notes if n)
-
-
-def _size(weight: torch.Tensor) -> float:
-    """Frobenius norm; torch sums in a tree, so float32 is good to six digits."""
-    return float(torch.linalg.vector_norm(weight))
-
-
-def _arrived(base: torch.Tensor, target: torch.Tensor, folded: torch.Tensor) -> tuple[float, float]:
-    """Relative error of the folded weight, and survival of the update."""
-    folded, wanted = folded.to(base.device), target - base
-    norm = _size(wanted) ** 2
-    survival = float(torch.sum((folded - base) * wanted)) / norm if norm > 0 else 1.0
-    return _share(_size(folded - target), _size(target)), survival
-
-
-def _share(part: float, whole: float) -> float:
-    return part / whole if whole else part  # a weight of zeros stays zeros under any rotation
-
-
-def _is_identity(blocks: torch.Tensor) -> bool:
-    eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
-    return bool((blocks == eye).all())
-
-
-def _format(module: nn.Module) -> WeightFormat:
-    found = format_of(module)
-    assert found is not None
-    return found
-
-
-def _replace(model: nn.Module, module: nn.Module, weight_format: WeightFormat, target: torch.Tensor) -> nn.Module:
-    """Put a float layer with the rotated weight in the place of a quantized one; hooks go along."""
-    new = weight_format.float_module(module, target.to(_activation_dtype(model, module, weight_format)))
-    for name in HOOKS:
-        getattr(new, name).update(getattr(module, name))
-    replace_module(model, module, new)
-    return new
-
-
-def _activation_dtype(model: nn.Module, module: nn.Module, weight_format: WeightFormat) -> torch.dtype:
-    """Dtype of the float parameters around a quantized layer: what its inputs have.
-
-    The layer itself casts, so the dtype its weight once had (bfloat16, say) need not be that of its inputs.
-    """
-    counts = Counter(
-        p.dtype
-        for n, p in model.named_parameters()
-        if type(p) is nn.Parameter and p.is_floating_point() and f".{CHILD}." not in n
-    )
-    return counts.most_common(1)[0][0] if counts else weight_format.dtype(module)
-
-
-def _check_probe(fqn: str, module: nn.Module, x: torch.Tensor, expected: torch.Tensor) -> None:
-    error = relative_error(module(x), expected)
-    if not error <= BOUNDS[expected.dtype]:
-        raise FoldError(
-            f"{fqn}: a {type(module).__name__} has a forward of its own that does not compute x @ W^T: folded and "
-            f"unfolded differ by a relative {error:.2g}. Exclude it by a rule, or leave the model unfolded"
-        )

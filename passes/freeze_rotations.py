@@ -56,11 +56,7 @@ class Freezer:
             self._done[key] = [FrozenRotation(b) for b in product_of(rotations)]
             self._alive += rotations
         frozen = self._done[key]
-        placement.drop()
-        if not frozen:
-            return
-        placement.fixed = list(frozen)
-        placement.register()
+        placement.settle(frozen)
         for index, rotation in enumerate(frozen if first else ()):
             placement.hold(FROZEN if len(frozen) == 1 else f"{FROZEN}_{index}", rotation)
 

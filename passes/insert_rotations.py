@@ -7,6 +7,7 @@ import torch.nn as nn
 
 from oftfx.errors import AdapterError, PassError
 from oftfx.formats import format_named
+from oftfx.kernel import use_exact
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.placement import Placement, RotateInput, RotateOutput, RotateWeight, rotated_sites
 from oftfx.placement.group import InputGroup
@@ -53,6 +54,8 @@ class InsertRotations(Pass):
         for entry in plan:
             module = modules[entry.site.module]
             notice = format_named(entry.site.format).prepare(module) if entry.site.is_layer else None
+            if entry.kernel == "exact":
+                use_exact(module)
             placement = known.get(entry.fqn) or attach(modules, entry.site, entry.placement, each=entry.each)
             rotation = owned.get(entry.owner)
             if rotation is None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch.nn as nn
 
 from oftfx.errors import RuleError
+from oftfx.kernel import choose_kernel
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.plans import Plan, SitePlan, Skipped
 from oftfx.program import Program
@@ -57,7 +58,7 @@ class MatchRules(Pass):
                 skipped.append(Skipped(site.fqn, site.module_class, f"excluded by {rule.label!r}"))
                 continue
             try:
-                entries.append(_entry(site, rule))
+                entries.append(_entry(site, rule, modules[site.module]))
             except RuleError as fault:
                 faults.append(str(fault))
         if faults:
@@ -152,7 +153,7 @@ class MatchRules(Pass):
         return tuple(names)
 
 
-def _entry(site: Site, rule: Rule) -> SitePlan:
+def _entry(site: Site, rule: Rule, module: nn.Module) -> SitePlan:
     assert rule.spec is not None
     placement = choose_placement(site, rule.spec)
     blocks, block_size = rule.spec.geometry(site.in_features, site.fqn)
@@ -164,10 +165,21 @@ def _entry(site: Site, rule: Rule) -> SitePlan:
         notes.append("blocks of one element: nothing to train; choose a size that divides")
     if site.tied:
         notes.append(f"weight shared with {', '.join(site.tied)}; folding gives this layer a weight of its own")
+    kernel, note = choose_kernel(module, rule.spec.kernel) if site.is_layer else ("native", "")
+    if note:
+        notes.append(note)
     if rule.spec.experts == "each" and site.experts:
         blocks *= site.experts
     return SitePlan(
-        site, rule.spec, blocks, block_size, rule.label, owner=site.fqn, notes=tuple(notes), placement=placement
+        site,
+        rule.spec,
+        blocks,
+        block_size,
+        rule.label,
+        owner=site.fqn,
+        notes=tuple(notes),
+        placement=placement,
+        kernel=kernel,
     )
 
 

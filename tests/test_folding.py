@@ -162,10 +162,10 @@ def test_faults():
     model = randomize(oftfx.transform(base, {"0": OFT(4)}))
     with pytest.raises(AdapterError, match="no adapter 'defautl'; the model has default. Did you mean 'default'"):
         oftfx.fold(model, adapter="defautl")
-    with pytest.raises(FoldError, match="got 'exact', expected one of keep, requantize, float"):
+    with pytest.raises(FoldError, match="got 'exact', expected a Budget or one of keep, requantize, calibrate"):
         oftfx.fold(model, quantized="exact")
-    with pytest.raises(FoldError, match="'calibrate' is not available in this version"):
-        oftfx.fold(model, quantized=lambda site: "calibrate")
+    with pytest.raises(FoldError, match=r"quantized\(Site 0\): got 'calibrated', expected a Budget or one of keep"):
+        oftfx.fold(model, quantized=lambda site: "calibrated")
     oftfx.set_adapter(model, None)
     with pytest.raises(AdapterError, match="no adapter is active"):
         oftfx.fold(model)

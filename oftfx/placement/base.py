@@ -11,6 +11,7 @@ import torch.nn as nn
 
 from oftfx.errors import OftfxError
 from oftfx.formats import WeightFormat, format_of
+from oftfx.kernel import use_native
 from oftfx.rotation.module import FrozenRotation, Rotation
 
 CHILD = "oft"
@@ -62,7 +63,8 @@ class Placement(ABC):
         """The module that the hooks are on."""
 
     def remove(self) -> None:
-        """Take the hooks away."""
+        """Take the hooks away, and a forward that was exchanged for the sake of the rotations."""
+        use_native(self.module)
         reader = self.reader
         for hooks, *flags in (
             (reader._forward_pre_hooks, reader._forward_pre_hooks_with_kwargs),
@@ -113,8 +115,20 @@ class Placement(ABC):
             raise OftfxError(f"{self.site} already has a child called {self.child!r} that is not ours")
         holder.add_module(name, rotation.train(self.module.training))
 
+    def settle(self, fixed: Iterable[FrozenRotation]) -> None:
+        """Let fixed rotations act instead of every adapter; the hooks stay where they are."""
+        self._clear(None)
+        self.fixed = list(fixed)
+        if not self.fixed:
+            self.remove()
+
     def drop(self, adapter: str | None = None) -> None:
         """Remove one adapter's rotation, or all and the fixed ones; hooks and holder once nothing is left."""
+        self._clear(adapter)
+        if not self.rotations and not self.fixed:
+            self.remove()
+
+    def _clear(self, adapter: str | None) -> None:
         if adapter is None:
             self.rotations.clear()
             self.fixed.clear()
@@ -128,8 +142,6 @@ class Placement(ABC):
                 holder._modules.pop(name, None)
             if not holder._modules:
                 del self.module._modules[self.child]
-        if not self.rotations and not self.fixed:
-            self.remove()
 
 
 def owner_of(hook: Any) -> Placement | None:

@@ -39,12 +39,12 @@ class RotateInput(Placement):
         self.module.register_forward_pre_hook(self, with_kwargs=True)
 
     def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Replace the layer's input, given by position or by name."""
         self.note_run()
-        if not self.active and not self.fixed:
-            return None
+        if kwargs is None or (not self.active and not self.fixed):
+            return None  # without keywords: taken away by a hook that ran before this one, in the same call
         if args:
             return (self.rotate(args[0]), *args[1:]), kwargs
         name = "input" if "input" in kwargs else next(iter(inspect.signature(module.forward).parameters))

@@ -14,6 +14,7 @@ from oftfx.report.rich_table import render
 
 if TYPE_CHECKING:
     from oftfx.fold_record import SiteFold
+    from oftfx.measure import Measured
 
 COLUMNS = (
     "site",
@@ -21,6 +22,7 @@ COLUMNS = (
     "action",
     "update %",
     "error %",
+    "output error %",
     "survival",
     "bytes before",
     "bytes after",
@@ -37,14 +39,18 @@ class FoldReport:
         sites: one row a site.
         adapters: what was folded, in order.
         dropped: adapters that did not act and are gone from the folded model.
-        output_error: relative error of the model's outputs on the calibration inputs, folded against unfolded; None
-            where none were given.
+        measured: the model's outputs on the calibration inputs, folded against unfolded; None where none were given.
     """
 
     sites: tuple[SiteFold, ...]
     adapters: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
-    output_error: float | None = None
+    measured: Measured | None = None
+
+    @property
+    def output_error(self) -> float | None:
+        """Relative error of the model's outputs on the calibration inputs, or None."""
+        return None if self.measured is None else self.measured.output_error
 
     def __iter__(self) -> Iterator[SiteFold]:
         return iter(self.sites)
@@ -62,13 +68,17 @@ class FoldReport:
     @property
     def warnings(self) -> list[str]:
         """What a user should not overlook."""
-        low = [s for s in self.sites if s.survival < LOW_SURVIVAL]
+        low = [s for s in self.sites if _kept(s) < LOW_SURVIVAL]
         if not low:
             return []
-        worst = min(low, key=lambda s: s.survival)
+        worst = min(low, key=_kept)
+        if all("calibrated" in s.action for s in low):
+            advice = "more varied calibration inputs may help; quantized='keep' or 'float' folds without loss"
+        else:
+            advice = "quantized='calibrate' with calibration=[inputs, ...] loses much less, 'keep' or 'float' nothing"
         return [
             f"{len(low)} of {len(self)} sites kept less than {LOW_SURVIVAL:.0%} of their update (worst: {worst.fqn}, "
-            f"{worst.survival:.0%}); quantized='keep' or 'float' folds without loss"
+            f"{_kept(worst):.0%}); {advice}"
         ]
 
     def __str__(self) -> str:
@@ -81,8 +91,13 @@ class FoldReport:
             f"worst relative error of a weight {worst:.2e}, survival of the update {self.survival:.1%}, "
             f"weights {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB after",
         ]
-        if self.output_error is not None:
-            lines.append(f"relative error of the model's output {self.output_error:.2e}")
+        if self.measured is not None:
+            lines.append(f"relative error of the model's output {self.measured.output_error:.2e}")
+            if self.measured.perplexity_before is not None:
+                lines.append(
+                    f"perplexity on the calibration inputs {self.measured.perplexity_before:.3f} unfolded, "
+                    f"{self.measured.perplexity_after:.3f} folded"
+                )
         if self.dropped:
             lines.append(f"adapters that did not act and are dropped: {', '.join(self.dropped)}")
         return "\n".join(lines)
@@ -96,6 +111,7 @@ class FoldReport:
                 s.action,
                 f"{100 * s.update:.3f}",
                 f"{100 * s.relative_error:.5f}",
+                "" if s.output_error is None else f"{100 * s.output_error:.4f}",
                 f"{s.survival:.4f}",
                 f"{s.bytes_before:,}",
                 f"{s.bytes_after:,}",
@@ -110,7 +126,10 @@ class FoldReport:
 
     def to_json(self) -> str:
         """All figures as JSON text."""
-        return json.dumps({**asdict(self), "survival": self.survival, "warnings": self.warnings}, indent=1)
+        return json.dumps(
+            {**asdict(self), "output_error": self.output_error, "survival": self.survival, "warnings": self.warnings},
+            indent=1,
+        )
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one HTML file (needs the ``report`` extra)."""
@@ -121,6 +140,11 @@ class FoldReport:
         template = Environment(autoescape=True).from_string(_HTML)
         text = template.render(columns=COLUMNS, rows=self.rows(), summary=str(self).splitlines())
         Path(path).write_text(text, encoding="utf-8")
+
+
+def _kept(site: SiteFold) -> float:
+    """The share of the update that arrived: in the layer's output where that was seen, else in its weight."""
+    return site.survival if site.output_survival is None else site.output_survival
 
 
 _HTML = """<!doctype html>

@@ -64,7 +64,7 @@ class QuantizerNotes:
             model.config.quantization_config = self.config  # type: ignore[union-attr]
 
 
-def correct(model: nn.Module, made_float: list[str]) -> None:
+def note_float_layers(model: nn.Module, made_float: list[str]) -> None:
     """After layers became float ones: a saved model must not be loaded with quantized layers in their place.
 
     Args:

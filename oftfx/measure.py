@@ -1,0 +1,79 @@
+"""What a fold did to the model's outputs: relative error, and perplexity of language models. Batch by batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from oftfx.modes import evaluating
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Two models on the same inputs.
+
+    Attributes:
+        output_error: ``|y' - y| / |y|`` over all float outputs of all inputs.
+        perplexity_before: ``exp`` of the mean negative log-likelihood of the next token, of the unfolded model; None
+            where the model is no causal language model, or its inputs are not token ids.
+        perplexity_after: of the folded model.
+    """
+
+    output_error: float
+    perplexity_before: float | None = None
+    perplexity_after: float | None = None
+
+
+@torch.no_grad()
+def measure(before: nn.Module, after: nn.Module, batches: Sequence[Mapping[str, Any] | tuple[Any, ...]]) -> Measured:
+    """Run both models in eval mode; memory is that of one batch's outputs, twice."""
+    missed = whole = 0.0
+    nll = [0.0, 0.0]
+    count = 0
+    for batch in batches:
+        outputs = [_run(m, batch) for m in (before, after)]
+        for old, new in zip(*(_floats(o) for o in outputs), strict=True):
+            missed += float((new.double() - old.double()).square().sum())
+            whole += float(old.double().square().sum())
+        losses = [_next_token(m, batch, o) for m, o in zip((before, after), outputs, strict=True)]
+        if losses[0] is not None and losses[1] is not None:
+            nll = [a + b for a, b in zip(nll, (losses[0][0], losses[1][0]), strict=True)]
+            count += losses[0][1]
+    error = math.sqrt(missed / whole) if whole else math.sqrt(missed)
+    if not count:
+        return Measured(error)
+    return Measured(error, math.exp(nll[0] / count), math.exp(nll[1] / count))
+
+
+def _run(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...]) -> Any:
+    with evaluating(model):
+        return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+
+
+def _floats(output: Any) -> list[Tensor]:
+    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+
+
+def _next_token(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...], output: Any) -> tuple[float, int] | None:
+    """Sum of negative log-likelihoods and number of predicted tokens; None where there is no such thing."""
+    config, generates = getattr(model, "config", None), getattr(model, "can_generate", None)
+    if not callable(generates) or not generates() or getattr(config, "is_encoder_decoder", False):
+        return None
+    ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
+    logits = getattr(output, "logits", None)
+    if ids is None or logits is None or logits.shape[:-1] != ids.shape:
+        return None
+    wanted = ids[:, 1:].clone()
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+    if mask is not None and mask.shape == ids.shape:
+        wanted[mask[:, 1:] == 0] = -100
+    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum")
+    return float(losses), int((wanted != -100).sum())
