@@ -45,6 +45,7 @@ class Grid:
         couple: the same where it needs the scales of all groups at once (a second quantization); also returns what it
             stores, for `Codes.parts`.
         least_scale: scales are at least this, so that a group of zeros is not divided by zero.
+        least_zero: integer zeros that are chosen anew are at least this; None: the smallest level.
     """
 
     partition: Partition
@@ -54,6 +55,7 @@ class Grid:
     stored: Callable[[Tensor], Tensor] = lambda scale: scale
     couple: Callable[[Tensor], tuple[Tensor, Any]] | None = None
     least_scale: float = 1e-8
+    least_zero: int | None = None
 
     @property
     def symmetric(self) -> bool:
@@ -148,10 +150,13 @@ class Grid:
             return
         assert isinstance(self.levels, Integers)
         low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
+        least = self.levels.low if self.least_zero is None else self.least_zero
+        if least > self.levels.low:  # as many levels are left below zero, used or not
+            low = torch.minimum(low, -high * ((least - self.levels.low) / (self.levels.high - least)))
         for share in shares:
             scale = self._scale((high - low) * (share / (self.levels.high - self.levels.low)))
             zero = self.levels.low - low * share / scale
-            yield scale, (zero.round().clamp(self.levels.low, self.levels.high) if self.zero == "integer" else zero)
+            yield scale, (zero.round().clamp(least, self.levels.high) if self.zero == "integer" else zero)
 
     def _scale(self, scale: Tensor) -> Tensor:
         scale = scale.clamp(min=self.least_scale)
