@@ -88,7 +88,7 @@ class FindFunctional(Pass):
             sites[name] = site
             changes.append(Change(site.fqn, f"read by {site.reader or site.module}"))
         found = tuple(sites.values())
-        result = program.with_(sites=_in_order(found, list(parameters)), refused=refused)
+        result = program.with_(sites=_in_order(found, program.model), refused=refused)
         return PassResult(result, bool(changes), tuple(changes))
 
 
@@ -200,6 +200,10 @@ def _picks_one(user: fx.Node) -> bool:
     return weight.meta["val"].dim() == 3 and isinstance(index, (int, fx.Node))  # type: ignore[union-attr]
 
 
-def _in_order(sites: tuple[Site, ...], names: list[str]) -> tuple[Site, ...]:
-    order = {n: i for i, n in enumerate(names)}
+def _in_order(sites: tuple[Site, ...], model: nn.Module) -> tuple[Site, ...]:
+    """In the order of the module tree; a quantized layer need not have a parameter called weight."""
+    order: dict[str, int] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for name in (*module._parameters, "weight"):
+            order.setdefault(f"{path}.{name}" if path else name, len(order))
     return tuple(sorted(sites, key=lambda s: order.get(s.weight_name, -1)))
