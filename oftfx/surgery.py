@@ -12,6 +12,7 @@ import torch.nn as nn
 
 from oftfx.adapter.store import Adapter, check_name, find_store, store_of, transformed_part, unwrapped
 from oftfx.errors import AdapterError, OftfxWarning, RuleError, TraceError
+from oftfx.gptq_notes import note_zeros
 from oftfx.hf_quantizer import allow_training
 from oftfx.kernel import choose_kernel
 from oftfx.passes.find_functional import FindFunctional
@@ -124,6 +125,7 @@ def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool)
     if first:
         store.freeze_base(model)
         allow_training(model)
+        note_zeros(model)
     return store.add(model, Adapter(adapter, _noted(program.plan, result)), trainable=trainable)
 
 

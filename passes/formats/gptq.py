@@ -119,6 +119,10 @@ class Gptq(ScalarFormat):
             return "auto-gptq's CUDA kernels give no gradients"
         return None
 
+    def adds_one(self, module: nn.Module) -> bool:
+        """Whether the layer's forward adds one to what is stored as zero, as for files of version 1."""
+        return _auto_gptq(module) is not None
+
     def make_tiny(self, in_features: int, out_features: int, *, bias: bool = True) -> nn.Module:
         """Four bits, groups of 32 in act-order, float32 scales."""
         return make_gptq(nn.Linear(in_features, out_features, bias=bias), desc_act=True).float()

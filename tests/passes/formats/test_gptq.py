@@ -194,6 +194,12 @@ def test_what_is_no_site():
     assert format_of(layer) is None
 
 
+def test_sites_without_a_weight_parameter_keep_their_place_in_a_recording():
+    model = nn.Sequential(nn.Linear(32, 64), make_gptq(nn.Linear(64, 32)), nn.Linear(32, 32))
+    plan = oftfx.plan(model, {"*": OFT(16)}, example_inputs=(torch.randn(2, 32),))
+    assert [e.fqn for e in plan] == ["0", "1", "2"]
+
+
 def test_on_the_meta_device():
     layer = make_gptq(nn.Linear(64, 32)).to("meta")
     assert GPTQ.matches(layer)
