@@ -59,6 +59,12 @@ class Awq(ScalarFormat):
         """Of the scales."""
         return cpu.scale_dtype(module)
 
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """In one go: layers that compute by it do so at every step."""
+        stored = _stored(module)
+        columns = torch.arange(stored.codes.shape[1], device=stored.codes.device)
+        return stored.values(columns // module.group_size)  # type: ignore[operator]
+
     def grid(self, module: nn.Module) -> Grid:
         """Groups of consecutive columns; one zero for all where they are all in the middle."""
         return _grid(module, symmetric=_stored(module).is_symmetric(_bits(module)))

@@ -63,9 +63,7 @@ class Gptq(ScalarFormat):
 
     def dequantize(self, module: nn.Module) -> Tensor:
         """By ``g_idx`` itself, which need not cut the columns into equal groups."""
-        stored, groups = _stored(module), _groups(module)
-        levels = stored.codes - stored.zeros.T[:, groups]
-        return (levels.to(stored.scales.dtype) * stored.scales.T[:, groups]).float()
+        return _stored(module).values(_groups(module))
 
     def grid(self, module: nn.Module) -> Grid:
         """Groups of columns in the order of ``g_idx``; one zero for all where they are all in the middle."""

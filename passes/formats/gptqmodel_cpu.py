@@ -25,6 +25,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from oftfx.errors import FormatError
 from oftfx.passes.formats.zero_points import Stored
 
 _UNTOUCHED: dict[str, Any] = {"linear_mode": None, "_cpu_transformed": False, "_cpu_transform_dtype": None}
@@ -73,6 +74,11 @@ def unpacked(module: nn.Module) -> Stored:
 
 def _aten_codes(qweight: Tensor, columns: int) -> Tensor:
     """Codes ``(out, in)``. How they lie depends on the CPU, so the kernel is asked: it multiplies unit vectors."""
+    if columns % 32:
+        raise FormatError(
+            f"{columns} columns have been repacked for a kernel that takes multiples of 32, and cannot be read any "
+            "more: load the layer again, with backend 'torch'"
+        )
     ones = torch.zeros(columns // 32, len(qweight), 2, dtype=torch.bfloat16)
     ones[..., 0], ones[..., 1] = 1, 8  # scale 1, and code - 8 + 8
     eye = torch.eye(columns, dtype=torch.bfloat16).split(_COLUMNS)

@@ -23,6 +23,15 @@ class Stored(NamedTuple):
     zeros: Tensor
     scales: Tensor
 
+    def values(self, groups: Tensor) -> Tensor:
+        """The weight, float32 ``(out, in)``.
+
+        Args:
+            groups: the group of each column, int64 ``(in,)``.
+        """
+        levels = self.codes - self.zeros.T.index_select(1, groups)
+        return (levels.to(self.scales.dtype) * self.scales.T.index_select(1, groups)).float()
+
     def is_symmetric(self, bits: int) -> bool:
         """Whether all zeros are in the middle; a quantizer that chose them one by one would not have hit that."""
         return bool((self.zeros == 2 ** (bits - 1)).all())

@@ -341,6 +341,34 @@ def test_transforming_a_repacked_base_keeps_both_right(kernel):
     assert layer._cpu_transformed
 
 
+def test_a_layer_that_repacked_in_vain_is_refused():
+    """Its kernel takes no such group: the first eval forward fails, after it has replaced the buffers."""
+    layer = make_gptq(nn.Linear(100, 32), kernel="TorchAtenLinear").eval()
+    with pytest.raises(RuntimeError, match="int4pack"), torch.no_grad():
+        layer(torch.randn(2, 100).half())
+    with pytest.raises(FormatError, match="cannot be read any more: load the layer again"):
+        GPTQ.dequantize(layer)
+    layer = make_gptq(nn.Linear(96, 32), group_size=96, kernel="TorchAtenLinear").eval()
+    weight = official(layer)
+    with pytest.raises(RuntimeError, match="int4pack"), torch.no_grad():
+        layer(torch.randn(2, 96).half())
+    model = randomize(oftfx.transform(nn.Sequential(layer), {"0": OFT(16)}))  # which brings this one back to life
+    with torch.no_grad():
+        model(torch.randn(2, 96).half())
+    assert torch.equal(GPTQ.dequantize(model[0]), weight)
+
+
+def test_a_recording_repacks_nothing():
+    layer = make_gptq(nn.Linear(64, 32), kernel="TorchAtenLinear")
+    before = bytes_of(layer)
+    x = torch.randn(2, 64, dtype=torch.bfloat16)
+    oftfx.plan(nn.Sequential(layer).eval(), {"0": OFT(16)}, example_inputs=(x,))
+    assert same_bytes(layer, before)
+    assert layer.linear_mode is None
+    GPTQ.hold_still(layer)()
+    assert layer.linear_mode is None
+
+
 @pytest.mark.parametrize("kernel", kernels("TorchCpuAvx512Linear"))
 def test_training_mode_of_a_kernel_that_refuses_it(kernel):
     layer = make_gptq(nn.Linear(64, 32), kernel=kernel)
