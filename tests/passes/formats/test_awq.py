@@ -16,21 +16,13 @@ pytestmark = [
     pytest.mark.needs("gptqmodel", "awq"),
     pytest.mark.filterwarnings("ignore:Using naive .slow. implementation:UserWarning"),
 ]
-pytest.importorskip("gptqmodel")
-pytest.importorskip("awq", exc_type=ImportError)
 AWQ = format_named("awq")
 WORDS = ("qweight", "qzeros", "scales")
 KERNELS = ("AwqTorchLinear", "TorchAtenAwqLinear", "TorchCpuAvx512AwqLinear", "WQLinear_GEMM")
 
 
-def avx512():
-    from gptqmodel.utils.cpu_features import has_avx512_bf16
-
-    return has_avx512_bf16()
-
-
 def kernels(*names):
-    skip = pytest.mark.skipif(not avx512(), reason="this CPU has no AVX512-BF16")
+    skip = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no AVX512-BF16")
     return [pytest.param(n, marks=skip) if "Avx512" in n else n for n in names]
 
 
@@ -151,6 +143,16 @@ def test_other_dtypes_of_the_scales(kernel, dtype):
     before = bytes_of(layer)
     AWQ.write(layer, AWQ.requantize(AWQ.dequantize(layer), layer))
     assert same_bytes(layer, before)
+
+
+@pytest.mark.parametrize("kernel", kernels(*KERNELS))
+def test_a_forward_uses_what_was_written_last(kernel):
+    layer, x = make_awq(nn.Linear(64, 32), kernel=kernel).eval(), torch.randn(3, 64).half()
+    AWQ.prepare(layer)
+    for _ in range(3):
+        AWQ.write(layer, AWQ.requantize(torch.randn(32, 64), layer))
+        with torch.no_grad():
+            assert rel(layer(x), x.float() @ AWQ.dequantize(layer).T + layer.bias) < 1e-3
 
 
 def test_what_is_no_site():

@@ -18,20 +18,13 @@ from oftfx.passes.formats.gptq import make_gptq
 from tests.reference import dense_rotation, randomize, rel
 
 pytestmark = pytest.mark.needs("gptqmodel")
-pytest.importorskip("gptqmodel")
 GPTQ = format_named("gptq")
 WORDS = ("qweight", "qzeros", "scales")
 KERNELS = ("TorchLinear", "TorchAtenLinear", "TorchCpuAvx512Linear")
 
 
-def avx512():
-    from gptqmodel.utils.cpu_features import has_avx512_bf16
-
-    return has_avx512_bf16()
-
-
 def kernels(*names):
-    skip = pytest.mark.skipif(not avx512(), reason="this CPU has no AVX512-BF16")
+    skip = pytest.mark.skipif(not torch.cpu._is_avx512_bf16_supported(), reason="this CPU has no AVX512-BF16")
     return [pytest.param(n, marks=skip) if "Avx512" in n else n for n in names]
 
 
@@ -164,6 +157,15 @@ def test_other_dtypes_of_the_scales(dtype):
     before = bytes_of(layer)
     GPTQ.write(layer, GPTQ.requantize(GPTQ.dequantize(layer), layer))
     assert same_bytes(layer, before)
+
+
+@pytest.mark.parametrize("kernel", kernels(*KERNELS))
+def test_a_forward_uses_what_was_written_last(kernel):
+    layer, x = make_gptq(nn.Linear(64, 32), kernel=kernel, desc_act=True).eval(), torch.randn(3, 64)
+    for _ in range(3):
+        GPTQ.write(layer, GPTQ.requantize(torch.randn(32, 64), layer))
+        with torch.no_grad():
+            assert rel(layer(x), x @ GPTQ.dequantize(layer).T + layer.bias) < 1e-6
 
 
 def test_groups_of_different_sizes_are_read_but_not_rounded():
