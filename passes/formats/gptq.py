@@ -207,9 +207,12 @@ def _shape(module: Any) -> tuple[int, int]:
     return module.out_features, module.in_features
 
 
-def _groups(module: nn.Module) -> Tensor:
+def _groups(module: Any) -> Tensor:
     """The group of each column, int64 ``(in,)``; some packers count the last one as -1."""
-    return module.g_idx.long() % len(module.scales)  # type: ignore[operator, arg-type, return-value]
+    groups: Tensor = module.g_idx.long()
+    if _auto_gptq(module) == "qlinear_cuda_old":  # has no act-order and does not look at g_idx
+        return torch.arange(len(groups), device=groups.device) // module.group_size
+    return groups % len(module.scales)
 
 
 def _grid(module: Any, groups: Tensor, *, symmetric: bool) -> Grid:

@@ -477,6 +477,15 @@ def test_auto_gptq_layers(kernel, desc_act, bits, sym, shape, group):
 
 
 @pytest.mark.needs("auto_gptq")
+def test_the_old_kernel_looks_at_no_g_idx():
+    layer, weight = pack_auto("qlinear_cuda_old", 4)
+    layer.g_idx = layer.g_idx.flip(0)
+    with torch.no_grad():
+        assert rel((layer(torch.eye(96)) - layer.bias).T, weight) < 1e-6
+    assert rel(GPTQ.dequantize(layer), weight) < 1e-6
+
+
+@pytest.mark.needs("auto_gptq")
 @pytest.mark.parametrize(("kernel", "desc_act"), AUTO)
 def test_auto_gptq_trains_and_folds(kernel, desc_act):
     layer, _ = pack_auto(kernel, 4, desc_act=desc_act)
