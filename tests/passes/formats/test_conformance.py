@@ -11,7 +11,14 @@ from oftfx import OFT
 from oftfx.formats import format_of, formats
 from tests.reference import dense_rotation, randomize, rel
 
-PACKAGES = {"dense": "torch", "bnb4": "bitsandbytes", "bnb8": "bitsandbytes", "hqq": "hqq", "torchao": "torchao"}
+PACKAGES = {
+    "dense": "torch",
+    "bnb4": "bitsandbytes",
+    "bnb8": "bitsandbytes",
+    "hqq": "hqq",
+    "torchao": "torchao",
+    "inc_woq": "neural_compressor",
+}
 ROUNDS_ACTIVATIONS = {"bnb8": 0.02}
 """Formats whose own eval forward rounds activations as well, and how much of the output that is."""
 SHAPES = [(256, 128), (192, 320), (64, 96)]  # (in, out)
@@ -85,6 +92,7 @@ RELOAD = {
     "bnb8": reload_dense,
     "hqq": reload_dense,
     "torchao": reload_dense,
+    "inc_woq": reload_dense,
 }
 
 
