@@ -211,3 +211,41 @@ def test_what_it_is_not(torchao):
     quantize_(table, IntxWeightOnlyConfig(torch.int8, PerAxis(0)), filter_fn=lambda m, _: isinstance(m, nn.Embedding))
     assert type(table[0].weight).__name__ == "IntxUnpackedToInt8Tensor"
     assert format_of(table[0]) is None
+
+
+def test_weights_of_other_layouts_are_named_where_they_are_refused(torchao):
+    from torchao.quantization import Int4Tensor
+
+    layer = nn.Linear(64, 8)
+    scale = torch.ones(2, 8, dtype=torch.bfloat16)
+    packed = Int4Tensor(torch.zeros(8, 32, dtype=torch.int8), scale, scale, [1, 32], torch.Size((8, 64)))
+    layer.weight = nn.Parameter(packed, requires_grad=False)
+    assert format_of(layer) is None
+    with pytest.raises(oftfx.errors.RuleError, match="stored as Int4Tensor"):
+        oftfx.transform(nn.Sequential(layer), {"0": OFT(16)})
+
+
+@pytest.mark.needs("transformers")
+@pytest.mark.parametrize("name", ["int8 row", "intx4 group", "float8 row"])
+def test_a_model_of_transformers_folded_saved_and_loaded(torchao, name, tiny_llama, ids, tmp_path):
+    from transformers import AutoModelForCausalLM, TorchAoConfig
+
+    tiny_llama().save_pretrained(tmp_path / "plain")
+    settings = TorchAoConfig(config(name))
+    quantized = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", quantization_config=settings)
+    inputs = ids()
+    model = oftfx.transform(quantized, {"all-linear": OFT(16)})
+    with torch.no_grad():
+        assert torch.equal(model(**inputs).logits, quantized(**inputs).logits)
+    model(**inputs).logits.square().sum().backward()
+    rotations = [p for n, p in model.named_parameters() if "oft" in n]
+    assert len(rotations) >= 10
+    assert all(p.grad.abs().sum() > 0 for p in rotations)
+
+    randomize(model, std=0.1)
+    result = oftfx.fold(model, quantized="requantize")
+    assert {row.action for row in result.report} == {"requantized"}
+    result.model.save_pretrained(tmp_path / "folded")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "folded")
+    with torch.no_grad():
+        assert torch.equal(loaded(**inputs).logits, result.model(**inputs).logits)
