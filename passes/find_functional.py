@@ -201,5 +201,8 @@ def _picks_one(user: fx.Node) -> bool:
 
 
 def _in_order(sites: tuple[Site, ...], names: list[str]) -> tuple[Site, ...]:
-    order = {n: i for i, n in enumerate(names)}
-    return tuple(sorted(sites, key=lambda s: order.get(s.weight_name, -1)))
+    """Sites in the order of the model's parameters; one whose weight is no Parameter stays behind the one before it."""
+    order, places, last = {n: i for i, n in enumerate(names)}, dict[str, int](), -1
+    for site in sites:
+        last = places[site.fqn] = order.get(site.weight_name, last)
+    return tuple(sorted(sites, key=lambda s: places[s.fqn]))

@@ -182,6 +182,19 @@ def test_gradients_reach_the_rotation(weight_format, layer):
 
 
 @pytest.mark.usefixtures("runnable")
+def test_a_recorded_forward_leaves_the_layer_as_it_was(weight_format, layer):
+    shape = weight_format.geometry(layer)
+    base = nn.Sequential(nn.Linear(32, shape.in_features), layer, nn.Linear(shape.out_features, 8))
+    before = weight_format.dequantize(layer)
+    attributes = {n: v for n, v in vars(layer).items() if isinstance(v, torch.Tensor)}
+    model = oftfx.transform(base, {"*": OFT(16)}, example_inputs=(torch.randn(3, 32),))
+    assert [fqn for fqn, _ in oftfx.placement.rotated_sites(model)] == ["0", "1", "2"]
+    assert {n: v for n, v in vars(layer).items() if isinstance(v, torch.Tensor)} == attributes
+    assert torch.equal(weight_format.dequantize(layer), before)
+    assert torch.equal(weight_format.dequantize(model[1]), before)
+
+
+@pytest.mark.usefixtures("runnable")
 @pytest.mark.parametrize("policy", ["keep", "float", "requantize"])
 def test_every_policy_against_the_dense_product(weight_format, layer, policy):
     model = randomize(oftfx.transform(nn.Sequential(layer), {"0": OFT(16)}), std=0.1).eval()
