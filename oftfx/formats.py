@@ -145,7 +145,7 @@ class WeightFormat(ABC):
         return linear.train(module.training)
 
 
-_BUILTIN = ("dense", "bnb4", "bnb8", "hqq", "gptq", "awq")
+_BUILTIN = ("dense", "bnb4", "bnb8", "hqq", "gptq", "awq", "torchao", "inc_woq", "hf_fp8", "inc_fp8")
 _formats: dict[str, WeightFormat] = {}
 
 

@@ -47,7 +47,11 @@ def _why(program: Program, module: nn.Module, parameter: str) -> str:
     if hasattr(module, "parametrizations"):
         return "its weight is computed by a parametrization; remove that first (torch.nn.utils.parametrize)"
     if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear):
-        return f"a Linear whose weight is stored as {module.weight.dtype}, which no known format reads"
+        weight = module.weight
+        stored = (
+            weight.dtype if type(weight) is nn.Parameter else type(weight).__name__
+        )  # whose dtype is not its storage
+        return f"a Linear whose weight is stored as {stored}, which no known format reads"
     if isinstance(module, nn.RNNBase):
         return "the weights of a recurrent layer are read by one fused kernel, step by step"
     if parameter not in module._parameters:

@@ -14,6 +14,7 @@ from oftfx.errors import FoldError
 from oftfx.fold_record import SiteFold, Undo
 from oftfx.formats import WeightFormat, WeightState, format_of
 from oftfx.moments import output_arrived
+from oftfx.passes.formats.dense import FLOATS
 from oftfx.passes.freeze_rotations import Freezer, product_of
 from oftfx.passes.protocol import BOUNDS, relative_error
 from oftfx.placement import CHILD, Placement
@@ -211,12 +212,13 @@ def _replace(model: nn.Module, module: nn.Module, weight_format: WeightFormat, t
 def _activation_dtype(model: nn.Module, module: nn.Module, weight_format: WeightFormat) -> torch.dtype:
     """Dtype of the float parameters around a quantized layer: what its inputs have.
 
-    The layer itself casts, so the dtype its weight once had (bfloat16, say) need not be that of its inputs.
+    The layer itself casts, so the dtype its weight once had (bfloat16, say) need not be that of its inputs. Codes may
+    be float8, and scales of any dtype: neither counts.
     """
     counts = Counter(
         p.dtype
         for n, p in model.named_parameters()
-        if type(p) is nn.Parameter and p.is_floating_point() and f".{CHILD}." not in n
+        if type(p) is nn.Parameter and p.dtype in FLOATS and n.endswith(("weight", "bias")) and f".{CHILD}." not in n
     )
     return counts.most_common(1)[0][0] if counts else weight_format.dtype(module)
 

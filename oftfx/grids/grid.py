@@ -41,6 +41,7 @@ class Grid:
         levels: the levels before scaling.
         zero: ``"integer"`` or ``"float"``: each group has its own; or the one number they all have.
         product: dtype in which the format's own runtime multiplies, so that values are the layer's to the bit.
+        rounded: dtype in which it keeps what came out, where that is narrower.
         stored: what a format makes of scales when it stores them in a narrower dtype; float32 ``(groups,)`` both ways.
         couple: the same where it needs the scales of all groups at once (a second quantization); also returns what it
             stores, for `Codes.parts`.
@@ -52,6 +53,7 @@ class Grid:
     levels: Levels
     zero: Literal["integer", "float"] | float = 0.0
     product: torch.dtype = torch.float32
+    rounded: torch.dtype = torch.float32
     stored: Callable[[Tensor], Tensor] = lambda scale: scale
     couple: Callable[[Tensor], tuple[Tensor, Any]] | None = None
     least_scale: float = 1e-8
@@ -75,7 +77,7 @@ class Grid:
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Values of codes whose scales and zeros are given element by element (or broadcast)."""
         level = self._offset(self.levels.decode(codes), zero)
-        return (level.to(self.product) * scale.to(self.product)).float()
+        return (level.to(self.product) * scale.to(self.product)).to(self.rounded).float()
 
     def code(self, values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Codes of the nearest values under scales and zeros given element by element (or broadcast)."""
