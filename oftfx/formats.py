@@ -145,7 +145,7 @@ class WeightFormat(ABC):
         return linear.train(module.training)
 
 
-_BUILTIN = ("dense", "bnb4", "bnb8", "hqq")
+_BUILTIN = ("dense", "bnb4", "bnb8", "hqq", "eetq")
 _formats: dict[str, WeightFormat] = {}
 
 
