@@ -145,7 +145,7 @@ class WeightFormat(ABC):
         return linear.train(module.training)
 
 
-_BUILTIN = ("dense", "bnb4", "bnb8", "hqq", "eetq")
+_BUILTIN = ("dense", "bnb4", "bnb8", "hqq", "aqlm", "eetq")
 _formats: dict[str, WeightFormat] = {}
 
 

@@ -12,7 +12,14 @@ from oftfx.formats import format_of, formats
 from tests.passes.formats import eetq_kernel
 from tests.reference import dense_rotation, randomize, rel
 
-PACKAGES = {"dense": "torch", "bnb4": "bitsandbytes", "bnb8": "bitsandbytes", "hqq": "hqq", "eetq": "transformers"}
+PACKAGES = {
+    "dense": "torch",
+    "bnb4": "bitsandbytes",
+    "bnb8": "bitsandbytes",
+    "hqq": "hqq",
+    "aqlm": "aqlm",
+    "eetq": "transformers",
+}
 ROUNDS_ACTIVATIONS = {"bnb8": 0.02}
 """Formats whose own eval forward rounds activations as well, and how much of the output that is."""
 SHAPES = [(256, 128), (192, 320), (64, 96)]  # (in, out)
@@ -87,7 +94,14 @@ def reload_bnb4(weight_format, layer):
     return fresh
 
 
-RELOAD = {"dense": reload_dense, "bnb4": reload_bnb4, "bnb8": reload_dense, "hqq": reload_dense, "eetq": reload_dense}
+RELOAD = {
+    "dense": reload_dense,
+    "bnb4": reload_bnb4,
+    "bnb8": reload_dense,
+    "hqq": reload_dense,
+    "aqlm": reload_dense,
+    "eetq": reload_dense,
+}
 
 
 def states(weight_format, layer):
