@@ -32,9 +32,13 @@ class Additive:
 
     def weight(self) -> Tensor:
         """``(out, in)``, float32, the runtime's values to the bit."""
-        sums = decoded(self.codebooks.flatten(2), self.codes.flatten(0, 1)).to(self.dtype)
-        grouped = sums.view(*self.codes.shape[:2], -1) * self.scales.to(self.dtype).view(-1, 1, 1)
-        return ungrouped(grouped.float(), self.codebooks.shape[2:])
+        rows, columns, count = self.codes.shape
+        entries = self.codebooks.flatten(2).flatten(0, 1).to(self.dtype)
+        first = torch.arange(count, dtype=torch.int32, device=entries.device) * self.codebooks.shape[1]
+        # The runtime's own operation: in bfloat16 it rounds ties in its own way.
+        sums = torch.nn.functional.embedding_bag(self.codes.flatten(0, 1) + first, entries, mode="sum")
+        scaled = sums.view(rows, columns, -1) * self.scales.to(self.dtype).view(-1, 1, 1)
+        return ungrouped(scaled.float(), self.codebooks.shape[2:])
 
 
 def grouped(weight: Tensor, tile: tuple[int, ...]) -> Tensor:
@@ -94,7 +98,7 @@ def _beam_search(vectors: Tensor, books: Tensor, half: Tensor, beam: int) -> Ten
     for c in range(count):
         scores = torch.addmm(half[c], rest.flatten(0, 1), books[c].T, alpha=-1).view(*left.shape, size)
         scores += left.unsqueeze(2)
-        wide = min(beam, scores[0].numel()) if c < count - 1 else 1
+        wide = min(beam, left.shape[1] * size) if c < count - 1 else 1
         left, at = scores.flatten(1).topk(wide, dim=1, largest=False) if wide > 1 else scores.flatten(1).min(1, True)
         parent, code = at // size, at % size
         rest = rest.gather(1, parent.unsqueeze(2).expand(-1, -1, rest.shape[2])) - books[c][code]
