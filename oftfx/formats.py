@@ -145,7 +145,10 @@ class WeightFormat(ABC):
         return linear.train(module.training)
 
 
-_BUILTIN = ("dense", "bnb4", "bnb8", "hqq", "gptq", "awq", "torchao", "inc_woq", "hf_fp8", "inc_fp8")
+_BUILTIN = (
+    *("dense", "bnb4", "bnb8", "hqq", "gptq", "awq", "torchao"),
+    *("inc_woq", "hf_fp8", "inc_fp8", "eetq", "aqlm"),
+)
 _formats: dict[str, WeightFormat] = {}
 
 

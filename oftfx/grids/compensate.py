@@ -34,7 +34,7 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
     weight, moments = weight.float(), moments.float()
     sets = _largest_first(grid.partition.column_sets(), moments.diagonal())
     order = torch.cat(sets)
-    upper = _inverse_factor(moments[order][:, order], damping)
+    upper = inverse_factor(moments[order][:, order], damping)
     # What an error in a column costs once the later ones make up for it.
     importance = upper.diagonal().square().reciprocal()
     fixed: Codes | None = None
@@ -87,7 +87,7 @@ def _largest_first(sets: list[Tensor], diagonal: Tensor) -> list[Tensor]:
     return [sets[i][torch.argsort(diagonal[sets[i]], descending=True)] for i in torch.argsort(size, descending=True)]
 
 
-def _inverse_factor(moments: Tensor, damping: float) -> Tensor:
+def inverse_factor(moments: Tensor, damping: float) -> Tensor:
     """Upper triangular ``U`` with ``U^T U = (moments + damping)^-1``."""
     diagonal = moments.diagonal()
     mean = diagonal.mean()

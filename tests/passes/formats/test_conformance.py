@@ -9,6 +9,7 @@ import torch.nn as nn
 import oftfx
 from oftfx import OFT
 from oftfx.formats import format_of, formats
+from tests.passes.formats import eetq_kernel
 from tests.reference import dense_rotation, randomize, rel
 
 PACKAGES = {
@@ -22,10 +23,16 @@ PACKAGES = {
     "inc_woq": "neural_compressor",
     "hf_fp8": "transformers",
     "inc_fp8": "neural_compressor",
+    "aqlm": "aqlm",
+    "eetq": "transformers",
 }
 ROUNDS_ACTIVATIONS = {"bnb8": 0.02}
 """Formats whose own eval forward rounds activations as well, and how much of the output that is."""
 SHAPES = [(256, 128), (192, 320), (64, 96)]  # (in, out)
+INSTEAD = {("eetq", (64, 96)): (64, 192)}
+"""Shapes that a format cannot store, and what is tested instead."""
+KERNELS = {"eetq": eetq_kernel.install}
+"""Formats whose kernel is not to be had for a CPU, and what puts a stand-in there."""
 
 
 def mark(name):
@@ -38,9 +45,12 @@ def weight_format(request):
 
 
 @pytest.fixture(params=SHAPES, ids=str)
-def layer(request, weight_format):
+def layer(request, weight_format, monkeypatch):
     torch.manual_seed(0)
-    return weight_format.make_tiny(*request.param)
+    name = weight_format.name
+    if name in KERNELS:
+        KERNELS[name](monkeypatch)
+    return weight_format.make_tiny(*INSTEAD.get((name, request.param), request.param))
 
 
 @pytest.fixture
@@ -116,6 +126,8 @@ RELOAD = {
     "inc_woq": reload_dense,
     "hf_fp8": reload_dense,
     "inc_fp8": reload_inc_fp8,
+    "aqlm": reload_dense,
+    "eetq": reload_dense,
 }
 
 
