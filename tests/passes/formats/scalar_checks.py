@@ -65,7 +65,7 @@ def check_folds(weight_format, layer, *, dtype=torch.float32):
     assert same_bytes(bytes_of(dict(weight_format.read(layer))), before)
 
 
-def check_calibration(weight_format, layer, *, margin=0.9):
+def check_calibration(weight_format, layer):
     """On fresh inputs whose channels depend on each other, calibrated rounding keeps the outputs better."""
     shape = weight_format.geometry(layer)
     generator = torch.Generator().manual_seed(3)
@@ -80,4 +80,4 @@ def check_calibration(weight_format, layer, *, margin=0.9):
         return rel(fresh @ weight_format.dequantize(other).T, fresh @ weight.T)
 
     nearest = error(weight_format.requantize(weight, layer))
-    assert error(weight_format.calibrate(weight, layer, seen.T @ seen)) < margin * nearest
+    assert error(weight_format.calibrate(weight, layer, seen.T @ seen)) < 0.7 * nearest
