@@ -9,6 +9,8 @@ import torch.nn as nn
 import oftfx
 from oftfx import OFT
 from oftfx.formats import format_of, formats
+from oftfx.kernel import choose_kernel, use_exact
+from oftfx.spec import nearest_divisor
 from tests.passes.formats import eetq_kernel
 from tests.reference import dense_rotation, randomize, rel
 
@@ -29,6 +31,21 @@ PACKAGES = {
 ROUNDS_ACTIVATIONS = {"bnb8": 0.02}
 """Formats whose own eval forward rounds activations as well, and how much of the output that is."""
 SHAPES = [(256, 128), (192, 320), (64, 96)]  # (in, out)
+AWKWARD = {
+    "dense": (33, 7),
+    "bnb4": (99, 5),
+    "bnb8": (33, 5),
+    "hqq": (96, 20),
+    "gptq": (100, 33),
+    "awq": (96, 72),
+    "torchao": (96, 5),
+    "inc_woq": (100, 33),
+    "hf_fp8": (200, 72),
+    "inc_fp8": (33, 5),
+    "eetq": (192, 64),
+    "aqlm": (72, 33),
+}
+"""The oddest shape (in, out) that each format's own package accepts, more or less."""
 INSTEAD = {("eetq", (64, 96)): (64, 192)}
 """Shapes that a format cannot store, and what is tested instead."""
 KERNELS = {"eetq": eetq_kernel.install}
@@ -44,13 +61,20 @@ def weight_format(request):
     return formats()[request.param]
 
 
-@pytest.fixture(params=SHAPES, ids=str)
+@pytest.fixture(params=[*SHAPES, "awkward"], ids=str)
 def layer(request, weight_format, monkeypatch):
     torch.manual_seed(0)
     name = weight_format.name
     if name in KERNELS:
         KERNELS[name](monkeypatch)
-    return weight_format.make_tiny(*INSTEAD.get((name, request.param), request.param))
+    shape = AWKWARD[name] if request.param == "awkward" else INSTEAD.get((name, request.param), request.param)
+    return weight_format.make_tiny(*shape)
+
+
+@pytest.fixture
+def block(weight_format, layer):
+    """A block size that divides."""
+    return nearest_divisor(weight_format.geometry(layer).in_features, 16)
 
 
 @pytest.fixture
@@ -146,9 +170,10 @@ def states(weight_format, layer):
     yield "deepcopy", copy.deepcopy(layer)
 
 
-@pytest.mark.usefixtures("runnable")
 def test_a_prepared_layer_keeps_its_weight_through_everything(weight_format, layer):
     assert weight_format.prepare(layer) is None
+    if choose_kernel(layer, "auto")[0] == "exact":
+        use_exact(layer)
     before = weight_format.dequantize(layer)
     for name, module in states(weight_format, layer):
         assert torch.equal(weight_format.dequantize(module), before), name
@@ -165,28 +190,36 @@ def test_requantizing_an_unrotated_weight_changes_no_byte(weight_format, layer):
 
 
 def test_ten_random_rotations_cost_no_more_than_the_first_quantization(weight_format, layer):
-    original = torch.randn(weight_format.dequantize(layer).shape) * 0.05
-    weight_format.write(layer, weight_format.requantize(original, layer))
-    plain = rel(weight_format.dequantize(layer), original)
-    base = weight_format.dequantize(layer)
+    shape = weight_format.dequantize(layer).shape
+    # Of a few hundred weights a single error says little: their means are compared.
+    few = shape.numel() < 10_000
+    first, again = [], []
+    original = torch.randn(shape) * 0.05
     for _ in range(10):
-        rotation, _ = torch.linalg.qr(torch.randn(base.shape[1], base.shape[1]))
+        weight_format.write(layer, weight_format.requantize(original, layer))
+        base = weight_format.dequantize(layer)
+        first.append(rel(base, original))
+        rotation, _ = torch.linalg.qr(torch.randn(shape[1], shape[1]))
         target = base @ rotation.T
         weight_format.write(layer, weight_format.requantize(target, layer))
-        assert rel(weight_format.dequantize(layer), target) <= max(1.05 * plain, 1e-6)
+        again.append(rel(weight_format.dequantize(layer), target))
+        original = torch.randn(shape) * 0.05 if few else original
+    if few:
+        assert sum(again) <= max(1.05 * sum(first), 1e-6)
+    else:
+        assert max(again) <= max(1.05 * min(first), 1e-6)
 
 
-@pytest.mark.usefixtures("runnable")
-def test_gradients_reach_the_rotation(weight_format, layer):
+def test_gradients_reach_the_rotation(weight_format, layer, block):
     base = nn.Sequential(layer)
-    model = randomize(oftfx.transform(base, {"0": OFT(16)})).train()
+    model = randomize(oftfx.transform(base, {"0": OFT(block)})).train()
     x = torch.randn(7, weight_format.geometry(layer).in_features)
     skew = model[0].oft.default.skew
     model(x).square().sum().backward()
     weight, bias = weight_format.dequantize(layer).double(), layer.bias.detach().double()
 
     def loss(values):
-        return (x.double() @ dense_rotation(values, 16) @ weight.T + bias).square().sum()
+        return (x.double() @ dense_rotation(values, block) @ weight.T + bias).square().sum()
 
     for seed in range(3):  # derivatives along random directions, by central differences in float64
         direction = torch.randn(skew.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
@@ -197,25 +230,24 @@ def test_gradients_reach_the_rotation(weight_format, layer):
     assert all(p.grad is None for n, p in model.named_parameters() if "oft" not in n)
 
 
-@pytest.mark.usefixtures("runnable")
-def test_a_recorded_forward_leaves_the_layer_as_it_was(weight_format, layer):
+def test_a_recorded_forward_leaves_the_layer_as_it_was(weight_format, layer, block):
     shape = weight_format.geometry(layer)
-    base = nn.Sequential(nn.Linear(32, shape.in_features), layer, nn.Linear(shape.out_features, 8))
+    base = nn.Sequential(nn.Linear(2 * block, shape.in_features), layer, nn.Linear(shape.out_features, 8))
     before = weight_format.dequantize(layer)
     attributes = {n: v for n, v in vars(layer).items() if isinstance(v, torch.Tensor)}
-    model = oftfx.transform(base, {"*": OFT(16)}, example_inputs=(torch.randn(3, 32),))
+    rules = {"*": OFT(block, on_indivisible="nearest")}
+    model = oftfx.transform(base, rules, example_inputs=(torch.randn(3, 2 * block),))
     assert [fqn for fqn, _ in oftfx.placement.rotated_sites(model)] == ["0", "1", "2"]
     assert {n: v for n, v in vars(layer).items() if isinstance(v, torch.Tensor)} == attributes
     assert torch.equal(weight_format.dequantize(layer), before)
     assert torch.equal(weight_format.dequantize(model[1]), before)
 
 
-@pytest.mark.usefixtures("runnable")
 @pytest.mark.parametrize("policy", ["keep", "float", "requantize"])
-def test_every_policy_against_the_dense_product(weight_format, layer, policy):
-    model = randomize(oftfx.transform(nn.Sequential(layer), {"0": OFT(16)}), std=0.1).eval()
+def test_every_policy_against_the_dense_product(weight_format, layer, block, policy):
+    model = randomize(oftfx.transform(nn.Sequential(layer), {"0": OFT(block)}), std=0.1).eval()
     weight = weight_format.dequantize(layer).double()
-    target = weight @ dense_rotation(model[0].oft.default.skew, 16).T
+    target = weight @ dense_rotation(model[0].oft.default.skew, block).T
     x = torch.randn(5, target.shape[1])
     result = oftfx.fold(model, quantized=policy)
     (row,) = result.report
