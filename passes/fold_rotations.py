@@ -105,6 +105,7 @@ class FoldRotations(Pass):
             if one not in later:
                 fold(one)
         self._calibrate(model, later, fold)
+        folder.finish()
         self.sites = [done[t.fqn] for t in todo]
         changes = tuple(Change(s.fqn, s.action, s.note) for s in self.sites)
         return PassResult(program.with_(sites=Program.of(model).sites), bool(todo), changes)
