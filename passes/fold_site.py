@@ -100,7 +100,9 @@ class SiteFolder:
                 after = before + sum(b.numel() * b.element_size() for b in chain)
                 return SiteFold(fqn, name, "kept", update, 0.0, 1.0, before, after, note)
             if option == "float":
-                new = weight_format.float_module(module, target.to(_activation_dtype(self.model, module, weight_format)))
+                new = weight_format.float_module(
+                    module, target.to(_activation_dtype(self.model, module, weight_format))
+                )
                 self._later.append((placement, new))
                 now = _format(new)
                 error, survival = _arrived(base, target, now.dequantize(new))
@@ -122,7 +124,7 @@ class SiteFolder:
             placement.drop()
             _check_finite(fqn, error, weight_format.dtype(module))
             after = weight_format.nbytes(module)
-            action = _ACTIONS[option]
+            action = _ACTIONS["requantize" if option == "calibrate" and moments is None else option]
             if option == "reference" and moments is not None:
                 action += ", calibrated"
             return SiteFold(fqn, name, action, update, error, survival, before, after, note, *outputs)
