@@ -39,6 +39,7 @@ _HOME = {
     "fold": "oftfx.folding",
     "unfold": "oftfx.folding",
     "FoldResult": "oftfx.folding",
+    "Budget": "oftfx.policies",
     "FoldReport": "oftfx.report.fold_report",
     "export_onnx": "oftfx.onnx.export",
     "ExportReport": "oftfx.onnx.export",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from oftfx.formats import WeightFormat, register_format
     from oftfx.onnx.export import ExportReport, export_onnx
     from oftfx.plans import Plan
+    from oftfx.policies import Budget
     from oftfx.program import Program, Site
     from oftfx.report.fold_report import FoldReport
     from oftfx.rotation.module import Rotation

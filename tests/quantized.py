@@ -8,7 +8,7 @@ import oftfx
 from oftfx import OFT
 from oftfx.formats import format_of, formats
 from tests.ecosystem.network import Network
-from tests.passes.formats.scalar_checks import bytes_of, same_bytes
+from tests.passes.formats.scalar_checks import same_bytes
 from tests.reference import dense_rotation, randomize
 
 WIDTH = 64
@@ -51,9 +51,12 @@ def rotated(share=False, kind="bnb4", std=0.05):
 
 
 def inputs(count=3, length=40, seed=0):
-    """Calibration batches of different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    return [(torch.randn(2, length + 7 * i, WIDTH, generator=generator),) for i in range(count)]
+    """Batches of different lengths; their channels depend on each other and differ in size."""
+    generator = torch.Generator().manual_seed(99)
+    mix = torch.randn(WIDTH, WIDTH, generator=generator) @ torch.diag(torch.logspace(0, -1.5, WIDTH)) / WIDTH**0.5
+    mix = 3 * (mix + 0.1 * torch.eye(WIDTH))
+    generator.manual_seed(seed)
+    return [(torch.randn(2, length + 7 * i, WIDTH, generator=generator) @ mix,) for i in range(count)]
 
 
 def weight(model, name):
@@ -68,6 +71,24 @@ def rotations(model):
         e.fqn: dense_rotation(model.get_parameter(f"{e.owner}.oft.default.skew"), e.block_size, e.blocks)
         for e in oftfx.adapters(model)["default"]
     }
+
+
+def tensors_of(value):
+    """All tensors in what a format reads, also of tensor subclasses and of objects that hold some."""
+    if isinstance(value, torch.Tensor):
+        held = [t for v in vars(value).values() if hasattr(v, "absmax") for t in tensors_of(vars(v))]
+        if hasattr(value, "__tensor_flatten__"):
+            return [t for name in value.__tensor_flatten__()[0] for t in tensors_of(getattr(value, name))]
+        return [value.detach().as_subclass(torch.Tensor), *held]
+    if isinstance(value, dict):
+        return [t for item in value.values() for t in tensors_of(item)]
+    return tensors_of(vars(value)) if hasattr(value, "absmax") else []
+
+
+def bytes_of(state):
+    """Dtype, shape and a copy of the bytes of each of its tensors."""
+    found = [t.contiguous() for t in tensors_of(state)]
+    return [(t.dtype, tuple(t.shape), t.reshape(-1).view(torch.uint8).clone()) for t in found]
 
 
 def stored(model):
