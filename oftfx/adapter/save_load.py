@@ -21,6 +21,7 @@ from oftfx.adapter import peft
 from oftfx.adapter.store import AdapterStore, check_name, find_store, located, store_of, unwrapped
 from oftfx.adapter.switch import disable_adapters
 from oftfx.errors import AdapterError, AdapterFileError, OftfxWarning
+from oftfx.kernel import choose_kernel
 from oftfx.passes.find_producers import FindProducers
 from oftfx.passes.protocol import PassManager
 from oftfx.passes.share_inputs import ShareInputs
@@ -243,12 +244,20 @@ def _plan_of_file(
         bias = {"oft_only": "oft"}.get(config.get("bias", "none"), config.get("bias", "none"))
     return Plan(
         type(root).__name__,
-        tuple(entries),
+        tuple(_with_kernel(e, root) for e in entries),
         trace=saved.trace if saved else TraceInfo(),
         train=tuple(n for n in known if n in parameters),
         train_modules=modules,
         train_bias=bias,
     )
+
+
+def _with_kernel(entry: SitePlan, root: nn.Module) -> SitePlan:
+    """The entry with the way in which the layer that is here multiplies."""
+    if not entry.site.is_layer:
+        return entry
+    kernel, note = choose_kernel(root.get_submodule(entry.site.module), entry.spec.kernel)
+    return replace(entry, kernel=kernel, notes=(*entry.notes, note) if note else entry.notes)
 
 
 def _as_saved(entry: SitePlan, saved: SitePlan, skew: Tensor, where: Path) -> SitePlan:
