@@ -27,8 +27,10 @@ class ExactForward:
     def __init__(self, module: nn.Module, weight_format: WeightFormat) -> None:
         self.module, self.format = module, weight_format
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """``x (..., in)`` to ``(..., out)``."""
+    def __call__(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
+        """``x (..., in)`` to ``(..., out)``; given by position or by either name that forwards have for it."""
+        x = input if x is None else x
+        assert x is not None
         bias: Tensor | None = getattr(self.module, "bias", None)
         trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if trains and not torch.compiler.is_compiling():
@@ -56,7 +58,7 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
         needs_x, needs_bias, _ = ctx.needs_input_grad
         to_x = (grad @ ctx.exact.weight(grad.dtype)).to(ctx.dtype) if needs_x else None
-        to_bias = grad.flatten(0, -2).sum(0).to(ctx.bias_dtype) if needs_bias else None
+        to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if needs_bias else None
         return to_x, to_bias, None
 
 
