@@ -50,7 +50,11 @@ def measure(before: nn.Module, after: nn.Module, batches: Sequence[Mapping[str, 
     error = math.sqrt(missed / whole) if whole else math.sqrt(missed)
     if not count:
         return Measured(error)
-    return Measured(error, math.exp(nll[0] / count), math.exp(nll[1] / count))
+    return Measured(error, *(_exp(n / count) for n in nll))
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf  # of a model gone wrong
 
 
 def _run(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...]) -> Any:
