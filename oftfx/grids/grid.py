@@ -12,7 +12,7 @@ from torch import Tensor
 from oftfx.grids.levels import Integers, Levels
 from oftfx.grids.partition import Partition
 
-_NARROWEST, _STEPS = 0.6, 20
+_NARROWEST, _STEPS = 0.65, 8
 
 
 @dataclass(frozen=True)
