@@ -38,6 +38,9 @@ _HOME = {
     "load_adapter": "oftfx.adapter.save_load",
     "fold": "oftfx.folding",
     "unfold": "oftfx.folding",
+    "Budget": "oftfx.policies",
+    "save_rotations": "oftfx.kept",
+    "load_rotations": "oftfx.kept",
     "FoldResult": "oftfx.folding",
     "FoldReport": "oftfx.report.fold_report",
     "export_onnx": "oftfx.onnx.export",
@@ -61,8 +64,10 @@ if TYPE_CHECKING:
     from oftfx.errors import OftfxError
     from oftfx.folding import FoldResult, fold, unfold
     from oftfx.formats import WeightFormat, register_format
+    from oftfx.kept import load_rotations, save_rotations
     from oftfx.onnx.export import ExportReport, export_onnx
     from oftfx.plans import Plan
+    from oftfx.policies import Budget
     from oftfx.program import Program, Site
     from oftfx.report.fold_report import FoldReport
     from oftfx.rotation.module import Rotation
