@@ -112,6 +112,8 @@ class Lockstep:
         run: _Run | None = getattr(self._here, "run", None)
         if run is None or module not in self._open:
             return
+        if self._stopping:  # the model's code has caught the end and goes on
+            raise _Stopped
         run.at, run.x = module, args[0] if args else next(iter(kwargs.values()))
         self._messages.put(run)
         run.resume.acquire()

@@ -16,14 +16,21 @@ class Moments:
 
     def __init__(self) -> None:
         self._inputs: tuple[Tensor, ...] = ()
+        self._versions: tuple[int | None, ...] = ()
         self._value: Tensor | None = None
 
     def of(self, inputs: Sequence[Tensor]) -> Tensor:
         """``(in, in)`` of tensors ``(..., in)``."""
+        versions = tuple(_version(x) for x in inputs)
         same = len(inputs) == len(self._inputs) and all(a is b for a, b in zip(inputs, self._inputs, strict=True))
-        if not same or self._value is None:
-            self._inputs, self._value = tuple(inputs), second_moments(inputs)
+        if not same or None in versions or versions != self._versions or self._value is None:
+            self._inputs, self._versions, self._value = tuple(inputs), versions, second_moments(inputs)
         return self._value
+
+
+def _version(x: Tensor) -> int | None:
+    """Counts what was written in place; None where that is not known."""
+    return None if x.is_inference() else x._version
 
 
 @torch.no_grad()

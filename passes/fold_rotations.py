@@ -29,7 +29,7 @@ _NEVER_RAN = (
     "this layer has never been called while others have, so its rotation may not be part of what the model computed "
     "(its weight may be used by other code); compare folded and unfolded outputs, or exclude it by a rule"
 )
-_NOT_REACHED = "no calibration input reached this layer, so its weights are rounded to the nearest codes"
+_NOT_REACHED = "no calibration input reached this layer, or only zeros, so its weights are rounded to the nearest codes"
 
 
 class FoldRotations(Pass):
@@ -92,7 +92,8 @@ class FoldRotations(Pass):
             path = folder.paths[one.placement.module]
             self.undo.append(Undo.of(path, one.placement, one.format))
             result = folder.fold(one.fqn, one.placement, one.format, one.policy, moments)
-            remark = remark or remarks[one.fqn]
+            rounded = result.action in ("requantized", "from reference")
+            remark = "; ".join(r for r in (remark if rounded else "", remarks[one.fqn]) if r)
             if remark:
                 result = replace(result, note="; ".join(n for n in (result.note, remark) if n))
                 warnings.warn(f"{one.fqn}: {remark}", OftfxWarning, stacklevel=4)
@@ -105,6 +106,7 @@ class FoldRotations(Pass):
             if one not in later:
                 fold(one)
         self._calibrate(model, later, fold)
+        folder.finish()
         self.sites = [done[t.fqn] for t in todo]
         changes = tuple(Change(s.fqn, s.action, s.note) for s in self.sites)
         return PassResult(program.with_(sites=Program.of(model).sites), bool(todo), changes)
@@ -115,7 +117,11 @@ class FoldRotations(Pass):
         by_module, moments = {t.placement.module: t for t in todo}, Moments()
 
         def show(module: nn.Module, inputs: list[torch.Tensor]) -> None:
-            fold(by_module[module], moments.of(inputs))
+            seen = moments.of(inputs)
+            if seen.any():
+                fold(by_module[module], seen)
+            else:  # no rows (an expert that got no tokens), or zeros only: every rounding would look perfect
+                fold(by_module[module], None, _NOT_REACHED)
 
         for module in Lockstep(model, list(by_module)).run(self.calibration, show):
             fold(by_module[module], None, _NOT_REACHED)
@@ -129,7 +135,7 @@ class FoldRotations(Pass):
     def _check(self, one: _Todo) -> None:
         if one.format.lossless:
             return
-        if one.policy == "calibrate" and not self.calibration:
+        if choices(one.policy)[-1] == "calibrate" and not self.calibration:  # a budget passes it over, but for its last
             raise FoldError(
                 f"{one.fqn}: policy 'calibrate' needs calibration=, an iterable of model inputs (some dozens of "
                 "sequences of real text, say)"

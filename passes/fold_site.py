@@ -47,6 +47,7 @@ class SiteFolder:
     ) -> None:
         self.model, self.shared, self.undo, self.reference = model, shared, undo, reference
         self.freezer = Freezer()
+        self._later: list[tuple[Placement, nn.Module]] = []
         self.paths = {m: n for n, m in model.named_modules()}
 
     @torch.no_grad()
@@ -99,8 +100,10 @@ class SiteFolder:
                 after = before + sum(b.numel() * b.element_size() for b in chain)
                 return SiteFold(fqn, name, "kept", update, 0.0, 1.0, before, after, note)
             if option == "float":
-                placement.drop()
-                new = _replace(self.model, module, weight_format, target)
+                new = weight_format.float_module(
+                    module, target.to(_activation_dtype(self.model, module, weight_format))
+                )
+                self._later.append((placement, new))
                 now = _format(new)
                 error, survival = _arrived(base, target, now.dequantize(new))
                 _check_finite(fqn, error, now.dtype(new))
@@ -121,11 +124,23 @@ class SiteFolder:
             placement.drop()
             _check_finite(fqn, error, weight_format.dtype(module))
             after = weight_format.nbytes(module)
-            action = _ACTIONS[option]
+            action = _ACTIONS["requantize" if option == "calibrate" and moments is None else option]
             if option == "reference" and moments is not None:
                 action += ", calibrated"
             return SiteFold(fqn, name, action, update, error, survival, before, after, note, *outputs)
         raise AssertionError("a budget's last policy is always applied")
+
+    def finish(self) -> None:
+        """Put the float layers into their places.
+
+        A forward that is under way while its layer is folded goes on in the old one; until now it has its rotation.
+        """
+        for placement, new in self._later:
+            placement.drop()
+            for name in HOOKS:
+                getattr(new, name).update(getattr(placement.module, name))
+            replace_module(self.model, placement.module, new)
+        self._later.clear()
 
     def _rounded(
         self,
@@ -198,15 +213,6 @@ def _format(module: nn.Module) -> WeightFormat:
     found = format_of(module)
     assert found is not None
     return found
-
-
-def _replace(model: nn.Module, module: nn.Module, weight_format: WeightFormat, target: torch.Tensor) -> nn.Module:
-    """Put a float layer with the rotated weight in the place of a quantized one; hooks go along."""
-    new = weight_format.float_module(module, target.to(_activation_dtype(model, module, weight_format)))
-    for name in HOOKS:
-        getattr(new, name).update(getattr(module, name))
-    replace_module(model, module, new)
-    return new
 
 
 def _activation_dtype(model: nn.Module, module: nn.Module, weight_format: WeightFormat) -> torch.dtype:
