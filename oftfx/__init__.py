@@ -38,6 +38,9 @@ _HOME = {
     "load_adapter": "oftfx.adapter.save_load",
     "fold": "oftfx.folding",
     "unfold": "oftfx.folding",
+    "Budget": "oftfx.policies",
+    "save_rotations": "oftfx.kept",
+    "load_rotations": "oftfx.kept",
     "FoldResult": "oftfx.folding",
     "Budget": "oftfx.policies",
     "FoldReport": "oftfx.report.fold_report",
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from oftfx.errors import OftfxError
     from oftfx.folding import FoldResult, fold, unfold
     from oftfx.formats import WeightFormat, register_format
+    from oftfx.kept import load_rotations, save_rotations
     from oftfx.onnx.export import ExportReport, export_onnx
     from oftfx.plans import Plan
     from oftfx.policies import Budget

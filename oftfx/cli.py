@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -46,13 +47,13 @@ def demo(
     """
     import torch
 
-    from oftfx.demo.job import FULL, QUICK, Job, Size
+    from oftfx.demo.job import FULL, QUICK, Job
 
     if threads:
         torch.set_num_threads(threads)
     size = QUICK if quick else FULL
     folder = out / ("quick" if quick else "full")
-    Job(folder, Size(steps or size.steps, size.held_out), console.print, _bar).run()
+    Job(folder, replace(size, steps=steps or size.steps), console.print, _bar).run()
 
 
 @app.command()

@@ -26,6 +26,7 @@ class ExactForward:
 
     def __init__(self, module: nn.Module, weight_format: WeightFormat) -> None:
         self.module, self.format = module, weight_format
+        self.native = module.__dict__.get("forward")  # some packages keep theirs in the instance
 
     def __call__(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
         """``x (..., in)`` to ``(..., out)``; given by position or by either name that forwards have for it."""
@@ -88,7 +89,8 @@ def use_exact(module: nn.Module) -> None:
     """Let a layer multiply exactly from now on."""
     weight_format = format_of(module)
     assert weight_format is not None
-    module.__dict__["forward"] = ExactForward(module, weight_format)
+    if not is_exact(module):
+        module.__dict__["forward"] = ExactForward(module, weight_format)
 
 
 def use_native(module: nn.Module) -> None:
@@ -96,3 +98,5 @@ def use_native(module: nn.Module) -> None:
     exact = module.__dict__.get("forward")
     if isinstance(exact, ExactForward) and exact.format.native_fault(module) is None:
         del module.__dict__["forward"]
+        if exact.native is not None:
+            module.__dict__["forward"] = exact.native

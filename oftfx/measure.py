@@ -15,6 +15,8 @@ from torch.utils import _pytree as pytree
 
 from oftfx.modes import evaluating
 
+_PIECE = 2**22
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -41,8 +43,10 @@ def measure(before: nn.Module, after: nn.Module, batches: Sequence[Mapping[str, 
     for batch in batches:
         outputs = [_run(m, batch) for m in (before, after)]
         for old, new in zip(*(_floats(o) for o in outputs), strict=True):
-            missed += float((new.double() - old.double()).square().sum())
-            whole += float(old.double().square().sum())
+            # In pieces: logits of a large vocabulary are the largest tensors there are.
+            for a, b in zip(new.flatten().split(_PIECE), old.flatten().split(_PIECE), strict=True):
+                missed += float((a.double() - b.double()).square().sum())
+                whole += float(b.double().square().sum())
         losses = [_next_token(m, batch, o) for m, o in zip((before, after), outputs, strict=True)]
         if losses[0] is not None and losses[1] is not None:
             nll = [a + b for a, b in zip(nll, (losses[0][0], losses[1][0]), strict=True)]
@@ -79,5 +83,8 @@ def _next_token(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...], ou
     mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     if mask is not None and mask.shape == ids.shape:
         wanted[mask[:, 1:] == 0] = -100
-    losses = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum")
-    return float(losses), int((wanted != -100).sum())
+    losses = [
+        F.cross_entropy(row.float(), targets, ignore_index=-100, reduction="sum")
+        for row, targets in zip(logits[:, :-1].flatten(0, -3), wanted.flatten(0, -2), strict=True)
+    ]
+    return float(sum(losses)), int((wanted != -100).sum())

@@ -14,13 +14,25 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
 
 
-def pytest_collection_modifyitems(items):
-    """Skip tests whose packages are missing; in CI (OFTFX_REQUIRE_ALL) let them fail instead."""
-    if os.environ.get("OFTFX_REQUIRE_ALL"):
+LAYERS = {"aqlm", "auto_gptq", "awq", "gptqmodel", "hqq", "neural_compressor", "torchao"}
+"""Packages of tools/environment-layers: they conflict with each other's requirements, so they are kept apart."""
+
+
+def pytest_collection_modifyitems(config, items):
+    """Skip tests whose packages are missing. In CI, with OFTFX_REQUIRE_ALL, let them fail instead.
+
+    OFTFX_REQUIRE_ALL=1 requires what .venv has, all but `LAYERS`. OFTFX_REQUIRE_ALL=layers is for .venv-layers: only
+    the tests that need one of those packages are run, and none is skipped.
+    """
+    required = os.environ.get("OFTFX_REQUIRE_ALL")
+    if required == "layers":
+        chosen = [i for i in items if LAYERS & {a for m in i.iter_markers("needs") for a in m.args}]
+        config.hook.pytest_deselected(items=[i for i in items if i not in set(chosen)])
+        items[:] = chosen
         return
     for item in items:
         for mark in item.iter_markers("needs"):
-            missing = [m for m in mark.args if importlib.util.find_spec(m) is None]
+            missing = [m for m in mark.args if importlib.util.find_spec(m) is None and (not required or m in LAYERS)]
             if missing:
                 item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
 

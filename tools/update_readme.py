@@ -63,8 +63,67 @@ def against_peft():
     return markdown(("case", "PEFT", "oftfx"), [(r["case"], r["PEFT"], r["oftfx"]) for r in rows if r["brief"]])
 
 
+POLICIES = ("requantize", "calibrate")
+FOLDS = {
+    "none": "base, no adapter",
+    "unfolded": "adapter, unfolded",
+    "PEFT": "PEFT's merge",
+}
+
+
+def fold_quality(model):
+    """One row a policy, one column a base; adapters trained on that base, then those trained on floats."""
+    results = json.loads((ROOT / "tools/results/fold_quality.json").read_text())
+    rows = [r for r in results["rows"] if r["model"] == model]
+    bases = list(dict.fromkeys(r["base"] for r in rows))
+    table = []
+    for floats in (False, True):
+        chosen = [r for r in rows if (r["trained_on"] == "float") == floats]
+        for policy in dict.fromkeys(r["policy"] for r in chosen):
+            found = {r["base"]: r for r in chosen if r["policy"] == policy}
+            where = "float model" if floats else "same base"
+            table.append((where, FOLDS.get(policy, policy), *(_quality(found.get(b), model) for b in bases)))
+    return markdown(("adapter trained on", "fold", *bases), table)
+
+
+def _quality(row, model):
+    if row is None:
+        return ""
+    if "refused" in row:
+        return "refuses"
+    score = f"{row['score']:.2f}" if model.startswith("Smol") else f"{row['score']:.4f}"
+    return score if row["policy"] == "none" else f"{score} ({100 * row['kept']:.1f} %)"
+
+
+def updates():
+    rows = json.loads((ROOT / "tools/results/fold_quality.json").read_text())["updates"]
+    by = {(r["format"], r["policy"]): r for r in rows}
+    table = []
+    for name in dict.fromkeys(r["format"] for r in rows):
+        plain, calibrated = by[name, "requantize"], by[name, "calibrate"]
+        table.append(
+            (
+                name,
+                *(f"{100 * r['survival']:.1f} %" for r in (plain, calibrated)),
+                *(f"{100 * r['output_survival']:.1f} %" for r in (plain, calibrated)),
+                *(f"{100 * r['output_error']:.2f} %" for r in (plain, calibrated)),
+            )
+        )
+    heads = [f"{what}, {policy}" for what in ("survival", "in the output", "output error") for policy in POLICIES]
+    return markdown(("format", *heads), table)
+
+
 def tables():
-    return {"quickstart": quickstart(), "speed": speed(), "ocr": ocr(), "zoo": zoo(), "peft": against_peft()}
+    return {
+        "quickstart": quickstart(),
+        "fold smollm2": fold_quality("SmolLM2-135M"),
+        "fold minilm": fold_quality("MiniLM-L6"),
+        "fold updates": updates(),
+        "speed": speed(),
+        "ocr": ocr(),
+        "zoo": zoo(),
+        "peft": against_peft(),
+    }
 
 
 def filled(text):

@@ -20,19 +20,20 @@ from oftfx.demo.train import train
 from oftfx.report.rich_table import render
 
 LENGTH, BATCH, RATE = 128, 4, 2.5e-4
-FOLDS = ("keep", "float", "requantize")
+FOLDS = ("keep", "float", "requantize", "calibrate")
 COLUMNS = ("model", "runs in", "weights", "MiB", "perplexity", "gain kept %", "ms 1x128")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the job does: training steps, and held-out blocks of 128 tokens."""
+    """How much the job does: training steps, and blocks of 128 tokens, held out and for calibration."""
 
     steps: int
     held_out: int
+    calibration: int
 
 
-FULL, QUICK = Size(steps=60, held_out=40), Size(steps=6, held_out=4)
+FULL, QUICK = Size(steps=60, held_out=40, calibration=64), Size(steps=6, held_out=4, calibration=8)
 
 
 @dataclass
@@ -69,10 +70,11 @@ class Job:
         model = self._transform(base)
         with oftfx.disable_adapters(model):
             self._row("NF4 base", "torch", _bytes(base), lambda: ppl.in_torch(model), held_out)
-        self._train(model, text.blocks(tokenizer, text.read("train"), LENGTH))
+        data = text.blocks(tokenizer, text.read("train"), LENGTH)
+        self._train(model, data)
         self._row("NF4 + adapter", "torch", _bytes(model), lambda: ppl.in_torch(model), held_out)
         oftfx.save_adapter(model, self.folder / "adapter")
-        folded = {policy: self._fold(model, policy, held_out) for policy in FOLDS}
+        folded = {policy: self._fold(model, policy, held_out, data) for policy in FOLDS}
         self._generate(model, folded, tokenizer)
         example = {"input_ids": held_out[:2], "attention_mask": torch.ones_like(held_out[:2])}
         self._onnx("ONNX folded (float)", folded["float"], example, held_out)
@@ -109,9 +111,10 @@ class Job:
         self.results["losses"] = losses
         self._write()
 
-    def _fold(self, model: nn.Module, policy: str, held_out: Tensor) -> nn.Module:
-        ids = held_out[:2]
-        calibration = [{"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}]
+    def _fold(self, model: nn.Module, policy: str, held_out: Tensor, data: Tensor) -> nn.Module:
+        # Others only measure on these inputs; calibration learns from them, so it must not see what is held out.
+        chosen = data[: self.size.calibration].split(BATCH) if policy == "calibrate" else [held_out[:2]]
+        calibration = [{"input_ids": i, "attention_mask": torch.ones_like(i), "use_cache": False} for i in chosen]
         with self.bar(f"fold: {policy}", 210) as advance:
             result = oftfx.fold(
                 model, quantized=policy, calibration=calibration, progress=lambda done, _: advance(done, "")

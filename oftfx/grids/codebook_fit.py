@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oftfx.grids.codebooks import Additive, decoded, grouped, nearest_codes, solved_books
 
-_LEARNED = 1 << 17  # vectors that codebooks are learned from, at least 16 an entry; the others are coded with them
+_LEARNED = 1 << 16  # vectors that codebooks are learned from, at least 16 an entry; the others are coded with them
 _MEANS, _ROUNDS, _TRIED, _WORTH = 10, 10, 2, 4e-3
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_SCORES = 1 << 19  # distances that are held at once; vectors are treated in chunks that keep to it, and to the cache
+_SCORES = 1 << 20  # distances that are held at once; vectors are treated in chunks that keep to it, and to the cache
 _SOLVER_STEPS = 15
 
 

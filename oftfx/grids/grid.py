@@ -12,7 +12,7 @@ from torch import Tensor
 from oftfx.grids.levels import Integers, Levels
 from oftfx.grids.partition import Partition
 
-_NARROWEST, _STEPS = 0.6, 20
+_NARROWEST, _STEPS = 0.65, 8  # finer steps measured no better on SmolLM2
 _SMALLEST = 2.0**-24  # above 0 in float16
 
 

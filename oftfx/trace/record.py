@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from oftfx.errors import TraceError
 from oftfx.formats import format_of
+from oftfx.kernel import use_exact
 from oftfx.placement import rotated_sites
 from oftfx.sites import is_experts
 from oftfx.trace.graph_module import ProgramGraph, build
@@ -186,6 +187,9 @@ class _Undisturbed:
         self.random = torch.get_rng_state()
         found = [(m, format_of(m)) for m in self.model.modules()]
         self.release = [f.hold_still(m) for m, f in found if f is not None]
+        for module, weight_format in found:
+            if weight_format is not None and weight_format.native_fault(module) is not None:
+                use_exact(module)  # an attribute of the module, which goes with the others afterwards
         if self.real:
             self.model.eval()
 

@@ -392,3 +392,80 @@ def test_recognised_on_the_meta_device_and_nothing_else_is():
         codes = codebooks = scales = None
 
     assert not AQLM.matches(QuantizedLinear())
+
+
+@pytest.fixture
+def checkpoint(tiny_llama, tmp_path):
+    """A small quantized language model on disk, every layer but the head by `make_aqlm`."""
+
+    def make(bits):
+        import json
+
+        from safetensors.torch import save_file
+
+        model = tiny_llama()
+        for name, linear in [(n, m) for n, m in model.model.named_modules() if isinstance(m, nn.Linear)]:
+            model.model.set_submodule(name, make_aqlm(linear, nbits=bits))
+        settings = {
+            "quant_method": "aqlm",
+            "in_group_size": 8,
+            "out_group_size": 1,
+            "num_codebooks": 2,
+            "nbits_per_codebook": bits,
+            "linear_weights_not_to_quantize": ["lm_head"],
+        }
+        folder = tmp_path / f"base{bits}"
+        folder.mkdir()
+        save_file(model.state_dict(), folder / "model.safetensors", {"format": "pt"})
+        (folder / "config.json").write_text(json.dumps({**model.config.to_dict(), "quantization_config": settings}))
+        return folder
+
+    return make
+
+
+def sites(model):
+    return {n: AQLM.dequantize(m) for n, m in model.named_modules() if AQLM.matches(m)}
+
+
+@pytest.mark.needs("transformers", "accelerate")
+def test_a_loaded_model_trains_folds_saves_and_loads_again(checkpoint, ids, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(checkpoint(6), dtype=torch.float32)
+    rules = {"re:.*(q_proj|down_proj)": OFT(8)}
+    model = randomize(oftfx.transform(base, rules), std=0.1).train()
+    out = model(**ids(), labels=ids()["input_ids"])
+    out.loss.backward()
+    rotations = list(oftfx.adapter_parameters(model))
+    assert len(rotations) == 4
+    assert all(p.grad.abs().sum() > 0 for p in rotations)
+    assert all(p.grad is None for n, p in model.named_parameters() if "oft" not in n)
+    folded = oftfx.fold(model.eval(), quantized="requantize").model
+    folded.save_pretrained(tmp_path / "folded")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", dtype=torch.float32)
+    weights = sites(again)
+    assert len(weights) == 14
+    assert all(torch.equal(w, weights[n]) for n, w in sites(folded).items())
+    with torch.no_grad():
+        assert torch.equal(again(**ids()).logits, folded(**ids()).logits)
+        assert rel(again(**ids()).logits, base(**ids()).logits) > 0.01
+
+
+@pytest.mark.needs("transformers", "accelerate")
+def test_a_model_that_has_run_is_saved_in_the_order_of_checkpoints(checkpoint, ids, tmp_path):
+    """Its own save is not loaded again: codes are turned by then."""
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(checkpoint(8), dtype=torch.float32).eval()
+    weights = sites(base)
+    with torch.no_grad():
+        base(**ids())
+    layer = base.model.layers[0].mlp.down_proj
+    assert layer.codes.shape == (12, 64, 2)
+    folded = oftfx.fold(oftfx.transform(base, {"re:.*_proj": OFT(8)})).model  # the rotations are the identity
+    folded.save_pretrained(tmp_path / "folded")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "folded", dtype=torch.float32)
+    assert all(torch.equal(w, weights[n]) for n, w in sites(again).items())
+    base.save_pretrained(tmp_path / "turned")
+    with pytest.raises(RuntimeError, match="size mismatch|ignore_mismatched_sizes"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "turned", dtype=torch.float32)

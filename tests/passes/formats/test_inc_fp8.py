@@ -136,8 +136,11 @@ def test_copies_run_on_their_own_weight(fp8):
     with torch.no_grad():
         y = layer(x)
         model = randomize(oftfx.transform(nn.Sequential(layer), {"0": OFT(16)}))
-        for other in (model[0], copy.deepcopy(layer)):
-            assert other.forward.__self__ is other  # the package keeps its forward in the instance
+        plain = copy.deepcopy(layer)
+        assert plain.forward.__self__ is plain  # the package keeps its forward in the instance
+        assert model[0].forward.module is model[0]
+        assert model[0].forward.native.__self__ is model[0]
+        for other in (model[0], plain):
             assert other.dequant_weights is not layer.dequant_weights
             fp8.write(other, fp8.requantize(torch.randn(40, 96), other))
             assert torch.equal(layer(x), y)
