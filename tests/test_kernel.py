@@ -15,7 +15,7 @@ from oftfx.structure import structural_copy
 from tests.quantized import quantize
 from tests.reference import dense_rotation, randomize, rel
 
-IN, OUT, BLOCK = 96, 64, 16
+IN, OUT, BLOCK = 128, 64, 16
 FAULTY = ["hf_fp8", "aqlm", "torchao"]
 KINDS = [
     pytest.param("bnb4", marks=pytest.mark.needs("bitsandbytes")),

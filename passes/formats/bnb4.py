@@ -26,6 +26,7 @@ from oftfx.grids import Codes, Grid, Partition, Table
 from oftfx.scalar_format import ScalarFormat
 
 _PACK_ROWS = 32  # rows that the CPU layout interleaves
+_CPU_STEP = 16  # elements that its dequantization takes at a time, with the scale of the first
 
 
 class _Nested(NamedTuple):
@@ -131,6 +132,14 @@ class Bnb4(ScalarFormat):
         if state.nested:
             tensors += [state.state2.absmax, state.state2.code]
         return sum(t.numel() * t.element_size() for t in tensors)
+
+    def native_fault(self, module: nn.Module) -> str | None:
+        """On a CPU: rows that are no whole number of blocks, where the package takes sixteen elements at a time."""
+        state = _state(module)
+        columns = state.shape[1]
+        if module.weight.device.type != "cpu" or columns % state.blocksize == 0 or columns % _CPU_STEP:
+            return None
+        return "bitsandbytes' CPU kernel takes wrong scales for blocks that cross rows"
 
     def own(self, module: nn.Module) -> None:
         """A Params4bit and a QuantState of its own over the same bytes."""

@@ -20,7 +20,7 @@ def quantized(tiny_llama, tmp_path):
     """The tiny Llama as `from_pretrained` loads it in NF4."""
     from transformers import BitsAndBytesConfig, LlamaForCausalLM
 
-    tiny_llama().save_pretrained(tmp_path / "base")
+    tiny_llama(intermediate_size=128).save_pretrained(tmp_path / "base")
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
 
     def load():
@@ -37,7 +37,7 @@ def plain(tiny_llama):
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     def make(model):
-        result = tiny_llama()
+        result = tiny_llama(intermediate_size=128)
         for entry in oftfx.adapters(model)["default"]:
             weight = result.get_submodule(entry.fqn).weight
             rounded = dequantize_4bit(*quantize_4bit(weight.data, quant_type="nf4")).float()

@@ -45,6 +45,28 @@ def test_dequantize_equals_the_packages_own(kind, shape):
         assert torch.equal(requantized, official(layer))
 
 
+@pytest.mark.parametrize("columns", [64, 72, 80, 96, 100, 128, 176])
+def test_rows_that_the_packages_cpu_kernel_misreads_are_multiplied_exactly(columns):
+    """The package's own dequantization, against codes and scales looked up one by one."""
+    layer = make_linear4bit(nn.Linear(columns, 24))
+    with torch.no_grad():  # rows of different size, so that a wrong scale shows
+        weight = torch.randn(24, columns) * torch.logspace(0, 2, 24)[:, None]
+    BNB4.write(layer, BNB4.requantize(weight, layer))
+    state = layer.weight.quant_state
+    nibbles = [n for byte in layer.weight.data.flatten().tolist() for n in (byte >> 4, byte & 15)]
+    values = [float(state.code[n]) * float(state.absmax[i // 64]) for i, n in enumerate(nibbles)]
+    expected = torch.tensor(values[: 24 * columns]).view(24, columns)
+    assert rel(BNB4.dequantize(layer), expected) < 1e-6
+    misread = rel(official(layer), expected) > 1e-6
+    fault = BNB4.native_fault(layer)
+    assert (fault is not None) == misread == (columns % 16 == 0 and columns % 64 != 0)
+    model = randomize(oftfx.transform(nn.Sequential(layer), {"0": OFT(4)}), std=0.1)
+    x = torch.randn(3, columns)
+    turned = x.double() @ dense_rotation(model[0].oft.default.skew.detach(), 4)
+    assert rel(model(x), turned @ expected.double().T + layer.bias.double()) < 1e-6
+    assert oftfx.adapters(model)["default"]["0"].kernel == ("exact" if misread else "native")
+
+
 def repack(layer):
     """What bitsandbytes does to a layer in its first eval forward on a CPU with AVX512-BF16."""
     layer.eval()
