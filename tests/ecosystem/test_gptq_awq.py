@@ -190,6 +190,31 @@ def test_without_the_note_a_saved_model_is_loaded_wrong(checkpoint, ids, tmp_pat
         assert rel(load(tmp_path / "folded")(**ids()).logits, expected) < 1e-5
 
 
+@pytest.mark.parametrize("kind", ["gptq v1", "gptq v1 sym", "gptq v2", "gptq aten", "awq", "awq aten"])
+def test_a_calibrated_model_is_nearer_and_is_saved_and_loaded(checkpoint, ids, tmp_path, kind):
+    """Act-order, both versions of zeros, symmetric and not; on tokens that were not calibrated on."""
+    options, _ = KINDS[kind]
+    path, twin = checkpoint(**options)
+    model = randomize(oftfx.transform(load(path), {"all-linear": OFT(16)}), std=0.05)
+    rotate(twin, model)
+    batches = [ids(8, 40, seed=s) for s in range(4)]
+    fresh, errors = ids(8, 40, seed=9), {}
+    with torch.no_grad():
+        wanted = twin(**fresh).logits
+        for policy in ("requantize", "calibrate"):
+            result = oftfx.fold(model, quantized=policy, calibration=batches)
+            errors[policy] = rel(result.model(**fresh).logits, wanted)
+    assert {s.action for s in result.report if s.format != "dense"} == {"calibrated"}
+    assert errors["calibrate"] < 0.9 * errors["requantize"]
+    result.model.save_pretrained(tmp_path / "folded")
+    again = load(tmp_path / "folded")
+    assert_same_weights(again, result.model)
+    with torch.no_grad():
+        bound = HALF if kind == "awq" else 1e-5
+        assert rel(again(**fresh).logits, result.model(**fresh).logits) < bound
+        assert rel(oftfx.unfold(result)(**fresh).logits, wanted) < bound
+
+
 @pytest.mark.parametrize("policy", ["keep", "float"])
 def test_other_policies(checkpoint, ids, policy):
     path, twin = checkpoint("gptq", version=1, desc_act=True, backend="torch")
