@@ -42,7 +42,6 @@ _HOME = {
     "save_rotations": "oftfx.kept",
     "load_rotations": "oftfx.kept",
     "FoldResult": "oftfx.folding",
-    "Budget": "oftfx.policies",
     "FoldReport": "oftfx.report.fold_report",
     "export_onnx": "oftfx.onnx.export",
     "ExportReport": "oftfx.onnx.export",

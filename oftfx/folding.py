@@ -24,6 +24,8 @@ from oftfx.reference import Reference, ReferenceWeights
 from oftfx.report.fold_report import FoldReport
 from oftfx.structure import structural_copy
 
+_MEASURED = 8  # batches that both models run: calibrating needs many, an error is known by fewer
+
 
 @dataclass(frozen=True)
 class FoldResult:
@@ -70,7 +72,7 @@ def fold(
             for o_proj, say), its own weight stays bit for bit and that layer's rows are turned; the report says for
             every other site why it is folded on itself instead. See `FindProducers`.
         calibration: inputs of the model (dicts of keyword arguments or tuples), some dozens of real ones: for the
-            policies that need them, and to measure the whole model's output error and perplexity on.
+            policies that need them, and (the first eight) to measure the whole model's output error and perplexity on.
         reference: the original float model, the directory of its checkpoint, or a function from module path to weight.
             Only for adapters that were trained on the float model: one that was trained on a quantized model has learnt
             that model's errors as well, and they are not in these weights.
@@ -204,6 +206,6 @@ def _measured(
     active = store.active
     store.activate(before, tuple(names))
     try:
-        return measure(before, after, batches)
+        return measure(before, after, batches[:_MEASURED])
     finally:
         store.activate(before, active)
