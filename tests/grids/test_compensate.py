@@ -5,6 +5,7 @@ import torch
 
 from oftfx.grids import Float8, Grid, Integers, Partition, Table, compensated
 from oftfx.grids.compensate import inverse_factor
+from oftfx.grids.grid import _NARROWEST, _STEPS
 from tests.reference import rel
 
 NF4 = torch.tensor([-1.0, -0.7, -0.52, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0])
@@ -160,9 +161,9 @@ def test_the_factor_inverts_the_damped_moments():
 
 
 def searched(weight, importance, top):
-    """The best of nine symmetric ranges for rows of columns, float64; scales by row."""
+    """The best of some symmetric ranges for rows of columns, float64; scales by row."""
     best, scale = torch.full((len(weight),), torch.inf, dtype=torch.float64), torch.zeros(len(weight)).double()
-    for share in torch.linspace(1, 0.65, 9, dtype=torch.float64):
+    for share in torch.linspace(1, _NARROWEST, _STEPS + 1, dtype=torch.float64):
         s = weight.abs().amax(1) * share / top
         values = (weight / s[:, None]).round().clamp(-top, top - 1) * s[:, None]
         error = ((values - weight) ** 2 * importance).sum(1)
