@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -22,7 +23,10 @@ from oftfx.policies import Policy
 from oftfx.program import Program
 from oftfx.reference import Reference, ReferenceWeights
 from oftfx.report.fold_report import FoldReport
+from oftfx.report.progress import bar
 from oftfx.structure import structural_copy
+
+_MEASURED = 8  # batches that both models run: calibrating needs many, an error is known by fewer
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def fold(
     calibration: Iterable[Mapping[str, Any] | tuple[Any, ...]] | None = None,
     reference: Reference | None = None,
     inplace: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: bool | Callable[[int, int], None] = False,
 ) -> FoldResult:
     """Put rotations into the weights they stand in front of: ``W' = W @ blockdiag(R)^T``.
 
@@ -70,12 +74,12 @@ def fold(
             for o_proj, say), its own weight stays bit for bit and that layer's rows are turned; the report says for
             every other site why it is folded on itself instead. See `FindProducers`.
         calibration: inputs of the model (dicts of keyword arguments or tuples), some dozens of real ones: for the
-            policies that need them, and to measure the whole model's output error and perplexity on.
+            policies that need them, and (the first eight) to measure the whole model's output error and perplexity on.
         reference: the original float model, the directory of its checkpoint, or a function from module path to weight.
             Only for adapters that were trained on the float model: one that was trained on a quantized model has learnt
             that model's errors as well, and they are not in these weights.
         inplace: change ``model`` itself; otherwise the result shares every tensor that the fold does not replace.
-        progress: called with (sites done, all sites).
+        progress: True for a progress bar (needs the ``report`` extra), or a function of (sites done, all sites).
 
     Returns:
         The folded model and its report.
@@ -95,7 +99,7 @@ def fold(
         raise FoldError(f"into: got {into!r}, expected 'site' or 'producer'")
     batches = _batches(calibration)
     original = None if reference is None else ReferenceWeights(reference)
-    step = FoldRotations(quantized, calibration=batches, reference=original, progress=progress)
+    step = FoldRotations(quantized, calibration=batches, reference=original)
     # The state before is kept as a structure of its own; nothing the user does to the model afterwards reaches it.
     before = structural_copy(root) if not inplace or batches else None
     target = root if inplace else structural_copy(root)
@@ -107,7 +111,8 @@ def fold(
         program = Program.of(target)
         if pushing is not None:
             PassManager([pushing], verify=batches[0] if batches else None).run(program)
-        PassManager([step]).run(program)
+        with bar("fold") if progress is True else nullcontext(progress or None) as step.progress:
+            PassManager([step]).run(program)
     except BaseException:  # also an interruption: in place, half a fold must not stay
         if inplace:
             undo.restore(target)
@@ -204,6 +209,6 @@ def _measured(
     active = store.active
     store.activate(before, tuple(names))
     try:
-        return measure(before, after, batches)
+        return measure(before, after, batches[:_MEASURED])
     finally:
         store.activate(before, active)

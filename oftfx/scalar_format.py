@@ -33,7 +33,7 @@ class ScalarFormat(WeightFormat):
 
     @torch.no_grad()
     def requantize(self, weight: Tensor, like: nn.Module) -> WeightState:
-        """Nearest codes. Groups whose weights have not changed keep their bytes, others the better of both scales."""
+        """Nearest codes; groups whose weights have not changed keep their bytes."""
         return self.pack(self.grid(like).nearest(weight.float(), self.codes(like)), like)
 
     @torch.no_grad()

@@ -286,3 +286,15 @@ def test_unfolding_in_place_restores_the_tie(tiny_llama):
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings
     assert model.all_tied_weights_keys == ties
+
+
+@pytest.mark.needs("rich")
+def test_progress_is_shown_or_reported(capsys):
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 4)), {"*": OFT(1)}))
+    oftfx.fold(model, progress=True)
+    assert "2/2" in capsys.readouterr().err
+    seen = []
+    oftfx.fold(model, progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 2), (2, 2)]
+    oftfx.fold(model)
+    assert capsys.readouterr().err == ""

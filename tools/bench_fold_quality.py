@@ -55,7 +55,7 @@ class Bench:
         """Every row of one model on one base."""
         for trained, policies in (
             (name, ("keep", "float", "requantize", "calibrate", "PEFT")),
-            (None, ("requantize", "calibrate", "reference", "reference, calibrated")),
+            (None, ("requantize", "reference", "reference, calibrated")),
         ):
             todo = [p for p in policies if not self._has(task, name, trained, p)]
             if not todo:

@@ -122,22 +122,20 @@ class Grid:
         return Codes(self.code(weight, expand(scale), None if zero is None else expand(zero)), scale, zero)
 
     def nearest(self, weight: Tensor, old: Codes | None = None, *, search: bool = False) -> Codes:
-        """Round a weight; groups in which it equals ``old`` keep their bytes, the others the better of both scales."""
+        """Round a weight; groups in which it equals ``old`` keep their bytes.
+
+        Others get scales of their own, also where the old ones are nearer: a weight that has moved little rounds back
+        to the codes it came from under those, and the update would be gone.
+        """
         new = self.fit(weight, search=search)
         if old is None:
             return new
-        split, was = self.partition.split, self.values(old)
-        groups = split(weight)
-        same = (groups == split(was)).all(dim=1)
+        same = (self.partition.split(weight) == self.partition.split(self.values(old))).all(dim=1)
         if self.couple is not None:  # scales stand together
             return old if bool(same.all()) else new
-        same |= self._error(groups, old.scale, old.zero, None) < self._error(groups, new.scale, new.zero, None)
         scale = torch.where(same, old.scale, new.scale)
         zero = None if new.zero is None or old.zero is None else torch.where(same, old.zero, new.zero)
-        coded = self.encode(weight, scale, zero)
-        # A table may hold a value twice; where neither value nor scale has changed, the byte does not.
-        kept = (weight == was) & self.partition.expand(same)
-        return replace(coded, codes=torch.where(kept, old.codes, coded.codes))
+        return Codes(torch.where(self.partition.expand(same), old.codes, new.codes), scale, zero)
 
     def _error(self, groups: Tensor, scale: Tensor, zero: Tensor | None, counts: Tensor | None) -> Tensor:
         column, offset = scale.unsqueeze(1), None if zero is None else zero.unsqueeze(1)
