@@ -38,5 +38,8 @@ class ScalarFormat(WeightFormat):
 
     @torch.no_grad()
     def calibrate(self, weight: Tensor, like: nn.Module, moments: Tensor) -> WeightState:
-        """Error-compensated rounding; see `oftfx.grids.compensated`."""
+        """Error-compensated rounding with new scales; see `oftfx.grids.compensated`.
+
+        The stored scales would miss the outputs by less where an update is small, by rounding all of it away.
+        """
         return self.pack(compensated(self.grid(like), weight, moments), like)

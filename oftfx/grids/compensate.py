@@ -34,14 +34,12 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
     weight, moments = weight.float(), moments.float()
     sets = _largest_first(grid.partition.column_sets(), moments.diagonal())
     order = torch.cat(sets)
+    back = torch.argsort(order)
     upper = inverse_factor(moments[order][:, order], damping)
     # What an error in a column costs once the later ones make up for it.
     importance = upper.diagonal().square().reciprocal()
     fixed: Codes | None = None
-    if (
-        grid.couple is not None or len(sets) == 1
-    ):  # scales that tie all columns together are chosen before any is rounded
-        back = torch.argsort(order)
+    if grid.couple is not None or len(sets) == 1:  # scales that tie all columns are chosen before any is rounded
         fixed = grid.fit(weight, search=True, importance=importance[back])
 
     rest = weight.T[order]  # (columns, rows), in the order of rounding; what is still to be rounded changes
@@ -49,7 +47,7 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
     if fixed is not None:
         scales = grid.partition.expand(fixed.scale).T[order]
         zeros = None if fixed.zero is None else grid.partition.expand(fixed.zero).T[order]
-    codes = None
+    codes = []
     start = 0
     for columns in sets:
         stop = start + len(columns)
@@ -60,25 +58,27 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
             if zeros is not None and coded.zero is not None:
                 zeros[start:stop] = part.partition.expand(coded.zero).T
         for first in range(start, stop, _BLOCK):
-            last = min(first + _BLOCK, stop)
-            errors = torch.empty_like(rest[first:last])
-            for j in range(first, last):
-                zero = None if zeros is None else zeros[j]
-                code = grid.code(rest[j], scales[j], zero)
-                codes = torch.empty(rest.shape, dtype=code.dtype, device=code.device) if codes is None else codes
-                codes[j] = code
-                error = (rest[j] - grid.value(code, scales[j], zero)) / upper[j, j]
-                rest[j + 1 : last].addr_(upper[j, j + 1 : last], error, alpha=-1)
-                errors[j - first] = error
-            rest[last:].addmm_(upper[first:last, last:].T, errors, alpha=-1)
+            block = slice(first, min(first + _BLOCK, stop))
+            codes.append(_rounded(grid, rest, block, upper, scales, zeros))
         start = stop
-    assert codes is not None
-    back = torch.argsort(order)
-    codes = codes[back].T.contiguous()
+    ordered = torch.cat(codes)[back].T.contiguous()
     if fixed is not None:
-        return replace(fixed, codes=codes)
+        return replace(fixed, codes=ordered)
     pick = grid.partition.pick
-    return Codes(codes, pick(scales[back].T), None if zeros is None else pick(zeros[back].T))
+    return Codes(ordered, pick(scales[back].T), None if zeros is None else pick(zeros[back].T))
+
+
+def _rounded(grid: Grid, rest: Tensor, block: slice, upper: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
+    """Codes ``(columns of the block, rows)``; ``rest`` is changed to make up for their errors."""
+    codes, errors = [], torch.empty_like(rest[block])
+    for j in range(block.start, block.stop):
+        zero = None if zeros is None else zeros[j]
+        codes.append(grid.code(rest[j], scales[j], zero))
+        error = (rest[j] - grid.value(codes[-1], scales[j], zero)) / upper[j, j]
+        rest[j + 1 : block.stop].addr_(upper[j, j + 1 : block.stop], error, alpha=-1)
+        errors[j - block.start] = error
+    rest[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
+    return torch.stack(codes)
 
 
 def _largest_first(sets: list[Tensor], diagonal: Tensor) -> list[Tensor]:
