@@ -9,6 +9,7 @@ import oftfx
 from oftfx import OFT
 from oftfx.errors import FormatError
 from oftfx.formats import format_named, format_of
+from oftfx.kernel import use_exact
 from oftfx.passes.formats.eetq import make_eetq, processed, unprocessed
 from tests.passes.formats import eetq_kernel
 from tests.reference import dense_rotation, randomize, rel
@@ -150,6 +151,8 @@ def test_half_precision_layers_through_every_policy(policy):
     if policy == "requantize":
         fresh = make_eetq(nn.Linear(256, 128))
         fresh.load_state_dict(result.model[0].state_dict())
+        assert torch.equal(EETQ.dequantize(fresh), EETQ.dequantize(result.model[0]))
+        use_exact(fresh)  # as the folded one, which has no kernel of its own on a CPU
         with torch.no_grad():
             assert torch.equal(fresh(x), after)
 
