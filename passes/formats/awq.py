@@ -12,7 +12,6 @@ given and rounds its own scales to the dtype of each input: both compute by `oft
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -21,12 +20,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import MissingExtraError
-from oftfx.formats import Geometry, WeightState, register_format
+from oftfx.formats import Geometry, register_format
 from oftfx.grids import Codes, Grid
 from oftfx.passes.formats import gptqmodel_cpu as cpu
+from oftfx.passes.formats.packed_words import PackedWords
 from oftfx.passes.formats.words import from_interleaved, from_stream, to_interleaved, to_stream
 from oftfx.passes.formats.zero_points import Stored, grid_of
-from oftfx.scalar_format import ScalarFormat
 
 _GPTQMODEL = "gptqmodel.nn_modules.qlinear."
 _KERNELS = {
@@ -38,7 +37,7 @@ _KERNELS = {
 """Classes that keep the file's buffers, or that can be read after they have repacked them."""
 
 
-class Awq(ScalarFormat):
+class Awq(PackedWords):
     """Linear layers of autoawq and gptqmodel in the GEMM packing, recognised by the package's class."""
 
     name = "awq"
@@ -55,10 +54,6 @@ class Awq(ScalarFormat):
         out_features, in_features = _shape(module)
         return Geometry("linear", in_features, out_features)
 
-    def dtype(self, module: nn.Module) -> torch.dtype:
-        """Of the scales."""
-        return cpu.scale_dtype(module)
-
     def dequantize(self, module: nn.Module) -> Tensor:
         """In one go: layers that compute by it do so at every step."""
         stored = _stored(module)
@@ -74,33 +69,13 @@ class Awq(ScalarFormat):
         stored = _stored(module)
         return stored.coded(symmetric=stored.is_symmetric(_bits(module)))
 
-    def pack(self, coded: Codes, like: nn.Module) -> WeightState:
-        """In the packing of a file."""
-        return _packed(Stored.of(coded, _bits(like), self.dtype(like)), like)
+    def bits(self, module: nn.Module) -> int:
+        """As the layer says."""
+        return _bits(module)
 
-    def read(self, module: nn.Module) -> WeightState:
-        """Words and scales, and what says how a CPU kernel has packed them."""
-        return {n: getattr(module, n) for n in ("qweight", "qzeros", "scales")} | cpu.marks(module)
-
-    def write(self, module: nn.Module, state: WeightState) -> None:
-        """Replace all of it."""
-        marks = dict(state)
-        for name in ("qweight", "qzeros", "scales"):
-            module._buffers[name] = marks.pop(name)
-        cpu.set_marks(module, marks)
-
-    def nbytes(self, module: nn.Module) -> int:
-        """Codes, zeros and scales."""
-        tensors: list[Tensor] = [getattr(module, n) for n in ("qweight", "qzeros", "scales")]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
-    def hold_still(self, module: nn.Module) -> Callable[[], None]:
-        """Forbid the CPU kernels' repacking."""
-        return cpu.hold_still(module)
-
-    def prepare(self, module: nn.Module) -> str | None:
-        """Forbid the CPU kernels' repacking, undo one that has happened, let ``train()`` work."""
-        return cpu.settle(module, _packed)
+    def words(self, stored: Stored, like: nn.Module) -> dict[str, Any]:
+        """Interleaved for 4 bits, else a bit stream."""
+        return _packed(stored, like)
 
     def native_fault(self, module: nn.Module) -> str | None:
         """Of all but gptqmodel's CPU kernels, and of one of these."""

@@ -13,7 +13,6 @@ gptqmodel's kernels take it as it is (loaders convert files of version 1 for the
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from importlib import import_module
 from typing import Any
 
@@ -25,9 +24,9 @@ from oftfx.errors import FormatError, MissingExtraError
 from oftfx.formats import Geometry, WeightState, register_format
 from oftfx.grids import Codes, Grid
 from oftfx.passes.formats import gptqmodel_cpu as cpu
+from oftfx.passes.formats.packed_words import PackedWords
 from oftfx.passes.formats.words import from_planes, from_stream, to_planes, to_stream
 from oftfx.passes.formats.zero_points import Stored, grid_of
-from oftfx.scalar_format import ScalarFormat
 
 _GPTQMODEL = {
     "TorchLinear": "torch",
@@ -41,10 +40,11 @@ _LEAST_ZERO = 1
 """A zero of 0 cannot be told from one of ``2**bits`` in a file of version 1, and kernels differ in what they read."""
 
 
-class Gptq(ScalarFormat):
+class Gptq(PackedWords):
     """Linear layers of gptqmodel and auto-gptq, recognised by the package's class that a layer is made of."""
 
     name = "gptq"
+    counted = ("qweight", "qzeros", "scales", "g_idx")
 
     def matches(self, module: nn.Module) -> bool:
         """A known kernel with packed words, without an adapter or input rotation of gptqmodel's own."""
@@ -56,10 +56,6 @@ class Gptq(ScalarFormat):
         """From the layer's attributes; the words may be padded."""
         out_features, in_features = _shape(module)
         return Geometry("linear", in_features, out_features)
-
-    def dtype(self, module: nn.Module) -> torch.dtype:
-        """Of the scales."""
-        return cpu.scale_dtype(module)
 
     def dequantize(self, module: nn.Module) -> Tensor:
         """By ``g_idx`` itself, which need not cut the columns into equal groups."""
@@ -75,39 +71,23 @@ class Gptq(ScalarFormat):
         stored = _stored(module)
         return stored.coded(symmetric=_is_symmetric(module, stored))
 
-    def pack(self, coded: Codes, like: nn.Module) -> WeightState:
-        """In the packing of a file; ``g_idx`` stays."""
-        return _packed(Stored.of(coded, _bits(like), self.dtype(like)), like)
+    def bits(self, module: nn.Module) -> int:
+        """As the layer says."""
+        return _bits(module)
 
-    def read(self, module: nn.Module) -> WeightState:
-        """Words and scales, and what says how a CPU kernel has packed them."""
-        return {n: getattr(module, n) for n in ("qweight", "qzeros", "scales")} | cpu.marks(module)
+    def words(self, stored: Stored, like: nn.Module) -> dict[str, Any]:
+        """A bit stream, or bit planes; zeros as the layer's class reads them."""
+        return _packed(stored, like)
 
     def write(self, module: nn.Module, state: WeightState) -> None:
         """Replace all of it, and forget zeros that were unpacked."""
-        marks = dict(state)
-        for name in ("qweight", "qzeros", "scales"):
-            module._buffers[name] = marks.pop(name)
-        cpu.set_marks(module, marks)
+        super().write(module, state)
         _forget(module)
-
-    def nbytes(self, module: nn.Module) -> int:
-        """Codes, zeros, scales and the groups of the columns."""
-        tensors: list[Tensor] = [getattr(module, n) for n in ("qweight", "qzeros", "scales", "g_idx")]
-        return sum(t.numel() * t.element_size() for t in tensors)
 
     def own(self, module: nn.Module) -> None:
         """No compiled function of the original: it would read the original's buffers."""
         vars(module).pop("dequantize_weight", None)
         _forget(module)
-
-    def hold_still(self, module: nn.Module) -> Callable[[], None]:
-        """Forbid the CPU kernels' repacking."""
-        return cpu.hold_still(module)
-
-    def prepare(self, module: nn.Module) -> str | None:
-        """Forbid the CPU kernels' repacking, undo one that has happened, let ``train()`` work."""
-        return cpu.settle(module, _packed)
 
     def native_fault(self, module: nn.Module) -> str | None:
         """auto-gptq's own CUDA kernels, and a CPU kernel that has repacked."""
