@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import TypeVar
 
@@ -11,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import AdapterFileError, FoldError
+from oftfx.files import write_whole
 from oftfx.formats import format_named
 from oftfx.kernel import choose_kernel, use_exact
 from oftfx.passes.freeze_rotations import FROZEN
@@ -58,9 +58,7 @@ def save_rotations(model: nn.Module, path: str | Path) -> Path:
         raise FoldError("this model has no fixed rotations: fold(quantized='keep') leaves them, at quantized layers")
     file = Path(path) / FILE
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".part")
-    partial.write_bytes(save(tensors, {"oftfx_rotations": _VERSION, "sites": json.dumps(sites)}))
-    os.replace(partial, file)
+    write_whole(file, save(tensors, {"oftfx_rotations": _VERSION, "sites": json.dumps(sites)}))
     return file
 
 

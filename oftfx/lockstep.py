@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,9 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from oftfx.modes import evaluating
-
-Inputs = Mapping[str, Any] | tuple[Any, ...]
+from oftfx.modes import Inputs, call, evaluating, input_name
 
 
 class _Stopped(BaseException):
@@ -100,7 +98,7 @@ class Lockstep:
         try:
             if not self._stopping:
                 with modes():
-                    _ = self.model(**run.inputs) if isinstance(run.inputs, Mapping) else self.model(*run.inputs)
+                    call(self.model, run.inputs)
         except _Stopped:
             pass
         except BaseException as error:  # carried over to the thread that waits for it
@@ -114,7 +112,7 @@ class Lockstep:
             return
         if self._stopping:  # the model's code has caught the end and goes on
             raise _Stopped
-        run.at, run.x = module, args[0] if args else next(iter(kwargs.values()))
+        run.at, run.x = module, args[0] if args else kwargs[input_name(module, kwargs)]
         self._messages.put(run)
         run.resume.acquire()
         if self._stopping or not self._open:

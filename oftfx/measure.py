@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from oftfx.modes import evaluating
+from oftfx.modes import Inputs, call, evaluating
 
 _PIECE = 2**22
 
@@ -35,7 +35,7 @@ class Measured:
 
 
 @torch.no_grad()
-def measure(before: nn.Module, after: nn.Module, batches: Sequence[Mapping[str, Any] | tuple[Any, ...]]) -> Measured:
+def measure(before: nn.Module, after: nn.Module, batches: Sequence[Inputs]) -> Measured:
     """Run both models in eval mode; memory is that of one batch's outputs, twice."""
     missed = whole = 0.0
     nll = [0.0, 0.0]
@@ -61,16 +61,16 @@ def _exp(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf  # of a model gone wrong
 
 
-def _run(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...]) -> Any:
+def _run(model: nn.Module, batch: Inputs) -> Any:
     with evaluating(model):
-        return model(**batch) if isinstance(batch, Mapping) else model(*batch)
+        return call(model, batch)
 
 
 def _floats(output: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
-def _next_token(model: nn.Module, batch: Mapping[str, Any] | tuple[Any, ...], output: Any) -> tuple[float, int] | None:
+def _next_token(model: nn.Module, batch: Inputs, output: Any) -> tuple[float, int] | None:
     """Sum of negative log-likelihoods and number of predicted tokens; None where there is no such thing."""
     config, generates = getattr(model, "config", None), getattr(model, "can_generate", None)
     if not callable(generates) or not generates() or getattr(config, "is_encoder_decoder", False):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -13,6 +13,7 @@ from torch import Tensor
 from oftfx.errors import FoldError
 from oftfx.fold_record import SiteFold, Undo
 from oftfx.formats import WeightFormat, WeightState, format_of
+from oftfx.layout import Layout
 from oftfx.moments import output_arrived
 from oftfx.passes.formats.dense import FLOATS
 from oftfx.passes.freeze_rotations import Freezer, product_of
@@ -26,6 +27,63 @@ from oftfx.untie import Untied, untie
 
 _NOT_PROBED = "its class has a forward of its own that could not be tried alone; compare folded and unfolded outputs"
 _ACTIONS = {"requantize": "requantized", "calibrate": "calibrated", "reference": "from reference"}
+
+
+@dataclass(frozen=True, eq=False)
+class _Site:
+    """What is known of a site before it is folded.
+
+    Attributes:
+        fqn: its path.
+        placement: its rotations.
+        format: of its weight.
+        layout: which axis of the weight they turn.
+        base: the weight as it is, ``(out, in)``.
+        chain: blocks, in the order in which they act.
+        target: the weight turned by them.
+        update: relative size of ``target - base``.
+        before: bytes of the weight.
+        note: for the report.
+    """
+
+    fqn: str
+    placement: Placement
+    format: WeightFormat
+    layout: Layout
+    base: Tensor
+    chain: list[Tensor]
+    target: Tensor
+    update: float
+    before: int
+    note: str
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer."""
+        return self.placement.module
+
+    def arrived(self, folded: Tensor) -> tuple[float, float]:
+        """Relative error of the folded weight, and survival of the update."""
+        folded, wanted = folded.to(self.base.device), self.target - self.base
+        norm = _size(wanted) ** 2
+        survival = float(torch.sum((folded - self.base) * wanted)) / norm if norm > 0 else 1.0
+        return _share(_size(folded - self.target), _size(self.target)), survival
+
+    def fold(
+        self,
+        action: str,
+        error: float,
+        survival: float,
+        after: int,
+        *,
+        note: str | None = None,
+        outputs: tuple[float | None, float | None] = (None, None),
+    ) -> SiteFold:
+        """The site's line of the report."""
+        note = self.note if note is None else note
+        return SiteFold(
+            self.fqn, self.format.name, action, self.update, error, survival, self.before, after, note, *outputs
+        )
 
 
 class SiteFolder:
@@ -85,50 +143,82 @@ class SiteFolder:
             raise FoldError(f"{fqn}: the rotated weight is not finite; look at the adapter's values there")
         is_shared = id(module._parameters.get(placement.parameter)) in self.shared
         note = "its weight was shared with another module and is now its own" if is_shared else ""
+        site = _Site(fqn, placement, weight_format, layout, base, chain, target, update, before, note)
         if weight_format.lossless:
-            note = _joined(note, self._fold_float(fqn, placement, weight_format, target))
-            error, survival = 0.0, 1.0
-            if weight_format.dtype(module) != target.dtype:  # else nothing was rounded
-                error, survival = _arrived(base, target, weight_format.dequantize(module))
-            _check_finite(fqn, error, weight_format.dtype(module))
-            return SiteFold(fqn, name, "folded", update, error, survival, before, weight_format.nbytes(module), note)
-
+            return self._into_float(site)
         options = choices(policy)
-        for index, option in enumerate(options):
+        for option, has_next in zip(options, (*(True for _ in options[1:]), False), strict=True):
             if option == "keep":
-                self.freezer.freeze(placement)
-                after = before + sum(b.numel() * b.element_size() for b in chain)
-                return SiteFold(fqn, name, "kept", update, 0.0, 1.0, before, after, note)
+                return self._keep(site)
             if option == "float":
-                new = weight_format.float_module(
-                    module, target.to(_activation_dtype(self.model, module, weight_format))
-                )
-                self._later.append((placement, new))
-                now = _format(new)
-                error, survival = _arrived(base, target, now.dequantize(new))
-                _check_finite(fqn, error, now.dtype(new))
-                after = now.nbytes(new)
-                return SiteFold(fqn, name, "dequantized", update, error, survival, before, after, note)
-            if option == "calibrate" and moments is None and index + 1 < len(options):
+                return self._to_float(site)
+            if option == "calibrate" and moments is None and has_next:
                 continue
-            old = weight_format.read(module)
-            wanted = self._reference(fqn, base, chain, layout.turned_by) if option == "reference" else target
-            weight_format.write(module, self._rounded(fqn, wanted, weight_format, module, option, moments))
-            folded = weight_format.dequantize(module).to(base.device)
-            error, survival = _arrived(base, target, folded)
-            outputs = (None, None) if moments is None else output_arrived(base, target, folded, moments)
-            measured = error if outputs[0] is None else outputs[0]
-            if isinstance(policy, Budget) and measured > policy.error and index + 1 < len(options):
-                weight_format.write(module, old)
-                continue
-            placement.drop()
-            _check_finite(fqn, error, weight_format.dtype(module))
-            after = weight_format.nbytes(module)
-            action = _ACTIONS["requantize" if option == "calibrate" and moments is None else option]
-            if option == "reference" and moments is not None:
-                action += ", calibrated"
-            return SiteFold(fqn, name, action, update, error, survival, before, after, note, *outputs)
+            bound = policy.error if isinstance(policy, Budget) and has_next else math.inf
+            if (done := self._round(site, option, moments, bound)) is not None:
+                return done
         raise AssertionError("a budget's last policy is always applied")
+
+    def _keep(self, site: _Site) -> SiteFold:
+        """Leave the bytes, and the rotation in front of them."""
+        self.freezer.freeze(site.placement)
+        after = site.before + sum(b.numel() * b.element_size() for b in site.chain)
+        return site.fold("kept", 0.0, 1.0, after)
+
+    def _to_float(self, site: _Site) -> SiteFold:
+        """A float layer, put in place by `finish`."""
+        dtype = _activation_dtype(self.model, site.module, site.format)
+        new = site.format.float_module(site.module, site.target.to(dtype))
+        self._later.append((site.placement, new))
+        now = _format(new)
+        error, survival = site.arrived(now.dequantize(new))
+        _check_finite(site.fqn, error, now.dtype(new))
+        return site.fold("dequantized", error, survival, now.nbytes(new))
+
+    def _round(self, site: _Site, option: str, moments: Tensor | None, bound: float) -> SiteFold | None:
+        """Round to the format's grid; None, and nothing changed, where the error is over the bound."""
+        module, weight_format = site.module, site.format
+        old = weight_format.read(module)
+        wanted = self._reference(site) if option == "reference" else site.target
+        weight_format.write(module, _rounded(site, wanted, option, moments))
+        folded = weight_format.dequantize(module).to(site.base.device)
+        error, survival = site.arrived(folded)
+        outputs = (None, None) if moments is None else output_arrived(site.base, site.target, folded, moments)
+        if (error if outputs[0] is None else outputs[0]) > bound:
+            weight_format.write(module, old)
+            return None
+        site.placement.drop()
+        _check_finite(site.fqn, error, weight_format.dtype(module))
+        action = _ACTIONS["requantize" if option == "calibrate" and moments is None else option]
+        if option == "reference" and moments is not None:
+            action += ", calibrated"
+        return site.fold(action, error, survival, weight_format.nbytes(module), outputs=outputs)
+
+    def _reference(self, site: _Site) -> Tensor:
+        """The original float weight, rotated."""
+        assert self.reference is not None
+        original = self.reference.weight(site.fqn, tuple(site.base.shape))
+        return site.layout.turned_by(original.to(site.base.device), site.chain)
+
+    def _into_float(self, site: _Site) -> SiteFold:
+        """Write the rotated weight where a float one was."""
+        module, placement, weight_format = site.module, site.placement, site.format
+        tried = placement.format is None and has_own_forward(module)
+        probed = probe(module) if tried else None
+        weight_format.write(module, weight_format.requantize(site.target, module))
+        placement.drop()
+        if probed is not None:
+            _check_probe(site.fqn, module, *probed)
+        path = self.paths[module]
+        untied = untie(self.model, f"{path}.{placement.parameter}" if path else placement.parameter)
+        if untied is not None:
+            self.undo.append(untied)
+        note = _joined(site.note, _NOT_PROBED if tried and probed is None else "")
+        error, survival = 0.0, 1.0
+        if weight_format.dtype(module) != site.target.dtype:  # else nothing was rounded
+            error, survival = site.arrived(weight_format.dequantize(module))
+        _check_finite(site.fqn, error, weight_format.dtype(module))
+        return site.fold("folded", error, survival, weight_format.nbytes(module), note=note)
 
     def finish(self) -> None:
         """Put the float layers into their places.
@@ -142,40 +232,15 @@ class SiteFolder:
             replace_module(self.model, placement.module, new)
         self._later.clear()
 
-    def _rounded(
-        self,
-        fqn: str,
-        wanted: Tensor,
-        weight_format: WeightFormat,
-        module: nn.Module,
-        option: str,
-        moments: Tensor | None,
-    ) -> WeightState:
-        if option == "requantize" or moments is None:
-            return weight_format.requantize(wanted, module)
-        if not torch.isfinite(moments).all():
-            raise FoldError(f"{fqn}: the layer's inputs are not finite on the calibration data; look for the first NaN")
-        return weight_format.calibrate(wanted, module, moments)
 
-    def _reference(self, fqn: str, base: Tensor, chain: Sequence[Tensor], turned_by: object) -> Tensor:
-        assert self.reference is not None
-        assert callable(turned_by)
-        return turned_by(self.reference.weight(fqn, tuple(base.shape)).to(base.device), chain)
-
-    def _fold_float(self, fqn: str, placement: Placement, weight_format: WeightFormat, target: Tensor) -> str:
-        """Write the rotated weight; returns a remark."""
-        module = placement.module
-        tried = placement.format is None and has_own_forward(module)
-        probed = probe(module) if tried else None
-        weight_format.write(module, weight_format.requantize(target, module))
-        placement.drop()
-        if probed is not None:
-            _check_probe(fqn, module, *probed)
-        path = self.paths[module]
-        untied = untie(self.model, f"{path}.{placement.parameter}" if path else placement.parameter)
-        if untied is not None:
-            self.undo.append(untied)
-        return _NOT_PROBED if tried and probed is None else ""
+def _rounded(site: _Site, wanted: Tensor, option: str, moments: Tensor | None) -> WeightState:
+    if option == "requantize" or moments is None:
+        return site.format.requantize(wanted, site.module)
+    if not torch.isfinite(moments).all():
+        raise FoldError(
+            f"{site.fqn}: the layer's inputs are not finite on the calibration data; look for the first NaN"
+        )
+    return site.format.calibrate(wanted, site.module, moments)
 
 
 def _joined(*notes: str) -> str:
@@ -185,14 +250,6 @@ def _joined(*notes: str) -> str:
 def _size(weight: Tensor) -> float:
     """Frobenius norm; torch sums in a tree, so float32 is good to six digits."""
     return float(torch.linalg.vector_norm(weight))
-
-
-def _arrived(base: Tensor, target: Tensor, folded: Tensor) -> tuple[float, float]:
-    """Relative error of the folded weight, and survival of the update."""
-    folded, wanted = folded.to(base.device), target - base
-    norm = _size(wanted) ** 2
-    survival = float(torch.sum((folded - base) * wanted)) / norm if norm > 0 else 1.0
-    return _share(_size(folded - target), _size(target)), survival
 
 
 def _share(part: float, whole: float) -> float:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import logging
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def quantizer(name: str) -> Callable[[nn.Linear], nn.Module]:
     }[name]
 
 
-class Task:
+class Task(ABC):
     """A float model with its data; adapters are trained once and kept in a folder.
 
     Attributes:
@@ -58,21 +58,21 @@ class Task:
     base: nn.Module
     calibration: list[dict[str, Tensor]]
 
+    @abstractmethod
     def loss(self, model: nn.Module, step: int) -> Tensor:
         """Training loss of a step."""
-        raise NotImplementedError
 
+    @abstractmethod
     def outputs(self, model: nn.Module) -> Any:
         """What `compare` needs of a model."""
-        raise NotImplementedError
 
+    @abstractmethod
     def compare(self, base: Any, adapted: Any, folded: Any) -> dict[str, float]:
         """``score`` of the folded model and ``kept``, the share of the adapter's gain."""
-        raise NotImplementedError
 
+    @abstractmethod
     def goal(self, unfolded: Any, trained: Callable[[], Any]) -> Any:
         """What folded models are compared with: outputs of the unfolded model, or of the one that was ``trained``."""
-        raise NotImplementedError
 
     def quantized(self, name: str | None) -> nn.Module:
         """A copy of the model whose linears, but for the head, are of a base's kind; None: floats."""
@@ -195,13 +195,11 @@ def _neighbours(article: str) -> Iterator[tuple[str, str]]:
     yield from pairwise(sentences)
 
 
-@contextmanager
-def without_packing(model: nn.Module) -> Iterator[None]:
+def forbid_packing(model: nn.Module) -> None:
     """bitsandbytes' CPU repacking off: PEFT's merge would read garbage otherwise."""
-    layers = [m for m in model.modules() if hasattr(m, "support_avx512bf16_for_cpu")]
-    for layer in layers:
-        layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
-    yield
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
 
 
 def merged_by_peft(task: Task, name: str, adapter: Path) -> nn.Module:
@@ -209,7 +207,7 @@ def merged_by_peft(task: Task, name: str, adapter: Path) -> nn.Module:
     from peft import PeftModel
 
     model = task.quantized(name)
-    with without_packing(model):
-        wrapped = PeftModel.from_pretrained(model, str(adapter)).eval()
-        wrapped.merge_adapter()
+    forbid_packing(model)
+    wrapped = PeftModel.from_pretrained(model, str(adapter)).eval()
+    wrapped.merge_adapter()
     return wrapped

@@ -5,7 +5,6 @@ from __future__ import annotations
 import difflib
 import json
 import math
-import os
 import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
@@ -21,6 +20,7 @@ from oftfx.adapter import peft
 from oftfx.adapter.store import AdapterStore, check_name, find_store, located, store_of, unwrapped
 from oftfx.adapter.switch import disable_adapters
 from oftfx.errors import AdapterError, AdapterFileError, OftfxWarning
+from oftfx.files import write_whole
 from oftfx.kernel import choose_kernel
 from oftfx.passes.find_producers import FindProducers
 from oftfx.passes.protocol import PassManager
@@ -81,8 +81,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     # The side file decides what the numbers mean; one of another layout must not stay beside them.
     for stale in {peft.CONFIG_FILE, PLAN_FILE} - {side[0]}:
         (directory / stale).unlink(missing_ok=True)
-    _write(directory / side[0], side[1].encode())
-    _write(directory / peft.WEIGHT_FILE, save(tensors, metadata={"format": "pt"}))
+    write_whole(directory / side[0], side[1].encode())
+    write_whole(directory / peft.WEIGHT_FILE, save(tensors, metadata={"format": "pt"}))
     return directory
 
 
@@ -161,13 +161,6 @@ def _tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[s
 
 def _rotation_by_site(root: nn.Module, adapter: str) -> dict[str, Any]:
     return {fqn: p.rotations[adapter] for fqn, p in rotated_sites(root) if adapter in p.rotations}
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Never a half-written file under the final name."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(data)
-    os.replace(partial, path)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from oftfx.errors import OftfxError
+from oftfx.files import write_whole
 
 
 def read(folder: Path, size: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -37,6 +37,4 @@ def read(folder: Path, size: dict[str, Any], say: Callable[[str], None]) -> dict
 
 def write(folder: Path, results: dict[str, Any]) -> None:
     """Replace ``results.json``; an interruption leaves the old one."""
-    partial = folder / "results.json.part"
-    partial.write_text(json.dumps(results, indent=1))
-    os.replace(partial, folder / "results.json")
+    write_whole(folder / "results.json", json.dumps(results, indent=1).encode())

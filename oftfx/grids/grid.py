@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from oftfx.grids.partition import Partition
 
 _NARROWEST, _STEPS = 0.65, 8  # finer steps measured no better on SmolLM2
 _SMALLEST = 2.0**-24  # above 0 in float16
+
+_Fit: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # error, scale and zero, ``(groups,)`` each
 
 
 @dataclass(frozen=True)
@@ -105,7 +107,7 @@ class Grid:
         """
         groups = self.partition.split(weight)
         counts = None if importance is None else self.partition.split(importance.expand_as(weight))
-        best: tuple[Tensor, Tensor, Tensor | None] | None = None
+        best: _Fit | None = None
         for scale, zero in self._ranges(groups, search):
             error = self._error(groups, scale, zero, counts)
             best = (error, scale, zero) if best is None else _better(best, (error, scale, zero))
@@ -121,13 +123,13 @@ class Grid:
         expand = self.partition.expand
         return Codes(self.code(weight, expand(scale), None if zero is None else expand(zero)), scale, zero)
 
-    def nearest(self, weight: Tensor, old: Codes | None = None, *, search: bool = False) -> Codes:
+    def nearest(self, weight: Tensor, old: Codes | None = None) -> Codes:
         """Round a weight; groups in which it equals ``old`` keep their bytes.
 
         Others get scales of their own, also where the old ones are nearer: a weight that has moved little rounds back
         to the codes it came from under those, and the update would be gone.
         """
-        new = self.fit(weight, search=search)
+        new = self.fit(weight)
         if old is None:
             return new
         same = (self.partition.split(weight) == self.partition.split(self.values(old))).all(dim=1)
@@ -169,7 +171,7 @@ class Grid:
         return torch.where(stored > 0, stored, self.stored(torch.full_like(scale, _SMALLEST)))
 
 
-def _better(a: tuple[Tensor, Tensor, Tensor | None], b: tuple[Tensor, Tensor, Tensor | None]) -> tuple:
+def _better(a: _Fit, b: _Fit) -> _Fit:
     chosen = b[0] < a[0]
     zero = None if a[2] is None or b[2] is None else torch.where(chosen, b[2], a[2])
     return torch.where(chosen, b[0], a[0]), torch.where(chosen, b[1], a[1]), zero

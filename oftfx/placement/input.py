@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 import torch.nn as nn
 
+from oftfx.modes import input_name
 from oftfx.placement.base import Placement
 from oftfx.placement.group import InputGroup
 from oftfx.rotation.rotate import in_format_of
@@ -47,7 +47,7 @@ class RotateInput(Placement):
             return None  # without keywords: taken away by a hook that ran before this one, in the same call
         if args:
             return (self.rotate(args[0]), *args[1:]), kwargs
-        name = "input" if "input" in kwargs else next(iter(inspect.signature(module.forward).parameters))
+        name = input_name(module, kwargs)
         return args, {**kwargs, name: self.rotate(kwargs[name])}
 
     def forget(self) -> None:
