@@ -19,6 +19,8 @@ import torch.nn as nn
 
 from oftfx.adapter.store import drop_store, find_store, unwrapped
 from oftfx.errors import ExportError, MissingExtraError
+from oftfx.formats import format_of
+from oftfx.kernel import use_exact
 from oftfx.onnx.finish import finish
 from oftfx.onnx.inputs import DynamicShapes, auto_dynamic_shapes, named_inputs, output_names, widened
 from oftfx.onnx.lower import lower_quantized
@@ -80,8 +82,8 @@ def export_onnx(
     """Write ``model`` as an ONNX file. The model itself is not changed.
 
     A folded model becomes plain ``MatMul``/``Gemm``. Active rotations become ``Reshape, Transpose, MatMul, Transpose,
-    Reshape`` with their blocks as initializers; the Cayley transform is computed before, in torch. bitsandbytes 4-bit
-    weights keep their bytes, in ``MatMulBnb4``.
+    Reshape`` with their blocks as initializers; the Cayley transform is computed before, in torch. Quantized weights
+    keep their bits, in operators of the dialect; the file computes the product with the dequantized weight.
 
     Args:
         model: folded, transformed or plain; float32, float16 or float64.
@@ -90,8 +92,9 @@ def export_onnx(
         adapters: ``"fixed"``: the active adapters are part of the file.
         dynamic_shapes: ``"auto"``: axis 0 of every input is ``batch``, axis 1 of integer matrices ``sequence``; or
             ``{input: {axis: name}}``; or None for fixed shapes.
-        dialect: ``"ort"`` may use ONNX Runtime's own operators; ``"standard"`` only those of the ONNX standard.
-        opset: opset of the standard operators.
+        dialect: ``"ort"`` may use ONNX Runtime's own operators; ``"standard"`` only those of the ONNX standard;
+            ``"openvino"`` what OpenVINO computes right.
+        opset: opset of the standard operators; None: 20, or 21 where a quantized weight needs it.
         verify: run ONNX Runtime against torch on fresh inputs of other shapes and refuse a file that differs.
 
     Returns:
@@ -102,7 +105,7 @@ def export_onnx(
         ExportError: the model cannot be exported, or the file does not compute what it does; no file is left behind.
     """
     _require_packages(verify)
-    _check_arguments(model, adapters, dialect)
+    _check_arguments(adapters, dialect)
     path = Path(path)
     model = unwrapped(model)
     inputs = named_inputs(model, example_inputs)
@@ -111,20 +114,22 @@ def export_onnx(
     active = store.active if store is not None else ()
     torch_model = structural_copy(model).eval()
     reference = _reference(torch_model)
-    lowered = lower_quantized(structural_copy(reference), dialect)
+    lowered, least, needs, deviation = lower_quantized(structural_copy(reference), dialect)
+    _check_dtypes(lowered)
+    chosen = _opset(opset, least, needs, dialect)
     examples = widened(inputs, shapes)
     with capture_settings(lowered), capture_settings(reference):
         with torch.no_grad():
             outputs = output_names(reference(**examples), examples)
-        program = _export(lowered, examples, shapes, outputs, opset or DEFAULT_OPSET)
+        program = _export(lowered, examples, shapes, outputs, chosen)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target and under its final name: external data is found by name, and a move is a rename.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
             made = Path(folder) / path.name
             operators, nbytes = finish(program, made, _metadata(model, active))
-            checks = verify_onnx(made, reference, model, examples, shapes, outputs, active) if verify else ()
+            checks = verify_onnx(made, reference, model, examples, shapes, outputs, active, deviation) if verify else ()
             _move(made, path)
-    return ExportReport(path, shapes, outputs, opset or DEFAULT_OPSET, operators, nbytes, active, checks)
+    return ExportReport(path, shapes, outputs, chosen, operators, nbytes, active, checks)
 
 
 def _require_packages(verify: bool) -> None:
@@ -135,14 +140,17 @@ def _require_packages(verify: bool) -> None:
             raise MissingExtraError(package, "onnx", "ONNX export")
 
 
-def _check_arguments(model: nn.Module, adapters: str, dialect: str) -> None:
+def _check_arguments(adapters: str, dialect: str) -> None:
     if adapters not in ("fixed", "swappable", "inputs"):
         raise ExportError(f"adapters: got {adapters!r}, expected 'fixed', 'swappable' or 'inputs'")
     if adapters != "fixed":
         raise ExportError(f"adapters={adapters!r} is not available in this version; 'fixed' bakes the active ones in")
     if dialect not in ("ort", "standard", "openvino"):
         raise ExportError(f"dialect: got {dialect!r}, expected 'ort', 'standard' or 'openvino'")
-    narrow = next((n for n, p in model.named_parameters() if p.dtype == torch.bfloat16), None)
+
+
+def _check_dtypes(lowered: nn.Module) -> None:
+    narrow = next((n for n, p in lowered.named_parameters() if p.dtype == torch.bfloat16), None)
     if narrow is not None:
         raise ExportError(
             f"{narrow} is bfloat16, for which ONNX Runtime has no CPU kernels; export model.float() or model.half()"
@@ -155,10 +163,27 @@ def _plain(shapes: DynamicShapes | None, inputs: Mapping[str, Any]) -> dict[str,
     return {name: dict(axes) for name, axes in (shapes or {}).items()}
 
 
+def _opset(asked: int | None, least: int, needs: str, dialect: str) -> int:
+    if asked is not None and asked < least:
+        raise ExportError(
+            f"{needs}: its quantized weight needs opset {least} in dialect {dialect!r}, and opset={asked} was asked "
+            "for; leave opset out, or fold with quantized='float' first"
+        )
+    return asked or max(DEFAULT_OPSET, least)
+
+
 def _reference(model: nn.Module) -> nn.Module:
-    """What the file has to compute, in torch: rotations as fixed blocks, quantized layers as they are."""
+    """What the file has to compute, in torch: rotations as fixed blocks, quantized layers by their dequantized weight.
+
+    Some formats' own forwards round activations as well, or cannot run on this machine.
+    """
     PassManager([FreezeRotations()]).run(Program.of(model))
     drop_store(model)
+    for module in model.modules():
+        weight_format = format_of(module)
+        if weight_format is not None and not weight_format.lossless:
+            weight_format.prepare(module)
+            use_exact(module)
     return model.requires_grad_(False)
 
 
