@@ -18,7 +18,8 @@ class LookUp(FloatProduct):
     """``(level(code) - zero) * scale`` by ``Gather`` or ``Cast``, ``Sub`` and ``Mul``, whatever the groups.
 
     Codes of up to 4 bits lie several in a byte, the first in the high bits (as bitsandbytes has them), and a byte
-    is looked up whole: ``levels`` has a row of as many levels for each of the 256.
+    is looked up whole: ``levels`` has a row of as many levels for each of the 256. Zeros that are such integers as
+    well are stored and looked up in the same way.
     """
 
     qweight: Tensor
@@ -51,7 +52,11 @@ class LookUp(FloatProduct):
         self.register_buffer("qweight", codes)
         self.register_buffer("levels", None if table is None else narrowed(table))
         self.register_buffer("scales", narrowed(weight.scale))
-        self.register_buffer("zeros", narrowed(zeros) if bool(zeros.any()) else None)
+        self.groups = zeros.numel()
+        several = self.groups > 1 and isinstance(levels, Integers) and table is not None
+        self.packs_zeros = several and _are_codes(zeros, bits)
+        zeros = packed(zeros.round(), bits, high_first=True) if self.packs_zeros else narrowed(zeros)
+        self.register_buffer("zeros", zeros if bool(zeros.any()) else None)
 
     def weight(self) -> Tensor:
         """Element by element."""
@@ -59,11 +64,11 @@ class LookUp(FloatProduct):
         if self.levels is None:
             levels = stored(self.qweight).to(torch.float32)
         else:
-            places = stored(self.qweight).to(torch.int32)
-            levels = torch.index_select(stored(self.levels).to(torch.float32), 0, places).flatten()
-            count = self.out_features * self.in_features
-            levels = (levels if levels.numel() == count else levels[:count]).reshape(shape)
-        if self.zeros is not None:
+            levels = looked_up(self.qweight, self.levels, shape[0] * shape[1]).reshape(shape)
+        if self.zeros is not None and self.packs_zeros:
+            assert self.levels is not None
+            levels = levels - self._expanded(looked_up(self.zeros, self.levels, self.groups))
+        elif self.zeros is not None:
             levels = levels - self._expanded(stored(self.zeros).to(torch.float32))
         return levels * self._expanded(stored(self.scales).to(torch.float32))
 
@@ -100,9 +105,14 @@ class WholeValues(FloatProduct):
 
     def weight(self) -> Tensor:
         """By one ``Gather``."""
-        values = torch.index_select(stored(self.levels), 0, stored(self.qweight).to(torch.int32)).flatten()
         count = self.out_features * self.in_features
-        return (values if values.numel() == count else values[:count]).reshape(self.out_features, self.in_features)
+        return looked_up(self.qweight, self.levels, count).reshape(self.out_features, self.in_features)
+
+
+def looked_up(codes: Tensor, table: Tensor, count: int) -> Tensor:
+    """Float32 ``(count,)``: rows of ``table (256, codes a byte)`` for the bytes ``codes``, one after another."""
+    values = torch.index_select(stored(table).to(torch.float32), 0, stored(codes).to(torch.int32)).flatten()
+    return values if values.numel() == count else values[:count]
 
 
 def expanded(values: Tensor, cut: Partition) -> Tensor:
@@ -123,6 +133,11 @@ def expanded(values: Tensor, cut: Partition) -> Tensor:
         matrix = matrix.unsqueeze(2).expand(-1, -1, wide).flatten(1)
         matrix = matrix if matrix.shape[1] == columns else matrix[:, :columns]
     return matrix
+
+
+def _are_codes(zeros: Tensor, bits: int) -> bool:
+    whole = bool((zeros == zeros.round()).all())
+    return whole and float(zeros.min()) >= 0 and float(zeros.max()) < 2**bits
 
 
 def _values(weight: Weight) -> Tensor:

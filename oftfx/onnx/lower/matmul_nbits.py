@@ -31,10 +31,11 @@ class MatMulNBits(StandIn):
 
         Where OpenVINO would have to be given several copies of a float zero, a table is smaller.
         """
-        if not isinstance(weight.levels, Integers) or weight.bits < 2 or weight.rounds_coarsely:
+        if not isinstance(weight.levels, Integers) or not 2 <= weight.bits <= 8 or weight.rounds_coarsely:
             return False
-        coded, block = _coded(weight), _block(weight)
-        if weight.partition.kind != "tiles" or block is None or coded is None:
+        block = _block(weight) if weight.partition.kind == "tiles" else None
+        coded = None if block is None else _coded(weight)
+        if block is None or coded is None:
             return False
         floats = coded[1] is not None and coded[1].is_floating_point()
         return not (floats and dialect == "openvino" and _repeats(weight, block) > 1)
