@@ -44,6 +44,7 @@ _HOME = {
     "FoldResult": "oftfx.folding",
     "FoldReport": "oftfx.report.fold_report",
     "export_onnx": "oftfx.onnx.export",
+    "export_onnx_adapter": "oftfx.onnx.adapters.file",
     "ExportReport": "oftfx.onnx.export",
     "OftfxError": "oftfx.errors",
 }
@@ -65,6 +66,7 @@ if TYPE_CHECKING:
     from oftfx.folding import FoldResult, fold, unfold
     from oftfx.formats import WeightFormat, register_format
     from oftfx.kept import load_rotations, save_rotations
+    from oftfx.onnx.adapters.file import export_onnx_adapter
     from oftfx.onnx.export import ExportReport, export_onnx
     from oftfx.plans import Plan
     from oftfx.policies import Budget

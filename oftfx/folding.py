@@ -10,8 +10,10 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 
+from oftfx.adapter.fingerprint import fingerprint
 from oftfx.adapter.store import AdapterStore, drop_store, keep_store, located
 from oftfx.errors import AdapterError, FoldError
+from oftfx.fold_note import forget_fold, note_fold
 from oftfx.fold_record import SiteFold
 from oftfx.hf_quantizer import QuantizerNotes, note_float_layers
 from oftfx.measure import Measured, measure
@@ -97,6 +99,7 @@ def fold(
         raise AdapterError(f"an adapter is named twice in {list(names)}")
     if into not in ("site", "producer"):
         raise FoldError(f"into: got {into!r}, expected 'site' or 'producer'")
+    hashes = {name: fingerprint(root, name) for name in names}
     batches = _batches(calibration)
     original = None if reference is None else ReferenceWeights(reference)
     step = FoldRotations(quantized, calibration=batches, reference=original)
@@ -124,6 +127,7 @@ def fold(
     measured = None if before is None or not batches else _measured(before, target, names, batches)
     sites = [*pushing.sites, *(_with_reason(s, pushing.reasons) for s in step.sites)] if pushing else step.sites
     report = FoldReport(tuple(sites), names, tuple(n for n in store.adapters if n not in names), measured)
+    note_fold(target, report, hashes)
     return FoldResult(target, report, None if inplace else before, undo if inplace else None)
 
 
@@ -168,6 +172,7 @@ class Before:
         for parameter in self.trainable:
             parameter.requires_grad_(True)
         self.quantizer.restore(model)
+        forget_fold(model)
 
 
 def _producers(store: AdapterStore, names: Sequence[str]) -> dict[str, Producer | str]:

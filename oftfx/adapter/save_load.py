@@ -74,7 +74,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     else:
         side = PLAN_FILE, plan.to_json()
     tensors = {
-        k: v.detach().cpu().clone(memory_format=torch.contiguous_format) for k, v in _tensors(root, store, adapter)
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for k, v in adapter_tensors(root, store, adapter)
     }
     directory = Path(path)
     directory.mkdir(parents=True, exist_ok=True)
@@ -150,7 +151,8 @@ def _warn_of_peft(root: nn.Module, plan: Plan) -> None:
         )
 
 
-def _tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[str, Tensor]]:
+def adapter_tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[str, Tensor]]:
+    """What a file of one adapter holds: skews and whole parameters by their keys."""
     plan = store.adapters[adapter].plan
     rotations = _rotation_by_site(root, adapter)
     result: list[tuple[str, Tensor]] = [(peft.key_of_skew(e.site), rotations[e.fqn].every_skew()) for e in plan]

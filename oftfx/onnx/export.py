@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
 import tempfile
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +12,18 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 
-from oftfx.adapter.store import drop_store, find_store, unwrapped
+from oftfx.adapter.store import drop_store, unwrapped
 from oftfx.errors import ExportError, MissingExtraError
+from oftfx.onnx.adapters import MODES, AdapterMode
+from oftfx.onnx.adapters.blocks import block_names
+from oftfx.onnx.bisect import first_difference
+from oftfx.onnx.describe import describe
 from oftfx.onnx.finish import finish
-from oftfx.onnx.inputs import DynamicShapes, auto_dynamic_shapes, named_inputs, output_names, widened
+from oftfx.onnx.inputs import DynamicShapes, auto_dynamic_shapes, named_inputs, widened
 from oftfx.onnx.lower import lower_quantized
-from oftfx.onnx.verify import Verification, verify_onnx
+from oftfx.onnx.signature import Signature
+from oftfx.onnx.trace import Traced, trace
+from oftfx.onnx.verify import DifferentError, Verification, verify_onnx
 from oftfx.passes.freeze_rotations import FreezeRotations
 from oftfx.passes.protocol import PassManager
 from oftfx.program import Program
@@ -30,7 +31,7 @@ from oftfx.structure import structural_copy
 from oftfx.trace.inputs import ExampleInputs, capture_settings
 
 Dialect = Literal["ort", "standard", "openvino"]
-Adapters = Literal["fixed", "swappable", "inputs"]
+Adapters = Literal["fixed", "swappable", "inputs", "mixed"]
 DEFAULT_OPSET = 20  # what torch's exporter writes and ONNX Runtime >= 1.18 loads
 
 
@@ -40,13 +41,13 @@ class ExportReport:
 
     Attributes:
         path: the file.
-        inputs: input names with their dynamic axes.
+        inputs: input names with their dynamic axes; also those of swappable adapters.
         outputs: output names.
         opset: opset of the standard operators.
         operators: how often each operator occurs.
         nbytes: size of the file and its external data.
-        adapters: adapters that act in the file; empty for a folded or plain model.
-        checks: one `Verification` a shape; empty without ``verify``.
+        adapters: adapters in the file, or that a swappable one was checked with; empty for a folded or plain model.
+        checks: one `Verification` a shape, and a choice of adapters; empty without ``verify``.
     """
 
     path: Path
@@ -87,7 +88,12 @@ def export_onnx(
         model: folded, transformed or plain; float32, float16 or float64.
         path: the ``.onnx`` file. Weights over 1.5 GB go to ``<path>.data`` beside it.
         example_inputs: see `oftfx.plan`. Axes of length 1 that are dynamic are widened, or they would be fixed.
-        adapters: ``"fixed"``: the active adapters are part of the file.
+        adapters: ``"fixed"``: the active adapters are part of the file. ``"swappable"``: each rotation's blocks are an
+            input ``<site>.oft.blocks`` whose default is the identity, so one session serves the base model and every
+            adapter with the sites and block sizes of the active one; `export_onnx_adapter` writes them. ``"inputs"``:
+            the same without a default, for runtimes that make constants of defaults (OpenVINO does, silently).
+            ``"mixed"``: all adapters of the model are in the file, and the input ``adapter_index`` int64 ``(batch,)``
+            chooses one for each row; 0 is the base model, then they follow in the order of `oftfx.adapters`.
         dynamic_shapes: ``"auto"``: axis 0 of every input is ``batch``, axis 1 of integer matrices ``sequence``; or
             ``{input: {axis: name}}``; or None for fixed shapes.
         dialect: ``"ort"`` may use ONNX Runtime's own operators; ``"standard"`` only those of the ONNX standard.
@@ -107,24 +113,50 @@ def export_onnx(
     model = unwrapped(model)
     inputs = named_inputs(model, example_inputs)
     shapes = auto_dynamic_shapes(inputs) if dynamic_shapes == "auto" else _plain(dynamic_shapes, inputs)
-    store = find_store(model)
-    active = store.active if store is not None else ()
-    torch_model = structural_copy(model).eval()
-    reference = _reference(torch_model)
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    signature = Signature(widened(inputs, shapes), shapes, vocabulary)
+    return write_graph(model, path, signature, MODES[adapters](model, adapters), dialect, opset, verify=verify)
+
+
+def write_graph(
+    model: nn.Module,
+    path: Path,
+    signature: Signature,
+    mode: AdapterMode,
+    dialect: Dialect = "ort",
+    opset: int | None = None,
+    *,
+    verify: bool = True,
+) -> ExportReport:
+    """Write and verify a model as it is called by ``signature``, with its adapters as ``mode`` has them.
+
+    Raises:
+        ExportError: see `export_onnx`.
+    """
+    copied = structural_copy(model).eval()
+    named = block_names(copied)
+    reference = _frozen(copied)
     lowered = lower_quantized(structural_copy(reference), dialect)
-    examples = widened(inputs, shapes)
+    mode.prepare(lowered, named)
     with capture_settings(lowered), capture_settings(reference):
         with torch.no_grad():
-            outputs = output_names(reference(**examples), examples)
-        program = _export(lowered, examples, shapes, outputs, opset or DEFAULT_OPSET)
+            outputs = signature.outputs(reference)
+        program = trace(Traced(lowered, signature, mode), outputs, opset or DEFAULT_OPSET)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target and under its final name: external data is found by name, and a move is a rename.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
             made = Path(folder) / path.name
-            operators, nbytes = finish(program, made, _metadata(model, active))
-            checks = verify_onnx(made, reference, model, examples, shapes, outputs, active) if verify else ()
+            operators, nbytes = finish(program, made, describe(model, mode), mode)
+            checks: tuple[Verification, ...] = ()
+            if verify:
+                try:
+                    checks = verify_onnx(made, reference, mode, signature, outputs)
+                except DifferentError as error:
+                    where = first_difference(lowered, mode, signature, error, opset or DEFAULT_OPSET)
+                    raise ExportError(f"{error}. {where}") from None
             _move(made, path)
-    return ExportReport(path, shapes, outputs, opset or DEFAULT_OPSET, operators, nbytes, active, checks)
+    every = {n: dict(axes) for n, axes in (*signature.shapes.items(), *mode.shapes(signature).items())}
+    return ExportReport(path, every, outputs, opset or DEFAULT_OPSET, operators, nbytes, mode.named, checks)
 
 
 def _require_packages(verify: bool) -> None:
@@ -136,10 +168,8 @@ def _require_packages(verify: bool) -> None:
 
 
 def _check_arguments(model: nn.Module, adapters: str, dialect: str) -> None:
-    if adapters not in ("fixed", "swappable", "inputs"):
-        raise ExportError(f"adapters: got {adapters!r}, expected 'fixed', 'swappable' or 'inputs'")
-    if adapters != "fixed":
-        raise ExportError(f"adapters={adapters!r} is not available in this version; 'fixed' bakes the active ones in")
+    if adapters not in MODES:
+        raise ExportError(f"adapters: got {adapters!r}, expected one of {', '.join(map(repr, MODES))}")
     if dialect not in ("ort", "standard", "openvino"):
         raise ExportError(f"dialect: got {dialect!r}, expected 'ort', 'standard' or 'openvino'")
     narrow = next((n for n, p in model.named_parameters() if p.dtype == torch.bfloat16), None)
@@ -155,60 +185,11 @@ def _plain(shapes: DynamicShapes | None, inputs: Mapping[str, Any]) -> dict[str,
     return {name: dict(axes) for name, axes in (shapes or {}).items()}
 
 
-def _reference(model: nn.Module) -> nn.Module:
+def _frozen(model: nn.Module) -> nn.Module:
     """What the file has to compute, in torch: rotations as fixed blocks, quantized layers as they are."""
     PassManager([FreezeRotations()]).run(Program.of(model))
     drop_store(model)
     return model.requires_grad_(False)
-
-
-def _export(
-    model: nn.Module, inputs: Mapping[str, Any], shapes: DynamicShapes, outputs: tuple[str, ...], opset: int
-) -> Any:
-    dynamic = {name: dict(shapes.get(name, {})) for name in inputs} if any(shapes.values()) else None
-    try:
-        with _quiet():
-            return torch.onnx.export(
-                model,
-                kwargs=dict(inputs),
-                input_names=list(inputs),
-                output_names=list(outputs),
-                dynamic_shapes=dynamic,
-                opset_version=opset,
-                dynamo=True,
-                optimize=False,  # oftfx.onnx.optimize does it
-                verbose=False,
-            )
-    except Exception as error:
-        cause = str(error).strip().splitlines()
-        raise ExportError(
-            f"{type(model).__name__} cannot be exported: {type(error).__name__}: {' '.join(cause[:3])[:600]}"
-        ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """The exporter prints its progress and warns about its own internals; what matters raises."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def _metadata(model: nn.Module, active: tuple[str, ...]) -> dict[str, str]:
-    from oftfx import __version__
-
-    return {
-        "oftfx.version": __version__,
-        "oftfx.model": type(model).__name__,
-        "oftfx.adapters": ",".join(active),
-        "oftfx.state": "unfolded" if active else "folded or plain",
-    }
 
 
 def _move(made: Path, path: Path) -> None:

@@ -7,19 +7,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from oftfx.onnx.adapters import AdapterMode
 from oftfx.onnx.optimize import optimize
 
 LARGE = 1_500_000_000  # a protobuf ends at 2 GiB
 SMALL = 1024  # bytes; smaller tensors stay in the model file
 
 
-def finish(program: Any, path: Path, metadata: Mapping[str, str]) -> tuple[dict[str, int], int]:
+def finish(program: Any, path: Path, metadata: Mapping[str, str], mode: AdapterMode) -> tuple[dict[str, int], int]:
     """Write an ``ONNXProgram`` and check the file.
 
     Args:
         program: what torch's exporter returned.
         path: the file; large weights go to ``<path>.data`` beside it.
         metadata: goes into the file's ``metadata_props``.
+        mode: gives its inputs their defaults.
 
     Returns:
         How often each operator occurs, and the bytes written.
@@ -29,6 +31,7 @@ def finish(program: Any, path: Path, metadata: Mapping[str, str]) -> tuple[dict[
 
     model = program.model
     optimize(model)
+    mode.finish(model.graph)
     for graph in (model.graph, *(f.graph for f in model.functions.values())):
         # The exporter leaves stack traces with local paths in every node: most of a small file.
         graph.metadata_props.clear()

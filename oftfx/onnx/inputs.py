@@ -88,21 +88,6 @@ def resized(
     return result
 
 
-def output_names(out: Any, inputs: Mapping[str, Tensor]) -> tuple[str, ...]:
-    """Names of the tensors a model returns, in the exporter's order: ``logits``, or ``output_0`` and so on.
-
-    Raises:
-        ExportError: an output is an input, or another output; such a graph has no value of that name.
-    """
-    flat = flat_outputs(out, tuple(inputs))
-    seen = {id(t): f"input {n}" for n, t in inputs.items()}
-    for name, tensor in flat:
-        if id(tensor) in seen:
-            raise ExportError(f"output {name} is the same tensor as {seen[id(tensor)]}; let the model return a clone")
-        seen[id(tensor)] = f"output {name}"
-    return tuple(name for name, _ in flat)
-
-
 def flat_outputs(out: Any, taken: tuple[str, ...] = ()) -> list[tuple[str, Tensor]]:
     """Tensors of a result with their names, different from each other and from those ``taken``."""
     from torch.utils import _pytree as pytree

@@ -5,19 +5,32 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
-from oftfx.adapter.switch import disable_adapters
 from oftfx.errors import ExportError
-from oftfx.modes import evaluating
-from oftfx.onnx.inputs import DynamicShapes, flat_outputs, resized
+from oftfx.onnx.adapters import AdapterMode, Case
+from oftfx.onnx.signature import Signature
 from oftfx.passes.protocol import relative_error
 
 # Largest relative error of any output. Measured: float32 1e-6, float16 6e-4.
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3}
+
+
+class DifferentError(ExportError):
+    """A file does not compute what the model does.
+
+    Attributes:
+        inputs: on which it was seen.
+        case: for which adapters.
+    """
+
+    def __init__(self, message: str, inputs: Mapping[str, Tensor], case: Case) -> None:
+        super().__init__(message)
+        self.inputs, self.case = dict(inputs), case
 
 
 @dataclass(frozen=True)
@@ -29,111 +42,113 @@ class Verification:
         relative_error: largest over the outputs, Frobenius.
         max_abs_error: largest over all elements.
         adapter_effect: relative change that the adapters make to the outputs; None where none acts.
+        case: which adapters were given, where the file leaves a choice.
     """
 
     shapes: dict[str, tuple[int, ...]]
     relative_error: float
     max_abs_error: float
     adapter_effect: float | None
+    case: str = ""
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{n} {s}" for n, s in self.shapes.items())
         effect = "" if self.adapter_effect is None else f", adapter's own effect {self.adapter_effect:.1e}"
-        return f"{shapes}: relative error {self.relative_error:.1e}, largest {self.max_abs_error:.1e}{effect}"
+        case = f" {self.case}" if self.case else ""
+        return f"{shapes}{case}: relative error {self.relative_error:.1e}, largest {self.max_abs_error:.1e}{effect}"
 
 
-def verify_onnx(
-    path: Path,
-    reference: nn.Module,
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    shapes: DynamicShapes,
-    outputs: tuple[str, ...],
-    active: tuple[str, ...],
-) -> tuple[Verification, ...]:
-    """Compare the file with ``reference`` on two other shapes (or the example's own, where all are fixed).
-
-    Args:
-        path: the file.
-        reference: what it has to compute.
-        model: the model as given, to measure what its adapters do.
-        inputs: example inputs.
-        shapes: names of the dynamic axes.
-        outputs: names of the outputs.
-        active: adapters that act.
+def open_session(path: Path) -> Any:
+    """An ONNX Runtime session on the CPU, at the optimisation level that users run.
 
     Raises:
-        ExportError: ONNX Runtime refuses the file, a result differs by more than rounding, or the difference is not
-            far below what the adapters change (so that a file that lost its adapter cannot pass).
+        ExportError: it refuses the file.
     """
     import onnxruntime
 
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
     try:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # its exceptions have no common base
         raise ExportError(f"ONNX Runtime does not load {path.name}: {error}") from error
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    checks = []
-    for seed, sizes in enumerate(_sizes(inputs, shapes)):
-        fresh = resized(inputs, shapes, sizes, seed, vocabulary)
-        checks.append(_check(session, reference, model, fresh, outputs, active))
-    return tuple(checks)
 
 
-def _sizes(inputs: Mapping[str, Tensor], shapes: DynamicShapes) -> list[dict[str, int]]:
-    example = {name: inputs[i].shape[axis] for i, axes in shapes.items() if i in inputs for axis, name in axes.items()}
-    if not example:
-        return [{}]
-    other = {n: s + (1 if n == "batch" else 3) for n, s in example.items()}
-    single = {n: 1 if n == "batch" else s for n, s in example.items()}
-    return [other, single]
+def run_session(session: Any, names: tuple[str, ...], inputs: Mapping[str, Tensor]) -> list[Tensor]:
+    """Outputs of a session; inputs that the graph does not have are left out.
+
+    Raises:
+        ExportError: it fails.
+    """
+    known = {i.name for i in (*session.get_inputs(), *session.get_overridable_initializers())}
+    feed = {n: v.detach().cpu().numpy() for n, v in inputs.items() if n in known}
+    try:
+        return [torch.from_numpy(v) for v in session.run(list(names), feed)]
+    except Exception as error:  # its exceptions have no common base
+        shapes = {n: tuple(v.shape) for n, v in inputs.items() if not n.endswith(".blocks")}
+        raise ExportError(f"ONNX Runtime fails on {shapes}: {error}") from error
 
 
 @torch.no_grad()
-def _check(
-    session: object,
-    reference: nn.Module,
-    model: nn.Module,
-    inputs: Mapping[str, Tensor],
-    outputs: tuple[str, ...],
-    active: tuple[str, ...],
-) -> Verification:
-    expected = dict(flat_outputs(reference(**inputs), tuple(inputs)))
-    feed = {n: v.detach().cpu().numpy() for n, v in inputs.items()}
+def verify_onnx(
+    path: Path, reference: nn.Module, mode: AdapterMode, signature: Signature, outputs: tuple[str, ...]
+) -> tuple[Verification, ...]:
+    """Compare the file with torch on two other shapes (or the example's own, where all are fixed).
+
+    Args:
+        path: the file.
+        reference: what it has to compute, with the active adapters.
+        mode: what else it has to compute.
+        signature: how both are called.
+        outputs: names of the outputs.
+
+    Raises:
+        DifferentError: a result differs by more than rounding, or the difference is not far below what the adapters
+            change (so that a file that lost its adapter cannot pass).
+        ExportError: ONNX Runtime refuses the file.
+    """
+    session = open_session(path)
+    checks = []
+    for seed, sizes in enumerate(signature.sizes()):
+        inputs = signature.fresh(sizes, seed)
+        checks += [_check(session, case, inputs, outputs) for case in mode.cases(reference, signature, inputs)]
+    return tuple(checks)
+
+
+def _check(session: Any, case: Case, inputs: Mapping[str, Tensor], outputs: tuple[str, ...]) -> Verification:
+    expected = case.expected(inputs)
     shapes = {n: tuple(v.shape) for n, v in inputs.items()}
-    try:
-        known = {i.name for i in session.get_inputs()}  # type: ignore[attr-defined]
-        values = session.run(list(outputs), {n: v for n, v in feed.items() if n in known})  # type: ignore[attr-defined]
-    except Exception as error:  # its exceptions have no common base
-        raise ExportError(f"ONNX Runtime fails on {shapes}: {error}") from error
+    where = f"on {shapes}" + (f" {case.label}" if case.label else "")
     worst, largest = 0.0, 0.0
-    for name, value in zip(outputs, values, strict=True):
-        want, got = expected[name].cpu(), torch.from_numpy(value)
+    for name, got in zip(outputs, run_session(session, outputs, {**inputs, **case.given}), strict=True):
+        want = expected[name].cpu()
         if want.shape != got.shape:
-            raise ExportError(
-                f"output {name} has shape {tuple(got.shape)} in ONNX Runtime, {tuple(want.shape)} in torch"
+            raise DifferentError(
+                f"output {name} {where} has shape {tuple(got.shape)} in ONNX Runtime, {tuple(want.shape)} in torch",
+                inputs,
+                case,
             )
         distance = relative_error(got, want)
         bound = BOUNDS.get(want.dtype, 0.0)
         if not distance <= bound:
-            raise ExportError(
-                f"output {name} on {shapes}: ONNX Runtime differs from torch by a relative {distance:.2e}, "
-                f"allowed {bound:g}"
+            raise DifferentError(
+                f"output {name} {where}: ONNX Runtime differs from torch by a relative {distance:.2e}, "
+                f"allowed {bound:g}",
+                inputs,
+                case,
             )
         worst = max(worst, distance)
         largest = max(largest, float((got.double() - want.double()).abs().max())) if want.numel() else largest
-    effect = _adapter_effect(model, inputs, expected) if active else None
-    if effect and worst > effect / 10:
-        raise ExportError(
-            f"on {shapes}: the error {worst:.2e} is not far below what the adapters change ({effect:.2e}), so it "
-            "cannot be told whether the file contains them. For an adapter that is to change so little: verify=False"
-        )
-    return Verification(shapes, worst, largest, effect)
-
-
-def _adapter_effect(model: nn.Module, inputs: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    with evaluating(model), disable_adapters(model):
-        base = dict(flat_outputs(model(**inputs), tuple(inputs)))
-    return max(relative_error(base[n], expected[n]) for n in expected if expected[n].is_floating_point())
+    effect = None
+    if case.base is not None:
+        base = case.base(inputs)
+        effect = max(relative_error(base[n], expected[n]) for n in expected if expected[n].is_floating_point())
+        if effect and worst > effect / 10:
+            raise DifferentError(
+                f"{where}: the error {worst:.2e} is not far below what the adapters change ({effect:.2e}), so it "
+                "cannot be told whether the file contains them. For an adapter that is to change so little: "
+                "verify=False",
+                inputs,
+                case,
+            )
+    return Verification(shapes, worst, largest, effect, case.label)

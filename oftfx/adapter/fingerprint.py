@@ -1,0 +1,26 @@
+"""Tell adapters apart by their numbers."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+import torch.nn as nn
+
+from oftfx.adapter.save_load import adapter_tensors
+from oftfx.adapter.store import located
+
+
+def fingerprint(model: nn.Module, adapter: str = "default") -> str:
+    """SHA-256 of an adapter's tensors, names and dtypes: of what `save_adapter` writes, whatever the adapter is called.
+
+    Raises:
+        AdapterError: no adapter of that name.
+    """
+    root, store = located(model)
+    store.require(adapter)
+    digest = hashlib.sha256()
+    for name, tensor in sorted(adapter_tensors(root, store, adapter), key=lambda item: item[0]):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

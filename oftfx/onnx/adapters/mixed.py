@@ -1,0 +1,142 @@
+"""One batch for several adapters: each row of it is rotated by its own."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.adapter.store import located
+from oftfx.adapter.switch import set_adapter
+from oftfx.errors import ExportError
+from oftfx.onnx.adapters.base import AdapterMode, Case
+from oftfx.onnx.adapters.blocks import adapter_blocks, check_fit, identity_like
+from oftfx.onnx.adapters.swappable import only_active
+from oftfx.onnx.signature import Signature
+from oftfx.placement import rotated_sites
+from oftfx.rotation.module import FrozenRotation
+from oftfx.structure import structural_copy
+
+INDEX = "adapter_index"
+"""Input of the graph: for each row its adapter's place in the stack, int64 ``(batch,)``; 0 is the base."""
+
+
+class Choice:
+    """Which adapter each row of the current batch has.
+
+    Attributes:
+        rows: int64 ``(batch,)``; None outside a call.
+    """
+
+    rows: Tensor | None = None
+
+
+class RowRotation(FrozenRotation):
+    """``y[i] = x[i] @ blockdiag(R[choice[i]])``.
+
+    Attributes:
+        blocks: buffer ``(adapters, blocks, b, b)``.
+    """
+
+    def __init__(self, blocks: Tensor, choice: Choice, site: str) -> None:
+        super().__init__(blocks)
+        self._choice, self._site = choice, site
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """``(blocks, b)``."""
+        return self.blocks.shape[1], self.blocks.shape[2]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x (batch, ..., n)``; the rows of the batch are on its first axis."""
+        rows = self._choice.rows
+        assert rows is not None
+        if x.dim() < 2 or x.shape[0] != rows.shape[0]:
+            raise ExportError(
+                f"{self._site}: its input has the shape {tuple(x.shape)}, in which the rows of the batch cannot be "
+                "told; adapters='mixed' needs the batch on axis 0. Leave the site out by a rule"
+            )
+        chosen = self.blocks.to(x.dtype).index_select(0, rows)
+        split = x.reshape(x.shape[0], -1, *self.shape).transpose(1, 2)
+        return torch.matmul(split, chosen).transpose(1, 2).reshape(x.shape)
+
+
+class Mixed(AdapterMode):
+    """All adapters of the model in a stack, the identity first; an input chooses for each row."""
+
+    def __init__(self, model: nn.Module, name: str = "mixed") -> None:
+        super().__init__(model, name)
+        active = only_active(self)
+        self.named = tuple(located(model)[1].adapters)
+        every = {n: adapter_blocks(model, n) for n in self.named}
+        sites = every[active]
+        for adapter, blocks in every.items():
+            check_fit(adapter, blocks, {n: tuple(b.shape) for n, b in sites.items()})
+        self._stacks = {
+            n: torch.stack([identity_like(b), *(blocks.get(n, identity_like(b)) for blocks in every.values())])
+            for n, b in sites.items()
+        }
+        self._choice = Choice()
+
+    def prepare(self, lowered: nn.Module, named: Mapping[str, str]) -> None:
+        """Put a stack in the place of each frozen rotation."""
+        made: dict[int, RowRotation] = {}
+        for fqn, placement in list(rotated_sites(lowered)):
+            if placement.kind != "activation":
+                raise ExportError(
+                    f"{fqn}: this rotation acts on the weight, which all rows of a batch share; adapters='mixed' needs "
+                    "rotations of activations. Leave the site out by a rule, or export with adapters='swappable'"
+                )
+            (frozen,) = placement.fixed
+            row = made.setdefault(id(frozen), RowRotation(self._stacks[named[fqn]], self._choice, fqn))
+            placement.fixed[:] = [row]
+            placement.forget()
+            holder = placement.holder
+            for child, held in list(holder.named_children()) if holder is not None else ():
+                if held is frozen:
+                    setattr(holder, child, row)
+
+    def inputs(self, signature: Signature) -> dict[str, Tensor]:
+        """``adapter_index``."""
+        if signature.batch is None:
+            raise ExportError("adapters='mixed' needs a dynamic batch: axis 0 of an input in dynamic_shapes")
+        return {INDEX: torch.arange(signature.rows(signature.inputs)) % (len(self.named) + 1)}
+
+    def shapes(self, signature: Signature) -> dict[str, dict[int, str]]:
+        """As long as the batch."""
+        return {INDEX: {0: signature.batch or ""}}
+
+    def caller(self, model: nn.Module, values: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """With every rotation knowing the rows' adapters."""
+
+        def call(**kwargs: Any) -> Any:
+            self._choice.rows = values[INDEX]
+            try:
+                return model(**kwargs)
+            finally:
+                self._choice.rows = None
+
+        return call
+
+    def cases(self, reference: nn.Module, signature: Signature, inputs: Mapping[str, Tensor]) -> Iterator[Case]:  # noqa: ARG002
+        """All adapters and the base in one batch, against each row alone in torch."""
+        rows = torch.arange(signature.rows(inputs)).flip(0) % (len(self.named) + 1)
+
+        def expected(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            model = structural_copy(self.model).eval()
+            parts = []
+            for index, place in enumerate(rows.tolist()):
+                set_adapter(model, self.named[place - 1] if place else None)
+                parts.append(signature.run(model, signature.row(inputs, index)))
+            return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
+
+        base = self.without(signature) if bool(rows.any()) else None
+        yield Case("with an adapter for each row", {INDEX: rows}, expected, None, base)
+
+    def metadata(self) -> dict[str, str]:
+        """Also the names in the order of the stack."""
+        return super().metadata() | {"oftfx.adapter_names": json.dumps(["", *self.named])}

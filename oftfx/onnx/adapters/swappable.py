@@ -1,0 +1,85 @@
+"""Blocks as inputs of the graph, so that one session serves many adapters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.errors import ExportError
+from oftfx.onnx.adapters.base import AdapterMode, Case
+from oftfx.onnx.adapters.blocks import adapter_blocks, identity_like
+from oftfx.onnx.signature import Signature
+from oftfx.placement import rotated_sites
+from oftfx.rotation.module import FrozenRotation
+
+
+class Swappable(AdapterMode):
+    """Blocks as inputs: with the identity as default (``"swappable"``), or required (``"inputs"``).
+
+    A runtime that honours defaults (ONNX Runtime) computes the base model unless an adapter is given. One that makes
+    constants of them (OpenVINO) would compute the base whatever it is given, so there they have to be required.
+    """
+
+    def __init__(self, model: nn.Module, name: str = "swappable") -> None:
+        super().__init__(model, name)
+        self.blocks = adapter_blocks(model, only_active(self))
+        self._buffers: dict[str, str] = {}
+
+    def prepare(self, lowered: nn.Module, named: Mapping[str, str]) -> None:
+        """Learn which buffer is which input."""
+        paths = {id(m): n for n, m in lowered.named_modules() if isinstance(m, FrozenRotation)}
+        for fqn, placement in rotated_sites(lowered):
+            (frozen,) = placement.fixed
+            self._buffers[named[fqn]] = f"{paths[id(frozen)]}.blocks"
+
+    def inputs(self, signature: Signature) -> dict[str, Tensor]:  # noqa: ARG002
+        """Blocks ``(blocks, b, b)`` by name."""
+        return {n: self.blocks[n] for n in self._buffers}
+
+    def caller(self, model: nn.Module, values: Mapping[str, Tensor]) -> Callable[..., Any]:
+        """With the values in the buffers' places."""
+        buffers = {self._buffers[n]: v for n, v in values.items()}
+        return lambda **kwargs: torch.func.functional_call(model, buffers, kwargs=kwargs)
+
+    def finish(self, graph: Any) -> None:
+        """Give each input the identity as its default."""
+        if self.name == "inputs":
+            return
+        import onnx_ir as ir
+
+        for value in graph.inputs:
+            if value.name in self._buffers:
+                value.const_value = ir.tensor(identity_like(self.blocks[value.name]).numpy(), name=value.name)
+                graph.register_initializer(value)
+
+    def cases(self, reference: nn.Module, signature: Signature, inputs: Mapping[str, Tensor]) -> Iterator[Case]:  # noqa: ARG002
+        """The base, by default or by identities; and the active adapter."""
+        plain = {} if self.name == "swappable" else {n: identity_like(b) for n, b in self.blocks.items()}
+        base = self.without(signature)
+        yield Case("without an adapter", plain, base, self.model)
+        yield Case(f"with adapter {self.active[0]!r}", self.blocks, partial(signature.run, reference), reference, base)
+
+
+def only_active(mode: AdapterMode) -> str:
+    """The one adapter that says which sites the graph rotates.
+
+    Raises:
+        ExportError: none acts, or several do; or fixed rotations act as well.
+    """
+    if len(mode.active) != 1:
+        acting = f"there are {len(mode.active)}: {', '.join(mode.active)}" if mode.active else "there is none"
+        raise ExportError(
+            f"adapters={mode.name!r} takes its sites and block sizes from the active adapter, and {acting}; activate "
+            "one with oftfx.set_adapter"
+        )
+    if kept := next((fqn for fqn, p in rotated_sites(mode.model) if p.fixed), None):
+        raise ExportError(
+            f"{kept} has a fixed rotation, left by fold(quantized='keep'), before its adapters; adapters={mode.name!r} "
+            "needs a model that was not folded"
+        )
+    return mode.active[0]
