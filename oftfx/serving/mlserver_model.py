@@ -62,6 +62,7 @@ class OftfxModel(MLModel):
         )
         self._rows, self._delay = extra.get("max_batch_size", 1), extra.get("max_queue_delay", 0.0)
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
+        self._waiting: set[Any] = set()
         self._tasks = [asyncio.create_task(self._work()) for _ in range(extra.get("instances", 1))]
         return True
 
@@ -70,9 +71,8 @@ class OftfxModel(MLModel):
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        while not self._queue.empty():
-            _, waiting = self._queue.get_nowait()
-            waiting.cancel()
+        for answer in self._waiting:
+            answer.cancel()
         return True
 
     async def metadata(self) -> MetadataModelResponse:
@@ -93,12 +93,15 @@ class OftfxModel(MLModel):
         answer: Any = asyncio.get_running_loop().create_future()
         try:
             request = self._request(payload)
+            self._waiting.add(answer)
             await self._queue.put((request, answer))
             outputs = await answer
         except self._module.RequestError as error:
             raise MLServerError(str(error), 400) from error
         except self._module.ServingError as error:
             raise MLServerError(str(error), 500) from error
+        finally:
+            self._waiting.discard(answer)
         types = {t.name: t.datatype for t in self._model.outputs}
         return InferenceResponse(
             model_name=self.name,
@@ -108,40 +111,40 @@ class OftfxModel(MLModel):
 
     async def _work(self) -> None:
         """Take what waits, run it in a thread, hand out the answers, again and again."""
+        held = None
         while True:
-            taken = await self._take()
+            taken, held = await self._take(held or await self._queue.get())
+            taken = [one for one in taken if not one[1].done()]  # the clients of the others are gone
             try:
                 answers = await asyncio.to_thread(self._model.run_all, [request for request, _ in taken])
             except Exception as error:
                 answers = [error] * len(taken)
             for (_, future), answer in zip(taken, answers, strict=True):
-                if future.done():  # the client is gone
+                if future.done():
                     continue
                 if isinstance(answer, Exception):
                     future.set_exception(answer)
                 else:
                     future.set_result(answer)
 
-    async def _take(self) -> list[Any]:
-        """The first request that comes, and those that come within the delay, as long as their rows fit."""
-        taken = [await self._queue.get()]
-        if not self._model.batched:
-            return taken
-        rows, loop = _rows(taken[0]), asyncio.get_running_loop()
-        end = loop.time() + self._delay
-        while rows < self._rows:
+    async def _take(self, first: Any) -> tuple[list[Any], Any]:
+        """With the first, those that come within the delay, as long as their rows fit; and one that did not fit."""
+        taken, rows = [first], _rows(first)
+        end = asyncio.get_running_loop().time() + self._delay
+        while self._model.batched and rows < self._rows:
             try:
                 item = self._queue.get_nowait()
             except asyncio.QueueEmpty:
-                if (left := end - loop.time()) <= 0:
-                    break
+                left = end - asyncio.get_running_loop().time()
                 try:
-                    item = await asyncio.wait_for(self._queue.get(), left)
+                    item = await asyncio.wait_for(self._queue.get(), max(left, 0))
                 except TimeoutError:
                     break
-            taken.append(item)
             rows += _rows(item)
-        return taken
+            if rows > self._rows:
+                return taken, item
+            taken.append(item)
+        return taken, None
 
     def _request(self, payload: InferenceRequest) -> Any:
         for tensor in payload.inputs:

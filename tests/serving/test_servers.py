@@ -1,6 +1,7 @@
 """Triton and MLServer, really started on loopback from the directories that `write_repository` wrote."""
 
 import json
+import subprocess
 import threading
 from dataclasses import dataclass
 
@@ -11,7 +12,7 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
-from tests.serving.servers import Server, environment, free_ports
+from tests.serving.servers import ROOT, Server, environment, free_ports
 
 pytestmark = pytest.mark.needs("onnx", "onnxruntime", "onnxscript", "transformers")
 
@@ -289,6 +290,68 @@ def test_four_threads_with_different_adapters(server, files, model):
     assert not failures
     assert len(errors) == 48
     assert max(errors) < BOUND
+
+
+def test_triton_puts_requests_together_and_each_row_gets_its_adapter(server, files):
+    """What the threads above left in Triton's statistics; MLServer keeps none, see the next test."""
+    if server.kind == "mlserver":
+        return
+    barrier, errors = threading.Barrier(6), []
+
+    def work(index):
+        name = [None, "a1", "a2"][index % 3]
+        inputs = tokens(1, 8, index)
+        barrier.wait()
+        answer = server.infer("mixed", inputs, choose(name))
+        errors.append((index, name, answer.outputs["logits"]))
+
+    def rows():
+        (found,) = json.loads(server.get("/v2/models/mixed/stats")[1])["model_stats"]
+        return found["inference_count"], found["execution_count"]
+
+    before = rows()
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, name, got in errors:
+        assert distance(got, files.expected("mixed", name, tokens(1, 8, index))) < BOUND
+    after = rows()
+    assert after[0] - before[0] == len(errors) == 6
+    assert after[1] - before[1] < 6
+
+
+@pytest.mark.parametrize("kind", ["swappable", "mixed"])
+def test_mlserver_puts_requests_together(kind, tmp_path):
+    from tests.serving import graphs
+
+    venv, blocks = environment("mlserver"), graphs.rotations("a1", "a2")
+    path, adapters = graphs.mixed(tmp_path / "m.onnx", blocks), None
+    if kind == "swappable":
+        path = graphs.swappable(tmp_path / "m.onnx")
+        adapters = {n: graphs.write_adapter(tmp_path / f"{n}.onnx_adapter", b) for n, b in blocks.items()}
+    written = oftfx.serving.write_repository(
+        path,
+        tmp_path / "models",
+        server="mlserver",
+        adapters=adapters,
+        threads=1,
+        max_batch_size=6,
+        max_queue_delay=0.05,
+    )
+    for name, array in blocks.items():
+        np.save(written.model / f"{name}.npy", array)
+    script = [str(venv / "bin/python"), str(ROOT / "tests/serving/together.py"), str(written.model)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["error"] < BOUND
+    *runs, last = found["runs"]
+    assert sum(sum(rows) for rows in runs) == 18
+    # Requests of one and of two rows, in turn: 1 2 1 2, and a fifth and sixth would be more than six rows.
+    assert runs == [[1, 2, 1, 2], [1, 2, 1, 2], [1, 2, 1, 2]]
+    assert last == [2]
 
 
 def test_an_adapter_is_added_and_removed_while_the_server_runs(server, files):
