@@ -22,8 +22,9 @@ def export_onnx_adapter(
     The file holds the blocks ``R (blocks, b, b)`` in float32 under the names of the graph's inputs,
     ``<site>.oft.blocks``; the Cayley transform has been computed. Sites that the adapter does not rotate stay at the
     identity. ONNX Runtime loads it with ``LoraAdapter().Load(path)`` (1.20 or later) and applies it to one request with
-    ``RunOptions().add_active_adapter``: one adapter a run, for of two that overlap it silently takes the first, and not
-    with ``run_with_iobinding``, which ignores adapters. Servers that `oftfx.serving` writes keep to that.
+    ``RunOptions().add_active_adapter``. Of two adapters that overlap it silently takes the first, so one adapter a run;
+    ``run_with_iobinding`` silently ignores adapters; and a `LoraAdapter` that Python has freed acts no more, silently,
+    so keep the object. Servers that `oftfx.serving` writes keep to that.
 
     Args:
         model: the transformed model.
