@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from oftfx.errors import MissingExtraError
 
 _HOME = {
     "Repository": "oftfx.serving.repository",
@@ -24,4 +27,6 @@ if TYPE_CHECKING:
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'oftfx.serving' has no attribute {name!r}")
+    if find_spec("onnxruntime") is None and _HOME[name] == "oftfx.serving.session":
+        raise MissingExtraError("onnxruntime", "onnx", "Serving a model")
     return getattr(import_module(_HOME[name]), name)

@@ -3,13 +3,14 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import oftfx
-from oftfx.errors import ExportError
+from oftfx.errors import ExportError, MissingExtraError
 
 pytestmark = pytest.mark.needs("onnx", "onnxruntime")
 
@@ -208,6 +209,15 @@ def test_arguments(model, tmp_path, options, message):
 def test_models_that_are_not_there_or_cannot_be_read(tmp_path):
     with pytest.raises(ExportError, match="m.onnx is no file"):
         write(tmp_path / "m.onnx", tmp_path / "a", server="triton")
+
+
+def test_without_onnx_runtime_the_extra_is_named(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    for use in (lambda: oftfx.serving.ServedModel, lambda: write(model, tmp_path / "m", server="triton")):
+        with pytest.raises(MissingExtraError, match=r"pip install 'oftfx\[onnx\]'"):
+            use()
+    with pytest.raises(AttributeError, match="no attribute 'write_repositry'"):
+        oftfx.serving.write_repositry  # noqa: B018
 
 
 def test_external_data_comes_along_under_the_name_that_the_model_looks_for(graphs, adapters, tmp_path):

@@ -292,54 +292,50 @@ def test_four_threads_with_different_adapters(server, files, model):
     assert max(errors) < BOUND
 
 
-def test_triton_puts_requests_together_and_each_row_gets_its_adapter(server, files):
-    """What the threads above left in Triton's statistics; MLServer keeps none, see the next test."""
-    if server.kind == "mlserver":
-        return
-    barrier, errors = threading.Barrier(6), []
+def small(kind, server, folder, **options):
+    """A directory with a node-by-node model of the adapters a1 and a2, and their blocks."""
+    from tests.serving import graphs
+
+    blocks, adapters = graphs.rotations("a1", "a2"), None
+    path = graphs.mixed(folder / "m.onnx", blocks)
+    if kind == "swappable":
+        path = graphs.swappable(folder / "m.onnx")
+        adapters = {n: graphs.write_adapter(folder / f"{n}.onnx_adapter", b) for n, b in blocks.items()}
+    out = folder / "models"
+    return oftfx.serving.write_repository(path, out, server=server, adapters=adapters, threads=1, **options), blocks
+
+
+@pytest.mark.parametrize("kind", ["swappable", "mixed"])
+def test_triton_puts_requests_together_and_each_row_gets_its_adapter(kind, tmp_path):
+    environment("triton")
+    http, grpc = free_ports()
+    more = {"http_port": http, "grpc_port": grpc, "preferred_batch_sizes": (6,), "max_queue_delay": 2.0}
+    written, blocks = small(kind, "triton", tmp_path, max_batch_size=6, **more)
+    answers = {}
 
     def work(index):
+        x = np.random.default_rng(index).standard_normal((1, 2, 4)).astype(np.float32)
         name = [None, "a1", "a2"][index % 3]
-        inputs = tokens(1, 8, index)
-        barrier.wait()
-        answer = server.infer("mixed", inputs, choose(name))
-        errors.append((index, name, answer.outputs["logits"]))
+        answers[index] = server.infer("m", {"x": x}, choose(name)), x.astype(np.float64) @ blocks.get(name, np.eye(4))
 
-    def rows():
-        (found,) = json.loads(server.get("/v2/models/mixed/stats")[1])["model_stats"]
-        return found["inference_count"], found["execution_count"]
-
-    before = rows()
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for index, name, got in errors:
-        assert distance(got, files.expected("mixed", name, tokens(1, 8, index))) < BOUND
-    after = rows()
-    assert after[0] - before[0] == len(errors) == 6
-    assert after[1] - before[1] < 6
+    with Server("triton", written, http, grpc) as server:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (found,) = json.loads(server.get("/v2/models/m/stats")[1])["model_stats"]
+    assert len(answers) == 6
+    for answer, expected in answers.values():
+        assert distance(answer.outputs["y"], expected) < BOUND
+    assert found["inference_count"] == 6
+    assert found["execution_count"] < 6
 
 
 @pytest.mark.parametrize("kind", ["swappable", "mixed"])
 def test_mlserver_puts_requests_together(kind, tmp_path):
-    from tests.serving import graphs
-
-    venv, blocks = environment("mlserver"), graphs.rotations("a1", "a2")
-    path, adapters = graphs.mixed(tmp_path / "m.onnx", blocks), None
-    if kind == "swappable":
-        path = graphs.swappable(tmp_path / "m.onnx")
-        adapters = {n: graphs.write_adapter(tmp_path / f"{n}.onnx_adapter", b) for n, b in blocks.items()}
-    written = oftfx.serving.write_repository(
-        path,
-        tmp_path / "models",
-        server="mlserver",
-        adapters=adapters,
-        threads=1,
-        max_batch_size=6,
-        max_queue_delay=0.05,
-    )
+    venv = environment("mlserver")
+    written, blocks = small(kind, "mlserver", tmp_path, max_batch_size=6, max_queue_delay=0.05)
     for name, array in blocks.items():
         np.save(written.model / f"{name}.npy", array)
     script = [str(venv / "bin/python"), str(ROOT / "tests/serving/together.py"), str(written.model)]
