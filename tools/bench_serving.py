@@ -152,7 +152,6 @@ def served(
     """The same load on a real server, from a client in a process of its own."""
     http, grpc = free_ports()
     with tempfile.TemporaryDirectory(dir=folder) as out:
-        options: dict[str, Any] = {"backend": "python"} if kind == "triton" else {}
         for variant, path in paths.items():
             written = oftfx.serving.write_repository(
                 path,
@@ -162,7 +161,6 @@ def served(
                 threads=threads,
                 http_port=http,
                 grpc_port=grpc,
-                **options,
             )
         (folder / "plan.json").write_text(json.dumps(asked | {"url": f"127.0.0.1:{grpc}"}))
         with Server(kind, written, http, grpc) as server:

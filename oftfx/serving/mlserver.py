@@ -18,7 +18,7 @@ def layout(model: ServedModel, options: Options) -> Layout:
     Raises:
         ExportError: a backend is asked for; only Triton has them.
     """
-    if options.backend != "auto":
+    if options.backend is not None:
         raise ExportError(f"backend: got {options.backend!r}; MLServer has one, leave it out")
     return Layout(
         shared={"settings.json": server_settings(options)},

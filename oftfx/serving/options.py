@@ -15,7 +15,7 @@ class Options:
 
     name: str
     version: int
-    backend: str
+    backend: str | None
     max_batch_size: int
     preferred_batch_sizes: tuple[int, ...]
     max_queue_delay: float

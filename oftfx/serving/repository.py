@@ -55,7 +55,7 @@ def write_repository(
     name: str | None = None,
     version: int = 1,
     adapters: Mapping[str, str | Path] | None = None,
-    backend: Literal["auto", "python", "onnxruntime"] = "auto",
+    backend: Literal["python", "onnxruntime"] | None = None,
     max_batch_size: int = 8,
     preferred_batch_sizes: Sequence[int] = (),
     max_queue_delay: float = 0.002,
@@ -81,8 +81,9 @@ def write_repository(
         name: of the model; the file's by default.
         version: written next to the versions that are there, which stay as they are.
         adapters: ``.onnx_adapter`` files of `oftfx.export_onnx_adapter` by name, for a ``"swappable"`` model.
-        backend: of Triton. ``"auto"``: ``"python"`` where there are adapters to choose, else ``"onnxruntime"``, which
-            is Triton's own and **ignores request parameters**, an ``adapter`` too; ``"python"`` refuses it there.
+        backend: of Triton. ``"python"``, the default, runs ours. ``"onnxruntime"`` is Triton's own, for folded and
+            fixed models: less copying, but it **ignores request parameters**, so a request that names an adapter is
+            answered as if it had not.
         max_batch_size: rows in one run. Triton refuses a larger request, MLServer runs it by itself.
         preferred_batch_sizes: rows at which Triton does not wait for more.
         max_queue_delay: seconds that a request waits for others at most.
@@ -108,8 +109,8 @@ def write_repository(
 
     if server not in PORTS:
         raise ExportError(f"server: got {server!r}, expected 'triton' or 'mlserver'")
-    if backend not in ("auto", "python", "onnxruntime"):
-        raise ExportError(f"backend: got {backend!r}, expected 'auto', 'python' or 'onnxruntime'")
+    if backend not in (None, "python", "onnxruntime"):
+        raise ExportError(f"backend: got {backend!r}, expected 'python' or 'onnxruntime'")
     module = triton if server == "triton" else mlserver
     model, out = Path(model), Path(out)
     options = Options(

@@ -15,13 +15,12 @@ def layout(model: ServedModel, options: Options) -> Layout:
     Raises:
         ExportError: Triton's ONNX Runtime backend is asked for, and the model chooses adapters, which that cannot do.
     """
-    chooses = model.mode in ("swappable", "mixed")
-    if options.backend == "onnxruntime" and chooses:
+    if options.backend == "onnxruntime" and model.mode in ("swappable", "mixed"):
         raise ExportError(
             f"{options.name}: Triton's ONNX Runtime backend cannot choose adapters, and the model is {model.mode!r}; "
             "use backend='python', or export it with adapters='fixed' or folded"
         )
-    backend = options.backend if options.backend != "auto" else ("python" if chooses else "onnxruntime")
+    backend = options.backend or "python"
     python = {"model.py": "triton_model.py", "oftfx_session.py": "session.py"}
     addresses = f"--http-address={options.host} --http-port={options.http_port} "
     addresses += f"--grpc-address={options.host} --grpc-port={options.grpc_port}"

@@ -110,12 +110,11 @@ def server(request, files, tmp_path_factory):
             **options,
         )
 
-    python = {"backend": "python"} if request.param == "triton" else {}  # the wheel has that backend alone
     write("first", "llama")
     write("second", "llama", version=2)
     write("mixed", "mixed")
-    write("folded", "folded", **python)
-    with Server(request.param, write("types", "types", **python), http, grpc) as started:
+    write("folded", "folded")
+    with Server(request.param, write("types", "types"), http, grpc) as started:
         yield started
 
 
