@@ -292,7 +292,7 @@ RAGGED: dict[str, tuple[Case, tuple[int, int, int]]] = {
     "gptq": (case("gptqmodel", gptq(desc_act=True), "nbits dq nbits", INT4, ordered=True, bound=HALF), (100, 64, 33)),
     "gptq 3": (case("gptqmodel", gptq(bits=3), "nbits dq nbits", opset=INT4, bound=HALF), (96, 40, 25)),
     "torchao int4": (case("torchao", torchao("symmetric", 11), "dq dq table", opset=BLOCKS), (99, 33, 5)),
-    "inc": (case("neural_compressor", inc(group_size=28), "dq dq table", opset=BLOCKS, bound=HALF), (99, 45, 7)),
+    "inc": (case("neural_compressor", inc(group_size=28), "dq dq tables", opset=BLOCKS, bound=HALF), (99, 45, 7)),
     "inc blocks": (case("neural_compressor", inc(), "nbits dq nbits", opset=INT4, bound=HALF), (100, 70, 5)),
     "fp8": (case("transformers", fp8(), "dq dq cast", opset=BLOCKS), (200, 136, 72)),
     "aqlm": (case("aqlm", aqlm(2, 4, 2), "books books books"), (72, 34, 5)),
