@@ -17,6 +17,7 @@ from oftfx.errors import ExportError, MissingExtraError
 from oftfx.onnx.adapters import MODES, AdapterMode
 from oftfx.onnx.adapters.blocks import block_names
 from oftfx.onnx.bisect import first_difference
+from oftfx.onnx.decoder import Decoder
 from oftfx.onnx.describe import describe
 from oftfx.onnx.finish import finish
 from oftfx.onnx.inputs import DynamicShapes, auto_dynamic_shapes, named_inputs, widened
@@ -73,6 +74,7 @@ def export_onnx(
     example_inputs: ExampleInputs = None,
     *,
     adapters: Adapters = "fixed",
+    cache: bool = False,
     dynamic_shapes: DynamicShapes | Literal["auto"] | None = "auto",
     dialect: Dialect = "ort",
     opset: int | None = None,
@@ -94,8 +96,11 @@ def export_onnx(
             the same without a default, for runtimes that make constants of defaults (OpenVINO does, silently).
             ``"mixed"``: all adapters of the model are in the file, and the input ``adapter_index`` int64 ``(batch,)``
             chooses one for each row; 0 is the base model, then they follow in the order of `oftfx.adapters`.
-        dynamic_shapes: ``"auto"``: axis 0 of every input is ``batch``, axis 1 of integer matrices ``sequence``; or
-            ``{input: {axis: name}}``; or None for fixed shapes.
+        cache: of a causal language model, also take and give its cache, so that one graph reads a prompt and decodes;
+            see `oftfx.onnx.decoder.Decoder` for the names and `oftfx.export_genai` for a directory that ONNX Runtime
+            GenAI runs.
+        dynamic_shapes: ``"auto"``: batches and sequences, by the inputs' names and lengths; see
+            `oftfx.onnx.inputs.auto_dynamic_shapes`. Or ``{input: {axis: name}}``; or None for fixed shapes.
         dialect: ``"ort"`` may use ONNX Runtime's own operators; ``"standard"`` only those of the ONNX standard.
         opset: opset of the standard operators.
         verify: run ONNX Runtime against torch on fresh inputs of other shapes and refuse a file that differs.
@@ -112,9 +117,14 @@ def export_onnx(
     path = Path(path)
     model = unwrapped(model)
     inputs = named_inputs(model, example_inputs)
-    shapes = auto_dynamic_shapes(inputs) if dynamic_shapes == "auto" else _plain(dynamic_shapes, inputs)
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    signature = Signature(widened(inputs, shapes), shapes, vocabulary)
+    if cache:
+        if dynamic_shapes != "auto":
+            raise ExportError("cache=True: the axes of a decoder's inputs are all dynamic; leave dynamic_shapes out")
+        signature: Signature = Decoder(model, inputs)
+    else:
+        shapes = auto_dynamic_shapes(inputs) if dynamic_shapes == "auto" else _plain(dynamic_shapes, inputs)
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+        signature = Signature(widened(inputs, shapes), shapes, vocabulary)
     return write_graph(model, path, signature, MODES[adapters](model, adapters), dialect, opset, verify=verify)
 
 
