@@ -257,7 +257,7 @@ def test_a_file_that_forgets_its_past_is_refused(tiny_llama, tmp_path, monkeypat
 
     check = export.verify_onnx
     monkeypatch.setattr(export, "verify_onnx", forgetful)
-    with pytest.raises(ExportError, match=r"ONNX Runtime differs from torch.*\n*"):
+    with pytest.raises(ExportError, match=r"output present\.1\.value .*ONNX Runtime differs from torch"):
         oftfx.export_onnx(lively(tiny_llama()), tmp_path / "m.onnx", cache=True)
     assert not list(tmp_path.iterdir())
 
