@@ -81,6 +81,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
+    if name == "serving":  # a subpackage, and the one that users name
+        return import_module("oftfx.serving")
     if name not in _HOME:
         raise AttributeError(f"module 'oftfx' has no attribute {name!r}")
     return getattr(import_module(_HOME[name]), name)

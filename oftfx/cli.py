@@ -25,6 +25,8 @@ try:
 except ImportError as _error:
     sys.exit(str(MissingExtraError(_error.name or "typer", "cli", "The command line")))
 
+from oftfx.serving.command import repository
+
 app = typer.Typer(
     name="oftfx",
     help="Put orthogonal fine-tuning rotations into any model, fold them, deploy a plain model.",
@@ -32,6 +34,7 @@ app = typer.Typer(
     add_completion=False,
 )
 console = Console(highlight=False, soft_wrap=True)
+app.command()(repository)
 
 
 @app.command()

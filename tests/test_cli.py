@@ -14,7 +14,7 @@ def oftfx(*arguments):
 def test_help_names_the_commands():
     done = oftfx("--help")
     assert done.returncode == 0
-    assert all(word in done.stdout for word in ("demo", "ocr", "plan", "version"))
+    assert all(word in done.stdout for word in ("demo", "ocr", "plan", "repository", "version"))
     assert "--quick" in oftfx("demo", "--help").stdout
 
 

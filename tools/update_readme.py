@@ -113,6 +113,18 @@ def updates():
     return markdown(("format", *heads), table)
 
 
+def serving():
+    rows = json.loads((ROOT / "tools/results/serving.json").read_text())["rows"]
+    variants = list(dict.fromkeys(r["variant"] for r in rows))
+    by = {(r["where"], r["clients"], r["variant"]): r for r in rows}
+    table = []
+    for where, clients in dict.fromkeys((r["where"], r["clients"]) for r in rows):
+        found = [by[where, clients, v] for v in variants]
+        cells = [f"{r['requests_per_second']:.1f}/s, {r['p50_ms']:.0f} / {r['p95_ms']:.0f} ms" for r in found]
+        table.append((f"{where}, {clients} client{'s' if clients > 1 else ''}", *cells))
+    return markdown(("", *variants), table)
+
+
 def tables():
     return {
         "quickstart": quickstart(),
@@ -120,6 +132,7 @@ def tables():
         "fold minilm": fold_quality("MiniLM-L6"),
         "fold updates": updates(),
         "speed": speed(),
+        "serving": serving(),
         "ocr": ocr(),
         "zoo": zoo(),
         "peft": against_peft(),

@@ -14,7 +14,9 @@ import torch.nn as nn
 
 from oftfx.adapter.store import drop_store, unwrapped
 from oftfx.errors import ExportError, MissingExtraError
-from oftfx.onnx.adapters import MODES, AdapterMode
+from oftfx.formats import format_of
+from oftfx.kernel import use_exact
+from oftfx.onnx.adapters import MODES
 from oftfx.onnx.adapters.blocks import block_names
 from oftfx.onnx.bisect import first_difference
 from oftfx.onnx.decoder import Decoder
@@ -83,8 +85,8 @@ def export_onnx(
     """Write ``model`` as an ONNX file. The model itself is not changed.
 
     A folded model becomes plain ``MatMul``/``Gemm``. Active rotations become ``Reshape, Transpose, MatMul, Transpose,
-    Reshape`` with their blocks as initializers; the Cayley transform is computed before, in torch. bitsandbytes 4-bit
-    weights keep their bytes, in ``MatMulBnb4``.
+    Reshape`` with their blocks as initializers; the Cayley transform is computed before, in torch. Quantized weights
+    keep their bits, in operators of the dialect; the file computes the product with the dequantized weight.
 
     Args:
         model: folded, transformed or plain; float32, float16 or float64.
@@ -101,8 +103,9 @@ def export_onnx(
             GenAI runs.
         dynamic_shapes: ``"auto"``: batches and sequences, by the inputs' names and lengths; see
             `oftfx.onnx.inputs.auto_dynamic_shapes`. Or ``{input: {axis: name}}``; or None for fixed shapes.
-        dialect: ``"ort"`` may use ONNX Runtime's own operators; ``"standard"`` only those of the ONNX standard.
-        opset: opset of the standard operators.
+        dialect: ``"ort"`` may use ONNX Runtime's own operators; ``"standard"`` only those of the ONNX standard;
+            ``"openvino"`` what OpenVINO computes right.
+        opset: opset of the standard operators; None: 20, or 21 where a quantized weight needs it.
         verify: run ONNX Runtime against torch on fresh inputs of other shapes and refuse a file that differs.
 
     Returns:
@@ -113,45 +116,30 @@ def export_onnx(
         ExportError: the model cannot be exported, or the file does not compute what it does; no file is left behind.
     """
     _require_packages(verify)
-    _check_arguments(model, adapters, dialect)
+    _check_arguments(adapters, dialect)
     path = Path(path)
     model = unwrapped(model)
     inputs = named_inputs(model, example_inputs)
+    exact = exact_copy(model)
     if cache:
         if dynamic_shapes != "auto":
             raise ExportError("cache=True: the axes of a decoder's inputs are all dynamic; leave dynamic_shapes out")
-        signature: Signature = Decoder(model, inputs)
+        signature: Signature = Decoder(exact, inputs)
     else:
         shapes = auto_dynamic_shapes(inputs) if dynamic_shapes == "auto" else _plain(dynamic_shapes, inputs)
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
         signature = Signature(widened(inputs, shapes), shapes, vocabulary)
-    return write_graph(model, path, signature, MODES[adapters](model, adapters), dialect, opset, verify=verify)
-
-
-def write_graph(
-    model: nn.Module,
-    path: Path,
-    signature: Signature,
-    mode: AdapterMode,
-    dialect: Dialect = "ort",
-    opset: int | None = None,
-    *,
-    verify: bool = True,
-) -> ExportReport:
-    """Write and verify a model as it is called by ``signature``, with its adapters as ``mode`` has them.
-
-    Raises:
-        ExportError: see `export_onnx`.
-    """
-    copied = structural_copy(model).eval()
-    named = block_names(copied)
-    reference = _frozen(copied)
-    lowered = lower_quantized(structural_copy(reference), dialect)
+    mode = MODES[adapters](exact, adapters)
+    named = block_names(exact)
+    reference = _frozen(structural_copy(exact))
+    lowered, least, needs, deviation = lower_quantized(structural_copy(reference), dialect)
+    _check_dtypes(lowered)
+    chosen = _opset(opset, least, needs, dialect)
     mode.prepare(lowered, named)
-    with capture_settings(lowered), capture_settings(reference):
+    with capture_settings(lowered), capture_settings(reference), capture_settings(exact):
         with torch.no_grad():
             outputs = signature.outputs(reference)
-        program = trace(Traced(lowered, signature, mode), outputs, opset or DEFAULT_OPSET)
+        program = trace(Traced(lowered, signature, mode), outputs, chosen)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target and under its final name: external data is found by name, and a move is a rename.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
@@ -160,13 +148,13 @@ def write_graph(
             checks: tuple[Verification, ...] = ()
             if verify:
                 try:
-                    checks = verify_onnx(made, reference, mode, signature, outputs)
+                    checks = verify_onnx(made, reference, mode, signature, outputs, deviation)
                 except DifferentError as error:
-                    where = first_difference(lowered, mode, signature, error, opset or DEFAULT_OPSET)
+                    where = first_difference(lowered, mode, signature, error, chosen)
                     raise ExportError(f"{error}. {where}") from None
             _move(made, path)
     every = {n: dict(axes) for n, axes in (*signature.shapes.items(), *mode.shapes(signature).items())}
-    return ExportReport(path, every, outputs, opset or DEFAULT_OPSET, operators, nbytes, mode.named, checks)
+    return ExportReport(path, every, outputs, chosen, operators, nbytes, mode.named, checks)
 
 
 def _require_packages(verify: bool) -> None:
@@ -177,12 +165,15 @@ def _require_packages(verify: bool) -> None:
             raise MissingExtraError(package, "onnx", "ONNX export")
 
 
-def _check_arguments(model: nn.Module, adapters: str, dialect: str) -> None:
+def _check_arguments(adapters: str, dialect: str) -> None:
     if adapters not in MODES:
         raise ExportError(f"adapters: got {adapters!r}, expected one of {', '.join(map(repr, MODES))}")
     if dialect not in ("ort", "standard", "openvino"):
         raise ExportError(f"dialect: got {dialect!r}, expected 'ort', 'standard' or 'openvino'")
-    narrow = next((n for n, p in model.named_parameters() if p.dtype == torch.bfloat16), None)
+
+
+def _check_dtypes(lowered: nn.Module) -> None:
+    narrow = next((n for n, p in lowered.named_parameters() if p.dtype == torch.bfloat16), None)
     if narrow is not None:
         raise ExportError(
             f"{narrow} is bfloat16, for which ONNX Runtime has no CPU kernels; export model.float() or model.half()"
@@ -195,8 +186,31 @@ def _plain(shapes: DynamicShapes | None, inputs: Mapping[str, Any]) -> dict[str,
     return {name: dict(axes) for name, axes in (shapes or {}).items()}
 
 
+def _opset(asked: int | None, least: int, needs: str, dialect: str) -> int:
+    if asked is not None and asked < least:
+        raise ExportError(
+            f"{needs}: its quantized weight needs opset {least} in dialect {dialect!r}, and opset={asked} was asked "
+            "for; leave opset out, or fold with quantized='float' first"
+        )
+    return asked or max(DEFAULT_OPSET, least)
+
+
+def exact_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares the tensors and computes with dequantized weights, in eval mode.
+
+    Some formats' own forwards round activations, repack the weights, or cannot run on this machine.
+    """
+    copied = structural_copy(model).eval()
+    for module in copied.modules():
+        weight_format = format_of(module)
+        if weight_format is not None and not weight_format.lossless:
+            weight_format.prepare(module)
+            use_exact(module)
+    return copied
+
+
 def _frozen(model: nn.Module) -> nn.Module:
-    """What the file has to compute, in torch: rotations as fixed blocks, quantized layers as they are."""
+    """What the file has to compute with the active adapters: rotations as fixed blocks."""
     PassManager([FreezeRotations()]).run(Program.of(model))
     drop_store(model)
     return model.requires_grad_(False)

@@ -14,7 +14,7 @@ from oftfx.errors import ExportError
 from oftfx.onnx.adapters.blocks import adapter_blocks, check_fit
 from oftfx.onnx.adapters.file import export_onnx_adapter
 from oftfx.onnx.decoder import PAST, PRESENT, Decoder
-from oftfx.onnx.export import ExportReport, export_onnx
+from oftfx.onnx.export import ExportReport, exact_copy, export_onnx
 
 GRAPH, CONFIG = "model.onnx", "genai_config.json"
 
@@ -86,7 +86,7 @@ def genai_config(model: nn.Module, tokenizer: Any = None, context_length: int | 
     Raises:
         ExportError: the model is no decoder, its layers have caches of several sizes, or a setting is not known.
     """
-    signature = Decoder(model, {})
+    signature = Decoder(exact_copy(model), {})
     sizes = {shape for pair in signature.layers for shape in pair}
     if len(sizes) > 1:
         raise ExportError(

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from oftfx.onnx.stored import keeps, resolve
+
 RULES = [
     "add_0_rule",
     "cast_cast_rule",
@@ -48,10 +50,11 @@ def optimize(model: Any) -> None:
 
     common.InlinePass()(model)
     common.RemoveUnusedNodesPass()(model)
+    resolve(model)
     transpose_weights(model)
     weights = set(model.graph.initializers)
     for _ in range(2):
-        fold_constants(model, onnx_shape_inference=True)
+        fold_constants(model, onnx_shape_inference=True, should_fold=keeps)
         common.RemoveUnusedNodesPass()(model)
         rewrite(model, [getattr(rules, name) for name in RULES])
     common.RemoveUnusedNodesPass()(model)

@@ -10,6 +10,7 @@ import torch.nn as nn
 import oftfx
 from oftfx import OFT
 from oftfx.errors import ExportError
+from oftfx.onnx.genai import genai_config
 from oftfx.onnx.generate import greedy
 from tests.reference import randomize, rel
 
@@ -170,7 +171,12 @@ def test_tokens_in_every_mode(tenants, tmp_path, mode):
 def test_4bit_weights_stay(tiny_llama, tmp_path):
     from oftfx.demo.smollm import quantize_nf4
 
-    model = randomize(oftfx.transform(quantize_nf4(lively(tiny_llama())), {"*_proj": OFT(8)}), std=0.2)
+    base = quantize_nf4(lively(tiny_llama()))
+    before = {n: v.clone() for n, v in base.state_dict().items()}
+    assert genai_config(base)["model"]["decoder"]["num_hidden_layers"] == 2
+    # bitsandbytes' own forward would have repacked the weights on some machines.
+    assert all(torch.equal(v, before[n]) for n, v in base.state_dict().items())
+    model = randomize(oftfx.transform(base, {"*_proj": OFT(8)}), std=0.2)
     kept = oftfx.fold(model, quantized="keep").model
     report = oftfx.export_onnx(kept, tmp_path / "m.onnx", cache=True)
     assert report.operators["com.microsoft::MatMulBnb4"] == 14
@@ -257,7 +263,7 @@ def test_a_file_that_forgets_its_past_is_refused(tiny_llama, tmp_path, monkeypat
 
     check = export.verify_onnx
     monkeypatch.setattr(export, "verify_onnx", forgetful)
-    with pytest.raises(ExportError, match=r"output present\.1\.value .*ONNX Runtime differs from torch"):
+    with pytest.raises(ExportError, match=r"output logits .*\(1, 2, 7, 16\).*ONNX Runtime differs from torch"):
         oftfx.export_onnx(lively(tiny_llama()), tmp_path / "m.onnx", cache=True)
     assert not list(tmp_path.iterdir())
 

@@ -200,21 +200,6 @@ def test_errors(tiny_llama, ids, tmp_path):
     assert not path.exists()
 
 
-@pytest.mark.needs("bitsandbytes")
-def test_a_dialect_without_the_operator_says_what_to_do(tmp_path):
-    from oftfx.passes.formats.bnb4 import make_linear4bit
-
-    with pytest.raises(
-        ExportError, match="0: format bnb4 has no operator in dialect 'standard'; fold with quantized='float'"
-    ):
-        oftfx.export_onnx(
-            nn.Sequential(make_linear4bit(nn.Linear(64, 32))),
-            tmp_path / "m.onnx",
-            (torch.randn(2, 64),),
-            dialect="standard",
-        )
-
-
 def test_the_model_is_not_changed(tiny_llama, ids, tmp_path):
     model = randomize(oftfx.transform(tiny_llama(), {"all-linear": OFT(16)})).train()
     keys, expected = list(model.state_dict()), model(**ids()).logits

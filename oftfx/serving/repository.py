@@ -1,0 +1,193 @@
+"""Write a directory that an inference server starts from, with everything in it that the server needs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Literal
+
+from oftfx.errors import ExportError, MissingExtraError
+from oftfx.files import write_whole
+
+if TYPE_CHECKING:
+    from oftfx.serving.options import Layout
+    from oftfx.serving.session import ServedModel
+
+HERE = Path(__file__).parent
+PORTS = {"triton": (8000, 8001), "mlserver": (8080, 8081)}
+"""HTTP and gRPC: each server's own defaults."""
+
+
+@dataclass(frozen=True)
+class Repository:
+    """What was written.
+
+    Args:
+        path: what the server is started with.
+        model: the directory of this version of the model; its ``adapters/`` may change while the server runs.
+        adapters: the names that a request may use.
+        backend: what runs the model: ``"python"`` or ``"onnxruntime"`` in Triton, ``"mlserver"``.
+        command: starts the server.
+    """
+
+    path: Path
+    model: Path
+    adapters: tuple[str, ...]
+    backend: str
+    command: str
+
+    def __str__(self) -> str:
+        names = ", ".join(self.adapters) if self.adapters else "none to choose"
+        return f"{self.model}: run by {self.backend}, adapters: {names}\nstart: {self.command}"
+
+
+def write_repository(
+    model: str | Path,
+    out: str | Path,
+    *,
+    server: Literal["triton", "mlserver"],
+    name: str | None = None,
+    version: int = 1,
+    adapters: Mapping[str, str | Path] | None = None,
+    backend: Literal["auto", "python", "onnxruntime"] = "auto",
+    max_batch_size: int = 8,
+    preferred_batch_sizes: Sequence[int] = (),
+    max_queue_delay: float = 0.002,
+    instances: int = 1,
+    threads: int | None = None,
+    host: str = "127.0.0.1",
+    http_port: int | None = None,
+    grpc_port: int | None = None,
+) -> Repository:
+    """Write a Triton model repository or an MLServer model directory.
+
+    A request chooses its adapter by the parameter ``adapter``; without it, or with ``""``, the base model answers. An
+    unknown name, two names, or a name for a model without adapters is an error. Requests wait for each other and share
+    a run where their shapes and adapters allow it: rows of a ``"mixed"`` model whatever their adapters, of a
+    ``"swappable"`` one by adapter. A file that is put into the version's ``adapters/``, replaced or removed there
+    counts from the next request that names it. The model, its adapters and our few files that run them are copied: the
+    server needs ONNX Runtime and numpy, and neither oftfx nor torch.
+
+    Args:
+        model: an ``.onnx`` file of `oftfx.export_onnx`, its external data beside it.
+        out: the directory; made, or one that holds other models and versions.
+        server: ``"triton"`` or ``"mlserver"``.
+        name: of the model; the file's by default.
+        version: written next to the versions that are there, which stay as they are.
+        adapters: ``.onnx_adapter`` files of `oftfx.export_onnx_adapter` by name, for a ``"swappable"`` model.
+        backend: of Triton. ``"auto"``: ``"python"`` where there are adapters to choose, else ``"onnxruntime"``, which
+            is Triton's own and **ignores request parameters**, an ``adapter`` too; ``"python"`` refuses it there.
+        max_batch_size: rows in one run. Triton refuses a larger request, MLServer runs it by itself.
+        preferred_batch_sizes: rows at which Triton does not wait for more.
+        max_queue_delay: seconds that a request waits for others at most.
+        instances: runs at the same time.
+        threads: of one run; None: as many as there are cores.
+        host: where the server listens; the default is this machine alone.
+        http_port: by default 8000 for Triton, 8080 for MLServer.
+        grpc_port: by default 8001 for Triton, 8081 for MLServer.
+
+    Returns:
+        See `Repository`; its ``command`` starts the server.
+
+    Raises:
+        MissingExtraError: onnx or onnxruntime is not installed.
+        ServingError: the model cannot be served, or an adapter does not belong to it.
+        ExportError: an argument is wrong, or what is in ``out`` does not go with it. Nothing has been written then.
+    """
+    for package in ("onnx", "onnxruntime"):
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "onnx", "Writing a model repository")
+    from oftfx.serving import mlserver, triton
+    from oftfx.serving.options import Options
+
+    if server not in PORTS:
+        raise ExportError(f"server: got {server!r}, expected 'triton' or 'mlserver'")
+    if backend not in ("auto", "python", "onnxruntime"):
+        raise ExportError(f"backend: got {backend!r}, expected 'auto', 'python' or 'onnxruntime'")
+    module = triton if server == "triton" else mlserver
+    model, out = Path(model), Path(out)
+    options = Options(
+        name=model.stem if name is None else name,
+        version=version,
+        backend=backend,
+        max_batch_size=max_batch_size,
+        preferred_batch_sizes=tuple(preferred_batch_sizes),
+        max_queue_delay=max_queue_delay,
+        instances=instances,
+        threads=threads,
+        host=host,
+        http_port=http_port or PORTS[server][0],
+        grpc_port=grpc_port or PORTS[server][1],
+    )
+    place = out / options.name / str(version)
+    if place.exists():
+        raise ExportError(f"{place} is there already; choose another version, or remove it first")
+    files = _files(model, adapters or {})
+    out.mkdir(parents=True, exist_ok=True)
+    # A version is made beside its place, opened there as the server will open it, and moved whole.
+    with tempfile.TemporaryDirectory(prefix=".oftfx-", dir=out) as folder:
+        made = Path(folder) / str(version)
+        served = _fill(made, files)
+        layout = module.layout(served, options)
+        names = tuple(served.adapter_names())
+        if served.mode != "swappable":
+            (made / "adapters").rmdir()
+        for path, text in layout.own.items():
+            (made / path).write_text(text)
+        for path, source in layout.runtime.items():
+            shutil.copyfile(HERE / source, made / path)
+        _write_shared(out, layout, module)
+        place.parent.mkdir(exist_ok=True)
+        os.replace(made, place)
+    return Repository(out, place, names, layout.backend, layout.command.format(out=out))
+
+
+def _files(model: Path, adapters: Mapping[str, str | Path]) -> dict[str, Path]:
+    """What is copied into a version's directory: source by name."""
+    from oftfx.serving.session import NAME, SUFFIX
+
+    if not model.is_file():
+        raise ExportError(f"{model} is no file; expected one that oftfx.export_onnx wrote")
+    files = {"model.onnx": model, **{name: model.parent / name for name in _external(model)}}
+    for name, path in adapters.items():
+        if not NAME.fullmatch(name):
+            raise ExportError(f"adapters: {name!r} cannot name an adapter; use letters, digits, '_', '.' and '-'")
+        files[f"adapters/{name}{SUFFIX}"] = Path(path)
+    if missing := [path for path in files.values() if not path.is_file()]:
+        raise ExportError(f"{missing[0]} is not there")
+    return files
+
+
+def _external(model: Path) -> set[str]:
+    """The files beside the model that hold its large weights, by the names under which the model looks for them."""
+    import onnx
+
+    tensors = onnx.load(str(model), load_external_data=False).graph.initializer
+    return {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
+
+
+def _fill(made: Path, files: Mapping[str, Path]) -> ServedModel:
+    from oftfx.serving.session import ServedModel
+
+    (made / "adapters").mkdir(parents=True)
+    for name, source in files.items():
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise ExportError(f"{files['model.onnx']} keeps weights in {name!r}; expected a file beside it")
+        (made / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, made / name)
+    return ServedModel(made / "model.onnx", adapters=made / "adapters", threads=1)
+
+
+def _write_shared(out: Path, layout: Layout, module: ModuleType) -> None:
+    for path, text in layout.shared.items():
+        if (out / path).exists():
+            module.check(str(out / path), (out / path).read_text(), text)
+    for path, text in layout.shared.items():
+        (out / path).parent.mkdir(exist_ok=True)
+        write_whole(out / path, text.encode())

@@ -1,0 +1,129 @@
+"""What a failed export says: the first layer that differs, or the module that cannot be exported."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn as nn
+
+import oftfx
+from oftfx import OFT
+from oftfx.errors import ExportError
+from tests.reference import randomize, rel
+
+pytestmark = pytest.mark.needs("onnx", "onnxruntime", "onnxscript")
+
+
+class Scaled(nn.Linear):
+    """Computes something else while it is exported."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y * 1.01 if torch.onnx.is_in_onnx_export() else y
+
+
+class Untranslatable(nn.Module):
+    def forward(self, x):
+        return torch.linalg.matrix_exp(x.unsqueeze(-1) @ x.unsqueeze(-2)).sum(-1)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+class Deep(nn.Module):
+    def __init__(self, middle):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Linear(6, 9), middle, nn.Linear(9, 4)
+
+    def forward(self, x):
+        return self.last(self.middle(torch.relu(self.first(x))))
+
+
+@pytest.mark.parametrize("mode", ["fixed", "swappable", "inputs"])
+def test_the_first_layer_that_differs_is_named(tmp_path, mode):
+    x = torch.randn(2, 6)
+    model = Deep(nn.Sequential(nn.Linear(9, 9), Scaled(9, 9)))
+    model = randomize(oftfx.transform(model, {"first": OFT(3), "middle.*": OFT(3)}))
+    with pytest.raises(
+        ExportError, match=r"differs from torch .* The first layer whose result differs is middle\.1 \(Sc"
+    ):
+        oftfx.export_onnx(model, tmp_path / "m.onnx", (x,), adapters=mode)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_fault_outside_of_every_layer_is_said_to_be(tmp_path):
+    class Twice(Deep):
+        def forward(self, x):
+            y = super().forward(x)
+            return y * 2 if torch.onnx.is_in_onnx_export() else y
+
+    with pytest.raises(ExportError, match="No layer's result differs by itself"):
+        oftfx.export_onnx(Twice(nn.Identity()), tmp_path / "m.onnx", (torch.randn(2, 6),))
+
+
+@pytest.mark.parametrize(
+    ("middle", "message"),
+    [
+        (Untranslatable(), r"middle \(Untranslatable\) calls aten\.linalg_matrix_exp\.default, which ONNX has no oper"),
+        (Branching(), r"Deep cannot be exported: middle \(Branching\): \w+: .*data-dependent"),
+    ],
+)
+def test_the_module_that_cannot_be_exported_is_named(tmp_path, middle, message):
+    with pytest.raises(ExportError, match=message):
+        oftfx.export_onnx(Deep(middle), tmp_path / "m.onnx", (torch.randn(2, 6),))
+
+
+def test_a_dropped_row_choice_is_noticed(tmp_path, monkeypatch):
+    """A mixed file that took the first adapter for all rows."""
+    from oftfx.onnx.adapters import mixed
+
+    model = randomize(oftfx.transform(Deep(nn.Identity()), {"first": OFT(3)}))
+    turn = mixed.RowRotation.forward
+
+    def first_only(self, x):
+        self._choice.rows = torch.zeros_like(self._choice.rows)
+        return turn(self, x)
+
+    monkeypatch.setattr(mixed.RowRotation, "forward", first_only)
+    with pytest.raises(ExportError, match="with an adapter for each row: ONNX Runtime differs"):
+        oftfx.export_onnx(model, tmp_path / "m.onnx", (torch.randn(2, 6),), adapters="mixed")
+
+
+SCRIPT = """
+import torch, torch.nn as nn, oftfx
+torch.manual_seed(3)
+model = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Conv1d(4, 6, 3, padding=1))
+model = oftfx.transform(model, {"*": oftfx.OFT(4, init="normal")})
+oftfx.export_onnx(model, "m.onnx", (torch.randn(2, 4, 12),), adapters="swappable", verify=False)
+oftfx.export_onnx_adapter(model, "m.onnx_adapter")
+"""
+
+
+def test_the_same_model_gives_the_same_bytes_in_another_process(tmp_path):
+    found = []
+    for seed in ["1", "2"]:
+        folder = tmp_path / seed
+        folder.mkdir()
+        subprocess.run([sys.executable, "-c", SCRIPT], cwd=folder, check=True, env={"PYTHONHASHSEED": seed})
+        found.append([(folder / n).read_bytes() for n in ("m.onnx", "m.onnx_adapter")])
+    assert found[0] == found[1]
+
+
+def test_external_data_of_a_swappable_graph(tmp_path, monkeypatch):
+    import onnxruntime
+
+    monkeypatch.setattr("oftfx.onnx.finish.LARGE", 1000)
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(64, 64)), {"0": OFT(16)}))
+    oftfx.export_onnx(model, tmp_path / "m.onnx", (torch.randn(2, 64),), adapters="swappable")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["m.onnx", "m.onnx.data"]
+    adapter = onnxruntime.LoraAdapter()
+    adapter.Load(str(oftfx.export_onnx_adapter(model, tmp_path / "a.onnx_adapter", graph=tmp_path / "m.onnx")))
+    options = onnxruntime.RunOptions()
+    options.add_active_adapter(adapter)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx", providers=["CPUExecutionProvider"])
+    x = torch.randn(3, 64)
+    (got,) = session.run(None, {"input": x.numpy()}, options)
+    assert rel(torch.from_numpy(got), model(x)) < 1e-6
