@@ -45,6 +45,7 @@ _HOME = {
     "FoldReport": "oftfx.report.fold_report",
     "export_onnx": "oftfx.onnx.export",
     "export_onnx_adapter": "oftfx.onnx.adapters.file",
+    "export_genai": "oftfx.onnx.genai",
     "ExportReport": "oftfx.onnx.export",
     "OftfxError": "oftfx.errors",
 }
@@ -68,6 +69,7 @@ if TYPE_CHECKING:
     from oftfx.kept import load_rotations, save_rotations
     from oftfx.onnx.adapters.file import export_onnx_adapter
     from oftfx.onnx.export import ExportReport, export_onnx
+    from oftfx.onnx.genai import export_genai
     from oftfx.plans import Plan
     from oftfx.policies import Budget
     from oftfx.program import Program, Site

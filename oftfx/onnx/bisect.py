@@ -72,6 +72,7 @@ def first_difference(
     found = dict(zip(names, values, strict=True))
     for name, want in expected.items():
         got = found[name]
+        want, got = (signature.comparable(name, v, seen.inputs) for v in (want, got))
         if got.shape != want.shape or not relative_error(got, want.cpu()) <= BOUNDS.get(want.dtype, 0.0):
             kind = type(model.get_submodule(name)).__name__
             return f"The first layer whose result differs is {name} ({kind})"

@@ -19,6 +19,7 @@ from oftfx.kernel import use_exact
 from oftfx.onnx.adapters import MODES
 from oftfx.onnx.adapters.blocks import block_names
 from oftfx.onnx.bisect import first_difference
+from oftfx.onnx.decoder import Decoder
 from oftfx.onnx.describe import describe
 from oftfx.onnx.finish import finish
 from oftfx.onnx.inputs import DynamicShapes, auto_dynamic_shapes, named_inputs, widened
@@ -75,6 +76,7 @@ def export_onnx(
     example_inputs: ExampleInputs = None,
     *,
     adapters: Adapters = "fixed",
+    cache: bool = False,
     dynamic_shapes: DynamicShapes | Literal["auto"] | None = "auto",
     dialect: Dialect = "ort",
     opset: int | None = None,
@@ -96,8 +98,11 @@ def export_onnx(
             the same without a default, for runtimes that make constants of defaults (OpenVINO does, silently).
             ``"mixed"``: all adapters of the model are in the file, and the input ``adapter_index`` int64 ``(batch,)``
             chooses one for each row; 0 is the base model, then they follow in the order of `oftfx.adapters`.
-        dynamic_shapes: ``"auto"``: axis 0 of every input is ``batch``, axis 1 of integer matrices ``sequence``; or
-            ``{input: {axis: name}}``; or None for fixed shapes.
+        cache: of a causal language model, also take and give its cache, so that one graph reads a prompt and decodes;
+            see `oftfx.onnx.decoder.Decoder` for the names and `oftfx.export_genai` for a directory that ONNX Runtime
+            GenAI runs.
+        dynamic_shapes: ``"auto"``: batches and sequences, by the inputs' names and lengths; see
+            `oftfx.onnx.inputs.auto_dynamic_shapes`. Or ``{input: {axis: name}}``; or None for fixed shapes.
         dialect: ``"ort"`` may use ONNX Runtime's own operators; ``"standard"`` only those of the ONNX standard;
             ``"openvino"`` what OpenVINO computes right.
         opset: opset of the standard operators; None: 20, or 21 where a quantized weight needs it.
@@ -115,10 +120,15 @@ def export_onnx(
     path = Path(path)
     model = unwrapped(model)
     inputs = named_inputs(model, example_inputs)
-    shapes = auto_dynamic_shapes(inputs) if dynamic_shapes == "auto" else _plain(dynamic_shapes, inputs)
-    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
-    signature = Signature(widened(inputs, shapes), shapes, vocabulary)
-    exact = _exact(structural_copy(model).eval())
+    exact = exact_copy(model)
+    if cache:
+        if dynamic_shapes != "auto":
+            raise ExportError("cache=True: the axes of a decoder's inputs are all dynamic; leave dynamic_shapes out")
+        signature: Signature = Decoder(exact, inputs)
+    else:
+        shapes = auto_dynamic_shapes(inputs) if dynamic_shapes == "auto" else _plain(dynamic_shapes, inputs)
+        vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+        signature = Signature(widened(inputs, shapes), shapes, vocabulary)
     mode = MODES[adapters](exact, adapters)
     named = block_names(exact)
     reference = _frozen(structural_copy(exact))
@@ -185,14 +195,18 @@ def _opset(asked: int | None, least: int, needs: str, dialect: str) -> int:
     return asked or max(DEFAULT_OPSET, least)
 
 
-def _exact(model: nn.Module) -> nn.Module:
-    """Compute with dequantized weights: some formats' own forwards round activations, or cannot run on this machine."""
-    for module in model.modules():
+def exact_copy(model: nn.Module) -> nn.Module:
+    """A copy that shares the tensors and computes with dequantized weights, in eval mode.
+
+    Some formats' own forwards round activations, repack the weights, or cannot run on this machine.
+    """
+    copied = structural_copy(model).eval()
+    for module in copied.modules():
         weight_format = format_of(module)
         if weight_format is not None and not weight_format.lossless:
             weight_format.prepare(module)
             use_exact(module)
-    return model
+    return copied
 
 
 def _frozen(model: nn.Module) -> nn.Module:

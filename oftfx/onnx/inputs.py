@@ -34,15 +34,42 @@ def named_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, T
     return dict(sorted(named.items(), key=lambda item: order.get(item[0], len(order))))
 
 
+# Inputs that are batches of their own: a model may take other numbers of texts than of images.
+_BATCHES = {"pixel_values": "image_batch", "input_features": "audio_batch", "input_values": "audio_batch"}
+# Float inputs with a sequence on axis 1; of others (images, spectrograms, states of an image) axis 1 is no sequence.
+_SEQUENCES = ("inputs_embeds", "decoder_inputs_embeds", "encoder_hidden_states")
+
+
 def auto_dynamic_shapes(inputs: Mapping[str, Tensor]) -> dict[str, dict[int, str]]:
-    """Axis 0 is the batch; axis 1 of an integer or boolean matrix is the sequence."""
-    result = {}
+    """Which axes have a free length, by the names that transformers and diffusers give their inputs.
+
+    Axis 0 is the ``batch``, where it is as long as the batch: the first input with two axes or more says how long. An
+    image or audio input of another length has a batch of its own; of any other (a timestep for all) axis 0 is fixed.
+    Axis 1 of integer and boolean matrices and of embeddings is the ``sequence``; that of ``decoder_...`` the
+    ``decoder_sequence``, that of ``encoder_...`` the ``encoder_sequence``. A matrix of another length has a sequence of
+    its own. Sizes of images and spectrograms are fixed.
+    """
+    batch = next((v.shape[0] for v in inputs.values() if v.dim() > 1), None)
+    lengths: dict[str, int] = {}
+    result: dict[str, dict[int, str]] = {}
     for name, value in inputs.items():
-        axes = {0: "batch"} if value.dim() else {}
-        if value.dim() == 2 and not value.is_floating_point():
-            axes[1] = "sequence"
+        axes: dict[int, str] = {}
+        if value.dim() and (batch is None or value.shape[0] == batch):
+            axes[0] = "batch"
+        elif value.dim() and name in _BATCHES:
+            axes[0] = _BATCHES[name]
+        if axes and (_is_matrix(value) or (value.dim() == 3 and name in _SEQUENCES)):
+            side = next((s for s in ("decoder_", "encoder_") if name.startswith(s)), "")
+            sequence = f"{side}sequence"
+            if lengths.setdefault(sequence, value.shape[1]) != value.shape[1]:
+                sequence = f"{name}_sequence"
+            axes[1] = sequence
         result[name] = axes
     return result
+
+
+def _is_matrix(value: Tensor) -> bool:
+    return value.dim() == 2 and not value.is_floating_point()
 
 
 def widened(inputs: Mapping[str, Tensor], shapes: DynamicShapes) -> dict[str, Tensor]:
@@ -82,7 +109,7 @@ def resized(
         elif name == "position_ids":
             fresh = torch.arange(shape[-1]).expand(shape).to(value.dtype).contiguous()
         else:
-            bound = vocabulary if name == "input_ids" and vocabulary else int(value.max()) + 1
+            bound = vocabulary if name.endswith("input_ids") and vocabulary else int(value.max()) + 1
             fresh = torch.randint(0, bound, shape, generator=generator).to(value.dtype)
         result[name] = fresh.to(value.device)
     return result
@@ -92,7 +119,7 @@ def flat_outputs(out: Any, taken: tuple[str, ...] = ()) -> list[tuple[str, Tenso
     """Tensors of a result with their names, different from each other and from those ``taken``."""
     from torch.utils import _pytree as pytree
 
-    found = [(p, t) for p, t in pytree.tree_flatten_with_path(out)[0] if isinstance(t, Tensor)]
+    found = [(p, t) for p, t in pytree.tree_flatten_with_path(_as_dicts(out))[0] if isinstance(t, Tensor)]
     used, result = set(taken), []
     for index, (path, tensor) in enumerate(found):
         name = _name(path, index)
@@ -101,6 +128,11 @@ def flat_outputs(out: Any, taken: tuple[str, ...] = ()) -> list[tuple[str, Tenso
         used.add(name)
         result.append((name, tensor))
     return result
+
+
+def _as_dicts(out: Any) -> Any:
+    """With plain dicts in place of a library's own mappings; those of diffusers do not tell torch their keys."""
+    return {n: _as_dicts(v) for n, v in out.items()} if isinstance(out, Mapping) else out
 
 
 def _name(path: Any, index: int) -> str:

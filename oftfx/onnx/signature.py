@@ -46,6 +46,10 @@ class Signature:
         """Random inputs whose dynamic axes have these sizes."""
         return resized(self.inputs, self.shapes, sizes, seed, self.vocabulary)
 
+    def comparable(self, name: str, value: Tensor, inputs: Mapping[str, Tensor]) -> Tensor:  # noqa: ARG002
+        """The part of an output that means something, and has to be equal, on these inputs."""
+        return value
+
     def sizes(self) -> list[dict[str, int]]:
         """Sizes to check a file at: larger than the example in every axis, and a batch of one."""
         example = {
@@ -56,7 +60,8 @@ class Signature:
         }
         if not example:
             return [{}]
-        other = {n: s + (1 if n == "batch" else 3) for n, s in example.items()}
+        # Each by another number: two axes that are equally long in the example must not have become one in the graph.
+        other = {n: s + (1 if n == "batch" else 2 + i) for i, (n, s) in enumerate(example.items())}
         single = {n: 1 if n == "batch" else s for n, s in example.items()}
         return [other, single]
 

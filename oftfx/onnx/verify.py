@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,7 +39,7 @@ class Verification:
     """One comparison.
 
     Attributes:
-        shapes: shape of every input.
+        shapes: shape of every input; see `shapes_of`.
         relative_error: largest over the outputs, Frobenius.
         max_abs_error: largest over all elements.
         adapter_effect: relative change that the adapters make to the outputs; None where none acts.
@@ -56,6 +57,11 @@ class Verification:
         effect = "" if self.adapter_effect is None else f", adapter's own effect {self.adapter_effect:.1e}"
         case = f" {self.case}" if self.case else ""
         return f"{shapes}{case}: relative error {self.relative_error:.1e}, largest {self.max_abs_error:.1e}{effect}"
+
+
+def shapes_of(inputs: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes by name; inputs of one shape whose names differ in a number only are one entry, with ``*`` for it."""
+    return {re.sub(r"(?<=\.)\d+(?=\.)", "*", n): tuple(v.shape) for n, v in inputs.items()}
 
 
 def open_session(path: Path) -> Any:
@@ -85,7 +91,7 @@ def run_session(session: Any, names: tuple[str, ...], inputs: Mapping[str, Tenso
     try:
         return [torch.from_numpy(v) for v in session.run(list(names), feed)]
     except Exception as error:  # its exceptions have no common base
-        shapes = {n: tuple(v.shape) for n, v in inputs.items() if not n.endswith(".blocks")}
+        shapes = shapes_of({n: v for n, v in inputs.items() if not n.endswith(".blocks")})
         raise ExportError(f"ONNX Runtime fails on {shapes}: {error}") from error
 
 
@@ -119,15 +125,23 @@ def verify_onnx(
     for seed, sizes in enumerate(signature.sizes()):
         inputs = signature.fresh(sizes, seed)
         cases = mode.cases(reference, signature, inputs)
-        checks += [_check(session, case, inputs, outputs, 10 * deviation) for case in cases]
+        checks += [_check(session, case, signature, inputs, outputs, 10 * deviation) for case in cases]
     return tuple(checks)
 
 
 def _check(
-    session: Any, case: Case, inputs: Mapping[str, Tensor], outputs: tuple[str, ...], allowed: float
+    session: Any,
+    case: Case,
+    signature: Signature,
+    inputs: Mapping[str, Tensor],
+    outputs: tuple[str, ...],
+    allowed: float,
 ) -> Verification:
-    expected = case.expected(inputs)
-    shapes = {n: tuple(v.shape) for n, v in inputs.items()}
+    def comparable(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: signature.comparable(n, v, inputs) for n, v in found.items()}
+
+    expected = comparable(case.expected(inputs))
+    shapes = shapes_of(inputs)
     where = f"on {shapes}" + (f" {case.label}" if case.label else "")
     worst, largest = 0.0, 0.0
     for name, got in zip(outputs, run_session(session, outputs, {**inputs, **case.given}), strict=True):
@@ -138,6 +152,7 @@ def _check(
                 inputs,
                 case,
             )
+        got = signature.comparable(name, got, inputs)
         distance = relative_error(got, want)
         bound = max(BOUNDS.get(want.dtype, 0.0), allowed if want.is_floating_point() else 0.0)
         if not distance <= bound:
@@ -151,7 +166,7 @@ def _check(
         largest = max(largest, float((got.double() - want.double()).abs().max())) if want.numel() else largest
     effect = None
     if case.base is not None:
-        base = case.base(inputs)
+        base = comparable(case.base(inputs))
         effect = max(relative_error(base[n], expected[n]) for n in expected if expected[n].is_floating_point())
         if effect and worst > effect / 10:
             raise DifferentError(
