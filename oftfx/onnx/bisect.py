@@ -15,7 +15,7 @@ from oftfx.onnx.adapters import AdapterMode
 from oftfx.onnx.finish import finish
 from oftfx.onnx.signature import Signature
 from oftfx.onnx.trace import Traced, trace
-from oftfx.onnx.verify import BOUNDS, DifferentError, open_session, run_session
+from oftfx.onnx.verify import DifferentError, allowed_error, open_session, run_session
 from oftfx.passes.protocol import relative_error
 from oftfx.structure import structural_copy
 
@@ -27,6 +27,7 @@ def first_difference(
     signature: Signature,
     seen: DifferentError,
     opset: int,
+    deviation: float,
 ) -> str:
     """Export once more with the result of every layer as an output, and say which is the first to differ.
 
@@ -36,6 +37,7 @@ def first_difference(
         signature: how both are called.
         seen: the error, with the inputs and the adapters it was seen with.
         opset: of the export.
+        deviation: largest relative change of a quantized weight that the file may make.
     """
     model = seen.case.model
     if model is None:
@@ -73,7 +75,7 @@ def first_difference(
     for name, want in expected.items():
         got = found[name]
         want, got = (signature.comparable(name, v, seen.inputs) for v in (want, got))
-        if got.shape != want.shape or not relative_error(got, want.cpu()) <= BOUNDS.get(want.dtype, 0.0):
+        if got.shape != want.shape or not relative_error(got, want.cpu()) <= allowed_error(want.dtype, deviation):
             kind = type(model.get_submodule(name)).__name__
             return f"The first layer whose result differs is {name} ({kind})"
     return "No layer's result differs by itself: it is what the model's own code makes of them"

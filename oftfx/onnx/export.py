@@ -150,7 +150,7 @@ def export_onnx(
                 try:
                     checks = verify_onnx(made, reference, mode, signature, outputs, deviation)
                 except DifferentError as error:
-                    where = first_difference(lowered, mode, signature, error, chosen)
+                    where = first_difference(lowered, mode, signature, error, chosen, deviation)
                     raise ExportError(f"{error}. {where}") from None
             _move(made, path)
     every = {n: dict(axes) for n, axes in (*signature.shapes.items(), *mode.shapes(signature).items())}

@@ -21,6 +21,11 @@ from oftfx.passes.protocol import relative_error
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3}
 
 
+def allowed_error(dtype: torch.dtype, deviation: float) -> float:
+    """Largest relative error of a result, in a file that may change weights by ``deviation``, which adds up."""
+    return max(BOUNDS.get(dtype, 0.0), 10 * deviation if dtype.is_floating_point else 0.0)
+
+
 class DifferentError(ExportError):
     """A file does not compute what the model does.
 
@@ -112,8 +117,7 @@ def verify_onnx(
         mode: what else it has to compute.
         signature: how both are called.
         outputs: names of the outputs.
-        deviation: largest relative change of a quantized weight that the file may make; see `lower_quantized`. Results
-            may differ by ten times that, as it adds up over the layers.
+        deviation: largest relative change of a quantized weight that the file may make; see `lower_quantized`.
 
     Raises:
         DifferentError: a result differs by more than rounding, or the difference is not far below what the adapters
@@ -125,7 +129,7 @@ def verify_onnx(
     for seed, sizes in enumerate(signature.sizes()):
         inputs = signature.fresh(sizes, seed)
         cases = mode.cases(reference, signature, inputs)
-        checks += [_check(session, case, signature, inputs, outputs, 10 * deviation) for case in cases]
+        checks += [_check(session, case, signature, inputs, outputs, deviation) for case in cases]
     return tuple(checks)
 
 
@@ -135,7 +139,7 @@ def _check(
     signature: Signature,
     inputs: Mapping[str, Tensor],
     outputs: tuple[str, ...],
-    allowed: float,
+    deviation: float,
 ) -> Verification:
     def comparable(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: signature.comparable(n, v, inputs) for n, v in found.items()}
@@ -154,7 +158,7 @@ def _check(
             )
         got = signature.comparable(name, got, inputs)
         distance = relative_error(got, want)
-        bound = max(BOUNDS.get(want.dtype, 0.0), allowed if want.is_floating_point() else 0.0)
+        bound = allowed_error(want.dtype, deviation)
         if not distance <= bound:
             raise DifferentError(
                 f"output {name} {where}: ONNX Runtime differs from torch by a relative {distance:.2e}, "
