@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +10,7 @@ import torch.nn as nn
 
 from oftfx.adapter.store import find_store, unwrapped
 from oftfx.errors import ExportError
+from oftfx.files import write_whole
 from oftfx.onnx.adapters.blocks import adapter_blocks, check_fit
 from oftfx.onnx.adapters.file import export_onnx_adapter
 from oftfx.onnx.decoder import PAST, PRESENT, Decoder
@@ -72,9 +72,7 @@ def export_genai(
         export_onnx_adapter(model, directory / f"{name}.onnx_adapter", adapter=name, graph=directory / GRAPH)
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
-    partial = directory / f"{CONFIG}.part"
-    partial.write_text(json.dumps(config, indent=2) + "\n")
-    os.replace(partial, directory / CONFIG)
+    write_whole(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return report
 
 
