@@ -134,7 +134,9 @@ def onnx():
         ratios = [results["latency"][n].get(name) for n in lengths]
         error = f"{row['relative_error']:.0e}" if "relative_error" in row else ""
         size = f"{row['mib']:.0f}" if "mib" in row else ""
-        table.append((name, size, f"{row['perplexity']:.2f}", error, *(f"{r['ratio']:.2f}" if r else "" for r in ratios)))
+        table.append(
+            (name, size, f"{row['perplexity']:.2f}", error, *(f"{r['ratio']:.2f}" if r else "" for r in ratios))
+        )
     heads = [f"time, 1x{n}" for n in lengths]
     return markdown(("file", "MiB", "perplexity", "error", *heads), table)
 

@@ -12,7 +12,9 @@ from oftfx.adapter.store import located
 
 
 def fingerprint(model: nn.Module, adapter: str = "default") -> str:
-    """SHA-256 of an adapter's tensors, names and dtypes: of what `save_adapter` writes, whatever the adapter is called.
+    """SHA-256 of what decides the meaning of an adapter: its tensors, and how rotations are made of them.
+
+    What the adapter is called does not count.
 
     Raises:
         AdapterError: no adapter of that name.
@@ -20,6 +22,10 @@ def fingerprint(model: nn.Module, adapter: str = "default") -> str:
     root, store = located(model)
     store.require(adapter)
     digest = hashlib.sha256()
+    for entry in sorted(store.adapters[adapter].plan, key=lambda e: e.fqn):
+        spec = entry.spec
+        meaning = (spec.parameterization, spec.terms, spec.block_share, spec.coft_eps)
+        digest.update(f"{entry.fqn} {meaning}\n".encode())
     for name, tensor in sorted(adapter_tensors(root, store, adapter), key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

@@ -8,9 +8,9 @@ import torch.nn as nn
 
 from oftfx.adapter.fingerprint import fingerprint
 from oftfx.adapter.store import find_store
-from oftfx.fold_note import fold_note
+from oftfx.fold_note import fold_notes
 from oftfx.onnx.adapters import AdapterMode
-from oftfx.onnx.adapters.blocks import interface_of
+from oftfx.onnx.adapters.interface import interface_of
 from oftfx.placement import rotated_sites
 
 
@@ -18,23 +18,24 @@ def describe(model: nn.Module, mode: AdapterMode) -> dict[str, str]:
     """Entries of the file's ``metadata_props``; JSON where a value has parts.
 
     ``oftfx.state`` is ``unfolded``, ``folded`` or ``plain``; ``oftfx.adapter_hashes`` are the adapters'
-    `fingerprint`; ``oftfx.fold`` says with which adapters, what was done to how many sites of which format, and how
-    large the error is.
+    `fingerprint`; ``oftfx.folds`` says for each fold with which adapters, what was done to how many sites of which
+    format, and how large the error is. ``oftfx.interface`` identifies what adapters of the file fit; see
+    `interface_of`.
     """
     from oftfx import __version__
 
-    fold = fold_note(model)
+    folds = fold_notes(model)
     entries = {
         "oftfx.version": __version__,
         "oftfx.model": type(model).__name__,
-        "oftfx.interface": str(interface_of(model)),
-        "oftfx.state": "unfolded" if mode.active else "folded" if fold is not None else "plain",
+        "oftfx.interface": str(interface_of(model, mode.slots.names if mode.slots is not None else {})),
+        "oftfx.state": "unfolded" if mode.active else "folded" if folds else "plain",
         **mode.metadata(),
     }
     if mode.named and find_store(model) is not None:
         entries["oftfx.adapter_hashes"] = json.dumps({n: fingerprint(model, n) for n in mode.named})
-    if fold is not None:
-        entries["oftfx.fold"] = json.dumps(fold, sort_keys=True)
+    if folds:
+        entries["oftfx.folds"] = json.dumps(folds, sort_keys=True)
     if kept := [fqn for fqn, p in rotated_sites(model) if p.fixed]:
         entries["oftfx.kept_rotations"] = str(len(kept))
     return entries

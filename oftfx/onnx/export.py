@@ -17,7 +17,6 @@ from oftfx.errors import ExportError, MissingExtraError
 from oftfx.formats import format_of
 from oftfx.kernel import use_exact
 from oftfx.onnx.adapters import MODES
-from oftfx.onnx.adapters.blocks import block_names
 from oftfx.onnx.bisect import first_difference
 from oftfx.onnx.decoder import Decoder
 from oftfx.onnx.describe import describe
@@ -130,12 +129,11 @@ def export_onnx(
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
         signature = Signature(widened(inputs, shapes), shapes, vocabulary)
     mode = MODES[adapters](exact, adapters)
-    named = block_names(exact)
     reference = _frozen(structural_copy(exact))
     lowered, least, needs, deviation = lower_quantized(structural_copy(reference), dialect)
     _check_dtypes(lowered)
     chosen = _opset(opset, least, needs, dialect)
-    mode.prepare(lowered, named)
+    mode.prepare(lowered)
     with capture_settings(lowered), capture_settings(reference), capture_settings(exact):
         with torch.no_grad():
             outputs = signature.outputs(reference)
@@ -217,7 +215,8 @@ def _frozen(model: nn.Module) -> nn.Module:
 
 
 def _move(made: Path, path: Path) -> None:
-    """The data first: a model file never points to data that is not there. Data of an older file goes."""
+    """Interrupted, there is no file rather than one with the weights of another. Data of an older file goes."""
+    path.unlink(missing_ok=True)
     _data(path).unlink(missing_ok=True)
     if _data(made).exists():
         os.replace(_data(made), _data(path))

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,7 +15,7 @@ import torch.nn as nn
 from oftfx.adapter.store import find_store, unwrapped
 from oftfx.errors import ExportError
 from oftfx.files import write_whole
-from oftfx.onnx.adapters.blocks import adapter_blocks, check_fit
+from oftfx.onnx.adapters.blocks import Slots, adapter_blocks
 from oftfx.onnx.adapters.file import export_onnx_adapter
 from oftfx.onnx.decoder import PAST, PRESENT, Decoder
 from oftfx.onnx.export import ExportReport, exact_copy, export_onnx
@@ -59,21 +63,28 @@ def export_genai(
     config = genai_config(model, tokenizer, context_length)
     store = find_store(model) if adapters == "swappable" else None
     if store is not None and len(store.active) == 1:
-        graph = {n: tuple(b.shape) for n, b in adapter_blocks(model, store.active[0]).items()}
+        slots = Slots.of(model, store.active[0])
         for name in store.adapters:
-            check_fit(name, adapter_blocks(model, name), graph)
+            adapter_blocks(model, name, slots)
     directory.mkdir(parents=True, exist_ok=True)
-    # Without its settings a directory does not load, so what is being written is never taken for what is finished.
-    (directory / CONFIG).unlink(missing_ok=True)
-    report = export_onnx(
-        model, directory / GRAPH, _inputs(model), adapters=adapters, cache=True, opset=opset, verify=verify
-    )
-    for name in store.adapters if store is not None else ():
-        export_onnx_adapter(model, directory / f"{name}.onnx_adapter", adapter=name, graph=directory / GRAPH)
-    if tokenizer is not None:
-        tokenizer.save_pretrained(directory)
+    with tempfile.TemporaryDirectory(prefix=".oftfx-", dir=directory) as folder:
+        made = Path(folder)
+        report = export_onnx(
+            model, made / GRAPH, _inputs(model), adapters=adapters, cache=True, opset=opset, verify=verify
+        )
+        for name in store.adapters if store is not None else ():
+            export_onnx_adapter(model, made / f"{name}.onnx_adapter", adapter=name, graph=made / GRAPH)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(made)
+        # Without its settings a directory does not load, so half of another model is never taken for a whole one.
+        (directory / CONFIG).unlink(missing_ok=True)
+        for file in made.iterdir():
+            target = directory / file.name
+            if target.is_dir():  # a tokenizer may have several chat templates
+                shutil.rmtree(target)
+            os.replace(file, target)
     write_whole(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    return report
+    return replace(report, path=directory / GRAPH)
 
 
 def genai_config(model: nn.Module, tokenizer: Any = None, context_length: int | None = None) -> dict[str, Any]:

@@ -23,7 +23,13 @@ def named_inputs(model: nn.Module, example_inputs: ExampleInputs) -> dict[str, T
         ExportError: an input that is not a tensor.
     """
     args, kwargs = example_call(model, example_inputs)
-    parameters = list(inspect.signature(model.forward).parameters)
+    found = inspect.signature(model.forward).parameters.values()
+    parameters = [p.name for p in found if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    if len(args) > len(parameters):
+        raise ExportError(
+            f"{len(args)} example inputs by position, and {type(model).__name__}.forward names {len(parameters)}; an "
+            "ONNX graph takes named inputs. Wrap the model in a module whose forward names them"
+        )
     named = {**dict(zip(parameters, args, strict=False)), **kwargs}
     if wrong := [n for n, v in named.items() if not isinstance(v, Tensor)]:
         raise ExportError(
@@ -88,7 +94,7 @@ def resized(
     seed: int,
     vocabulary: int | None,
 ) -> dict[str, Tensor]:
-    """Fresh random inputs of other sizes: ids below the vocabulary, masks of ones, normal floats.
+    """Fresh random inputs of other sizes: ids below the vocabulary, masks of ones but for one token, normal floats.
 
     Args:
         inputs: examples, for dtypes and fixed axes.
@@ -106,6 +112,9 @@ def resized(
             fresh = torch.randn(shape, generator=generator).to(value.dtype)
         elif "mask" in name or value.dtype == torch.bool:
             fresh = torch.ones(shape, dtype=value.dtype)
+            if name.endswith("attention_mask") and len(shape) == 2 and min(shape) > 1:
+                # A file that ignores the mask must not pass. At the end: no query is left without a key.
+                fresh[0, -1] = 0
         elif name == "position_ids":
             fresh = torch.arange(shape[-1]).expand(shape).to(value.dtype).contiguous()
         else:

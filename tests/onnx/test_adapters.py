@@ -70,8 +70,12 @@ def test_one_session_serves_all_adapters(tenants, ids, tmp_path):
     report = oftfx.export_onnx(tenants, tmp_path / "m.onnx", ids(), adapters="swappable")
     names = [n for n in report.inputs if n.endswith(".oft.blocks")]
     assert len(names) == 8  # q/k/v, o, gate/up and down of two layers
-    assert [c.case for c in report.checks] == ["without an adapter", "with adapter 'a'"] * 2
-    files = {n: oftfx.export_onnx_adapter(tenants, tmp_path / f"{n}.onnx_adapter", adapter=n) for n in "abc"}
+    cases = ["without an adapter", "with adapter 'a'", "with random rotations"]
+    assert [c.case for c in report.checks] == cases * 2
+    graph = tmp_path / "m.onnx"
+    files = {
+        n: oftfx.export_onnx_adapter(tenants, tmp_path / f"{n}.onnx_adapter", adapter=n, graph=graph) for n in "abc"
+    }
     run = session(tmp_path / "m.onnx")
     assert sorted(i.name for i in run.get_inputs()) == ["attention_mask", "input_ids"]
     assert sorted(i.name for i in run.get_overridable_initializers()) == sorted(names)
@@ -206,15 +210,15 @@ def test_what_cannot_be_swapped_is_refused(tenants, tiny_llama, ids, tmp_path):
     with pytest.raises(ExportError, match="from the active adapter, and there are 2: a, b"):
         oftfx.export_onnx(tenants, path, ids(), adapters="swappable")
     oftfx.set_adapter(tenants, "c")
-    with pytest.raises(ExportError, match="adapter 'a' rotates model.layers.0.self_attn.q_proj.oft, which the graph"):
+    with pytest.raises(ExportError, match="adapter 'a' rotates model.layers.0.self_attn.q_proj, which the graph"):
         oftfx.export_onnx(tenants, path, ids(), adapters="mixed")
     oftfx.export_onnx(tenants, path, ids(), adapters="swappable", verify=False)
-    with pytest.raises(ExportError, match="adapter 'a' rotates model.layers.0.self_attn.q_proj.oft, which the graph"):
+    with pytest.raises(ExportError, match="adapter 'a' rotates model.layers.0.self_attn.q_proj, which the graph"):
         oftfx.export_onnx_adapter(tenants, tmp_path / "a.onnx_adapter", adapter="a", graph=path)
     with pytest.raises(AdapterError, match="no adapter 'd'"):
         oftfx.export_onnx_adapter(tenants, tmp_path / "d.onnx_adapter", adapter="d")
     oftfx.add_adapter(tenants, "wide", {"*.mlp.*": OFT(16, share_input=True)})
-    with pytest.raises(ExportError, match=r"adapter 'wide' has blocks \(4, 16, 16\) at .*gate_proj.oft, the graph \(8"):
+    with pytest.raises(ExportError, match=r"adapter 'wide' has blocks \(4, 16, 16\) at .*gate_proj, the graph \(8"):
         oftfx.export_onnx_adapter(tenants, tmp_path / "w.onnx_adapter", adapter="wide", graph=path)
     whole = oftfx.transform(tiny_llama(), {"*.mlp.*": OFT(8)}, train=["lm_head"])
     with pytest.raises(ExportError, match="adapter 'default' also has lm_head.weight of its own, trained whole"):
@@ -272,7 +276,7 @@ def test_the_file_says_what_is_in_it(tenants, ids, tmp_path):
     result = oftfx.fold(tenants, adapter="b")
     oftfx.export_onnx(result.model, tmp_path / "f.onnx", ids())
     notes = session(tmp_path / "f.onnx").get_modelmeta().custom_metadata_map
-    fold = json.loads(notes["oftfx.fold"])
+    (fold,) = json.loads(notes["oftfx.folds"])
     assert notes["oftfx.state"] == "folded"
     assert fold["sites"] == {"dense: folded": 14}
     assert list(fold["adapters"]) == ["b"]
@@ -282,8 +286,13 @@ def test_the_file_says_what_is_in_it(tenants, ids, tmp_path):
     notes = session(tmp_path / "u.onnx").get_modelmeta().custom_metadata_map
     assert json.loads(notes["oftfx.adapter_hashes"]) == fold["adapters"]
     assert notes["oftfx.state"] == "unfolded"
+    inner = oftfx.transform(nn.Sequential(nn.Linear(6, 4)), {"0": OFT(3)})
+    outer = nn.Sequential(nn.Linear(6, 6), oftfx.fold(inner).model)
+    oftfx.export_onnx(outer, tmp_path / "p.onnx", (torch.randn(2, 6),))
+    notes = session(tmp_path / "p.onnx").get_modelmeta().custom_metadata_map
+    assert [f["module"] for f in json.loads(notes["oftfx.folds"])] == ["1"]
     plain = oftfx.unfold(oftfx.fold(tenants, inplace=True))
-    assert "_oftfx_fold" not in vars(plain)
+    assert "_oftfx_folds" not in vars(plain)
 
 
 def test_equal_models_give_equal_bytes(tenants, ids, tmp_path):
@@ -293,3 +302,50 @@ def test_equal_models_give_equal_bytes(tenants, ids, tmp_path):
             oftfx.export_onnx_adapter(tenants, tmp_path / f"{name}.onnx_adapter", adapter="b")
         for suffix in ["onnx", "onnx_adapter"]:
             assert (tmp_path / f"one.{suffix}").read_bytes() == (tmp_path / f"two.{suffix}").read_bytes()
+
+
+def test_an_adapter_that_shares_fits_a_graph_that_does_not_and_not_the_other_way_round(tiny_llama, ids, tmp_path):
+    model = oftfx.transform(tiny_llama(), {"all-linear": OFT(8)}, adapter="each")
+    oftfx.add_adapter(model, "shared", {"all-linear": OFT(8, share_input=True)})
+    for name in ["each", "shared"]:
+        for parameter in oftfx.adapter_parameters(model, name):
+            nn.init.normal_(parameter, std=0.1)
+    oftfx.set_adapter(model, "each")
+    path = tmp_path / "m.onnx"
+    oftfx.export_onnx(model, path, ids(), adapters="swappable")
+    adapter = lora(oftfx.export_onnx_adapter(model, tmp_path / "s.onnx_adapter", adapter="shared", graph=path))
+    inputs = ids(2, 5, seed=8)
+    (got,) = session(path).run(None, feed(inputs), options(adapter))
+    assert rel(torch.from_numpy(got), expected(model, "shared", inputs)) < 2e-6
+    import onnxruntime
+
+    loose = oftfx.export_onnx_adapter(model, tmp_path / "l.onnx_adapter", adapter="shared")  # without the graph
+    number = session(path).get_modelmeta().custom_metadata_map["oftfx.interface"]
+    assert str(onnxruntime.AdapterFormat.read_adapter(str(loose)).get_model_version()) != number
+    oftfx.export_onnx(model, path, ids(), adapters="mixed")
+    (got,) = session(path).run(None, feed(inputs, adapter_index=np.array([2, 2])))
+    assert rel(torch.from_numpy(got), expected(model, "shared", inputs)) < 2e-6
+    oftfx.set_adapter(model, "shared")
+    with pytest.raises(ExportError, match="one rotation for .*q_proj and .*k_proj, adapter 'each' has not"):
+        oftfx.export_onnx(model, path, ids(), adapters="mixed")
+    oftfx.export_onnx(model, path, ids(), adapters="swappable", verify=False)
+    with pytest.raises(ExportError, match="adapter 'each' has not"):
+        oftfx.export_onnx_adapter(model, tmp_path / "e.onnx_adapter", adapter="each", graph=path)
+
+
+def test_an_adapter_of_other_weights_is_refused(tmp_path):
+    torch.manual_seed(1)
+    first, second = nn.Sequential(nn.Linear(8, 4)), nn.Sequential(nn.Linear(8, 4))
+    models = [randomize(oftfx.transform(m, {"0": OFT(4)})) for m in (first, second)]
+    oftfx.export_onnx(models[0], tmp_path / "m.onnx", (torch.randn(2, 8),), adapters="swappable")
+    with pytest.raises(ExportError, match="was exported from another model: Sequential with other layers or weights"):
+        oftfx.export_onnx_adapter(models[1], tmp_path / "a.onnx_adapter", graph=tmp_path / "m.onnx")
+
+
+def test_double_precision(tmp_path):
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(12, 7)).double(), {"0": OFT(4)}))
+    oftfx.export_onnx(model, tmp_path / "m.onnx", (torch.randn(2, 12).double(),), adapters="swappable")
+    adapter = lora(oftfx.export_onnx_adapter(model, tmp_path / "a.onnx_adapter", graph=tmp_path / "m.onnx"))
+    x = torch.randn(3, 12).double()
+    (got,) = session(tmp_path / "m.onnx").run(None, feed({"input": x}), options(adapter))
+    assert rel(torch.from_numpy(got), model(x)) < 1e-12

@@ -88,7 +88,7 @@ def test_a_dropped_row_choice_is_noticed(tmp_path, monkeypatch):
         return turn(self, x)
 
     monkeypatch.setattr(mixed.RowRotation, "forward", first_only)
-    with pytest.raises(ExportError, match="with an adapter for each row: ONNX Runtime differs"):
+    with pytest.raises(ExportError, match=r"with adapters \[1, 0, 1\] for its rows: ONNX Runtime differs"):
         oftfx.export_onnx(model, tmp_path / "m.onnx", (torch.randn(2, 6),), adapters="mixed")
 
 
@@ -127,3 +127,89 @@ def test_external_data_of_a_swappable_graph(tmp_path, monkeypatch):
     x = torch.randn(3, 64)
     (got,) = session.run(None, {"input": x.numpy()}, options)
     assert rel(torch.from_numpy(got), model(x)) < 1e-6
+
+
+def test_every_adapter_of_a_mixed_file_is_checked(tmp_path, monkeypatch):
+    """More of them than rows in the batch; the last one's blocks are another's."""
+    from oftfx.onnx.adapters import mixed
+
+    model = oftfx.transform(Deep(nn.Identity()), {"first": OFT(3)}, adapter="a")
+    for name in "bcd":
+        oftfx.add_adapter(model, name, {"first": OFT(3)})
+    for name in "abcd":
+        nn.init.normal_(model.first.oft.get_submodule(name).skew, std=0.2)
+    monkeypatch.setattr(mixed.torch, "stack", lambda t: torch.cat([x[None] for x in (*t[:-1], t[1])]))
+    with pytest.raises(ExportError, match="for its rows: ONNX Runtime differs"):
+        oftfx.export_onnx(model, tmp_path / "m.onnx", (torch.randn(2, 6),), adapters="mixed")
+
+
+class Equal(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_exchanged_inputs_are_noticed_before_an_adapter_is_trained(tmp_path, monkeypatch):
+    from oftfx.onnx.adapters import swappable
+
+    model = oftfx.transform(Equal(), {"*": OFT(3)})  # the identity at both sites
+    caller = swappable.Swappable.caller
+
+    def exchanged(self, module, values):
+        if torch.onnx.is_in_onnx_export():
+            values = dict(zip(values, reversed(values.values()), strict=True))
+        return caller(self, module, values)
+
+    monkeypatch.setattr(swappable.Swappable, "caller", exchanged)
+    with pytest.raises(ExportError, match="with random rotations: ONNX Runtime differs"):
+        oftfx.export_onnx(model, tmp_path / "m.onnx", (torch.randn(2, 6),), adapters="swappable")
+
+
+class Masked(nn.Module):
+    """Ignores its mask while it is exported."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Embedding(9, 4)
+
+    def forward(self, input_ids, attention_mask):
+        mask = torch.ones_like(attention_mask) if torch.onnx.is_in_onnx_export() else attention_mask
+        return (self.a(input_ids) * mask.unsqueeze(-1)).mean(1) + 0 * attention_mask.sum()
+
+
+def test_a_file_that_ignores_the_mask_is_noticed(tmp_path):
+    ids = torch.randint(9, (2, 5))
+    with pytest.raises(ExportError, match="ONNX Runtime differs"):
+        oftfx.export_onnx(Masked(), tmp_path / "m.onnx", {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+class Chosen(nn.Module):
+    """Gives out whole numbers, or one number for the batch."""
+
+    def __init__(self, mean):
+        super().__init__()
+        self.a, self.mean = nn.Linear(6, 4), mean
+
+    def forward(self, *args, **kwargs):
+        y = self.a(args[0] if args else kwargs["x"])
+        return y.mean() if self.mean else y.argmax(-1)
+
+
+class Named(Chosen):
+    def forward(self, x):
+        return super().forward(x)
+
+
+def test_outputs_without_floats_or_rows(tmp_path):
+    x = (torch.randn(2, 6),)
+    model = randomize(oftfx.transform(Named(False), {"a": OFT(3)}))
+    report = oftfx.export_onnx(model, tmp_path / "m.onnx", x)
+    assert report.checks[0].adapter_effect is None
+    model = randomize(oftfx.transform(Named(True), {"a": OFT(3)}))
+    with pytest.raises(ExportError, match="output output_0 is one number for a whole batch"):
+        oftfx.export_onnx(model, tmp_path / "n.onnx", x, adapters="mixed")
+    with pytest.raises(ExportError, match="1 example inputs by position, and Chosen.forward names 0"):
+        oftfx.export_onnx(Chosen(False), tmp_path / "n.onnx", x)

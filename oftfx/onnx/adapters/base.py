@@ -13,6 +13,7 @@ from torch import Tensor
 from oftfx.adapter.store import find_store
 from oftfx.adapter.switch import disable_adapters
 from oftfx.modes import evaluating
+from oftfx.onnx.adapters.blocks import Slots
 from oftfx.onnx.signature import Signature
 
 Outputs = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
@@ -47,6 +48,7 @@ class AdapterMode:
     Attributes:
         active: the adapters that act in the model.
         named: the adapters in the file.
+        slots: what the graph rotates, where adapters can be swapped or chosen.
     """
 
     def __init__(self, model: nn.Module, name: str = "fixed") -> None:
@@ -55,8 +57,10 @@ class AdapterMode:
         self.active: tuple[str, ...] = store.active if store is not None else ()
         self.named = self.active
 
-    def prepare(self, lowered: nn.Module, named: Mapping[str, str]) -> None:
-        """Change the frozen model as the mode needs it; ``named`` gives for each site the name of its blocks."""
+    slots: Slots | None = None
+
+    def prepare(self, lowered: nn.Module) -> None:
+        """Change the frozen model as the mode needs it."""
 
     def inputs(self, signature: Signature) -> dict[str, Tensor]:  # noqa: ARG002
         """The graph's inputs for adapters, with examples."""

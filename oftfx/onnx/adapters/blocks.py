@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn
@@ -14,22 +13,79 @@ from oftfx.adapter.store import located
 from oftfx.errors import ExportError
 from oftfx.passes.freeze_rotations import blocks_of
 from oftfx.placement import rotated_sites
-from oftfx.program import Program
-from oftfx.rotation.module import FrozenRotation, Rotation
+from oftfx.rotation.module import Rotation
 
 
-def block_name(path: str) -> str:
-    """Of the rotation whose module path is ``<site>.oft.<adapter>``."""
-    return f"{path.rpartition('.')[0]}.blocks"
+@dataclass(frozen=True)
+class Slots:
+    """Where a graph takes blocks.
+
+    Attributes:
+        names: for each rotated site the name of its blocks; sites that share a rotation share the name.
+        shapes: ``(blocks, b, b)`` by name.
+        dtype: of all of them.
+    """
+
+    names: Mapping[str, str]
+    shapes: Mapping[str, tuple[int, ...]]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, model: nn.Module, adapter: str) -> Slots:
+        """The slots of a graph that is made for an adapter.
+
+        Raises:
+            AdapterError: no adapter of that name.
+            ExportError: it is more than rotations.
+        """
+        rotations = _rotations(model, adapter)
+        paths = {id(m): n for n, m in located(model)[0].named_modules() if isinstance(m, Rotation)}
+        names = {fqn: f"{paths[id(r)].rpartition('.')[0]}.blocks" for fqn, r in rotations.items()}
+        shapes = {names[fqn]: (r.blocks, r.block_size, r.block_size) for fqn, r in rotations.items()}
+        return cls(names, shapes, torch.promote_types(next(iter(rotations.values())).skew.dtype, torch.float32))
 
 
-def adapter_blocks(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """Every rotation of an adapter: ``(blocks, b, b)`` by name, in float32 or wider.
+def adapter_blocks(model: nn.Module, adapter: str, slots: Slots) -> dict[str, Tensor]:
+    """The blocks of an adapter as a graph takes them: ``(blocks, b, b)`` by name, without those it does not rotate.
+
+    Where the adapter shares a rotation between sites that have slots of their own, each gets a copy.
 
     Raises:
         AdapterError: no adapter of that name.
-        ExportError: it is more than rotations.
+        ExportError: it is more than rotations, or it does not fit the graph.
     """
+    rotations = _rotations(model, adapter)
+    found: dict[str, Tensor] = {}
+    for fqn, rotation in rotations.items():
+        if fqn not in slots.names:
+            raise ExportError(
+                f"adapter {adapter!r} rotates {fqn}, which the graph does not: it rotates "
+                f"{', '.join(list(slots.names)[:3])}, ... Adapters that share a graph need the same rules"
+            )
+        name = slots.names[fqn]
+        others = [f for f, n in slots.names.items() if n == name and rotations.get(f) is not rotation]
+        if others:
+            raise ExportError(
+                f"the graph has one rotation for {fqn} and {others[0]}, adapter {adapter!r} has not; adapters that "
+                "share a graph need the same share_input, or make the graph from the adapter that does not share"
+            )
+        if name not in found:
+            found[name] = blocks_of(rotation).to(slots.dtype)
+        if tuple(found[name].shape) != tuple(slots.shapes[name]):
+            raise ExportError(
+                f"adapter {adapter!r} has blocks {tuple(found[name].shape)} at {fqn}, the graph "
+                f"{tuple(slots.shapes[name])}; adapters that share a graph need the same block sizes"
+            )
+    return found
+
+
+def identity_like(blocks: Tensor) -> Tensor:
+    """As many identity blocks: the base model."""
+    return torch.eye(blocks.shape[-1], dtype=blocks.dtype).expand_as(blocks).contiguous()
+
+
+def _rotations(model: nn.Module, adapter: str) -> dict[str, Rotation]:
+    """By site."""
     root, store = located(model)
     store.require(adapter)
     if own := sorted(store.trained[adapter]):
@@ -38,47 +94,7 @@ def adapter_blocks(model: nn.Module, adapter: str) -> dict[str, Tensor]:
             + (f" and {len(own) - 1} more parameters" if own[1:] else "")
             + " of its own, trained whole; a swappable adapter is rotations only. Export with adapters='fixed'"
         )
-    found = {
-        block_name(path): blocks_of(module)
-        for path, module in root.named_modules()
-        if isinstance(module, Rotation) and path.rpartition(".")[2] == adapter
-    }
+    found = {fqn: p.rotations[adapter] for fqn, p in rotated_sites(root) if adapter in p.rotations}
     if not found:
         raise ExportError(f"adapter {adapter!r} has no rotations")
     return found
-
-
-def block_names(model: nn.Module) -> dict[str, str]:
-    """For each site that rotates now, the name of its blocks; sites that share a rotation share its name."""
-    paths = {id(m): n for n, m in model.named_modules() if isinstance(m, (Rotation, FrozenRotation))}
-    return {fqn: block_name(paths[id(p.in_effect()[0])]) for fqn, p in rotated_sites(model) if p.in_effect()}
-
-
-def identity_like(blocks: Tensor) -> Tensor:
-    """As many identity blocks: the base model."""
-    return torch.eye(blocks.shape[-1], dtype=blocks.dtype).expand_as(blocks).contiguous()
-
-
-def check_fit(adapter: str, blocks: Mapping[str, Tensor], graph: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise `ExportError` where a graph with blocks of these shapes cannot hold an adapter."""
-    for name, value in blocks.items():
-        site = name.removesuffix(".blocks")
-        if name not in graph:
-            raise ExportError(
-                f"adapter {adapter!r} rotates {site}, which the graph does not: its rotations are "
-                f"{', '.join(list(graph)[:3])}, ... Adapters that share a graph need the same rules"
-            )
-        if tuple(value.shape) != graph[name]:
-            raise ExportError(
-                f"adapter {adapter!r} has blocks {tuple(value.shape)} at {site}, the graph {graph[name]}; adapters "
-                "that share a graph need the same block sizes"
-            )
-
-
-def interface_of(model: nn.Module) -> int:
-    """A number for the layers of a model, whatever stores their weights: 31 bits of their paths and sizes.
-
-    An ``.onnx_adapter`` file has room for one number; so an adapter of another model is told from one of this.
-    """
-    layers = sorted((s.fqn, s.in_features, s.out_features) for s in Program.of(model).sites)
-    return zlib.crc32(json.dumps([type(model).__name__, layers]).encode()) >> 1

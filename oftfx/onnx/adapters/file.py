@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
 import torch
 import torch.nn as nn
 
+from oftfx.adapter.store import unwrapped
 from oftfx.errors import ExportError, MissingExtraError
-from oftfx.onnx.adapters.blocks import adapter_blocks, check_fit, interface_of
+from oftfx.onnx.adapters.blocks import Slots, adapter_blocks
+from oftfx.onnx.adapters.interface import interface_of
 
 VERSION = 1
 
@@ -19,7 +22,8 @@ def export_onnx_adapter(
 ) -> Path:
     """Write an adapter for graphs that were exported with ``adapters="swappable"``.
 
-    The file holds the blocks ``R (blocks, b, b)`` in float32 under the names of the graph's inputs,
+    The file holds the blocks ``R (blocks, b, b)`` in the dtype of the graph's inputs (float32, or float64 in models of
+    float64) under their names,
     ``<site>.oft.blocks``; the Cayley transform has been computed. Sites that the adapter does not rotate stay at the
     identity. ONNX Runtime loads it with ``LoraAdapter().Load(path)`` (1.20 or later) and applies it to one request with
     ``RunOptions().add_active_adapter``. Of two adapters that overlap it silently takes the first, so one adapter a run;
@@ -30,7 +34,9 @@ def export_onnx_adapter(
         model: the transformed model.
         path: the ``.onnx_adapter`` file.
         adapter: its name in the model.
-        graph: the exported model, to check names and shapes against.
+        graph: the exported model, to fit the adapter to: needed where the adapter rotates fewer sites than the graph,
+            or shares its rotations otherwise. Without it, the file fits graphs that were made from this adapter or one
+            of the same rules.
 
     Returns:
         The file.
@@ -46,14 +52,13 @@ def export_onnx_adapter(
         raise MissingExtraError("onnxruntime", "onnx", "Writing an ONNX adapter") from error
     if not hasattr(onnxruntime, "AdapterFormat"):
         raise ExportError(f"onnxruntime {onnxruntime.__version__} has no adapters; install 1.20 or later")
-    blocks = {n: b.float().cpu() for n, b in adapter_blocks(model, adapter).items()}
+    slots = Slots.of(model, adapter) if graph is None else _slots_of(Path(graph), model)
+    blocks = {n: b.cpu() for n, b in adapter_blocks(model, adapter, slots).items()}
     if bad := next((n for n, b in blocks.items() if not torch.isfinite(b).all()), None):
         raise ExportError(f"adapter {adapter!r}: {bad} is not finite")
-    if graph is not None:
-        check_fit(adapter, blocks, _swappable_inputs(Path(graph)))
     written = onnxruntime.AdapterFormat()
     written.set_adapter_version(VERSION)
-    written.set_model_version(interface_of(model))
+    written.set_model_version(interface_of(model, slots.names))
     written.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(b.numpy()) for n, b in sorted(blocks.items())})
     file = Path(path)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -63,14 +68,22 @@ def export_onnx_adapter(
     return file
 
 
-def _swappable_inputs(graph: Path) -> dict[str, tuple[int, ...]]:
+def _slots_of(graph: Path, model: nn.Module) -> Slots:
     import onnx
 
     if not graph.is_file():
         raise ExportError(f"{graph}: there is no such file")
-    found = onnx.load(str(graph), load_external_data=False).graph
-    shapes = {i.name: tuple(d.dim_value for d in i.type.tensor_type.shape.dim) for i in found.input}
-    blocks = {n: s for n, s in shapes.items() if n.endswith(".blocks")}
-    if not blocks:
+    found = onnx.load(str(graph), load_external_data=False)
+    notes = {entry.key: entry.value for entry in found.metadata_props}
+    if "oftfx.rotations" not in notes:
         raise ExportError(f"{graph} has no swappable rotations; export it with adapters='swappable'")
-    return blocks
+    names = json.loads(notes["oftfx.rotations"])
+    if str(interface_of(model, names)) != notes["oftfx.interface"]:
+        raise ExportError(
+            f"{graph} was exported from another model: {notes['oftfx.model']} with other layers or weights than this "
+            f"{type(unwrapped(model)).__name__}"
+        )
+    inputs = {i.name: i.type.tensor_type for i in found.graph.input if i.name in names.values()}
+    shapes = {n: tuple(d.dim_value for d in t.shape.dim) for n, t in inputs.items()}
+    wide = any(t.elem_type == onnx.TensorProto.DOUBLE for t in inputs.values())
+    return Slots(names, shapes, torch.float64 if wide else torch.float32)

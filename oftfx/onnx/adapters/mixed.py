@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from oftfx.adapter.store import located
 from oftfx.adapter.switch import set_adapter
 from oftfx.errors import ExportError
 from oftfx.onnx.adapters.base import AdapterMode, Case
-from oftfx.onnx.adapters.blocks import adapter_blocks, check_fit, identity_like
+from oftfx.onnx.adapters.blocks import Slots, adapter_blocks, identity_like
 from oftfx.onnx.adapters.swappable import only_active
 from oftfx.onnx.signature import Signature
 from oftfx.placement import rotated_sites
@@ -68,21 +69,22 @@ class RowRotation(FrozenRotation):
 class Mixed(AdapterMode):
     """All adapters of the model in a stack, the identity first; an input chooses for each row."""
 
+    slots: Slots
+
     def __init__(self, model: nn.Module, name: str = "mixed") -> None:
         super().__init__(model, name)
         active = only_active(self)
         self.named = tuple(located(model)[1].adapters)
-        every = {n: adapter_blocks(model, n) for n in self.named}
+        self.slots = Slots.of(model, active)
+        every = {n: adapter_blocks(model, n, self.slots) for n in self.named}
         sites = every[active]
-        for adapter, blocks in every.items():
-            check_fit(adapter, blocks, {n: tuple(b.shape) for n, b in sites.items()})
         self._stacks = {
             n: torch.stack([identity_like(b), *(blocks.get(n, identity_like(b)) for blocks in every.values())])
             for n, b in sites.items()
         }
         self._choice = Choice()
 
-    def prepare(self, lowered: nn.Module, named: Mapping[str, str]) -> None:
+    def prepare(self, lowered: nn.Module) -> None:
         """Put a stack in the place of each frozen rotation."""
         made: dict[int, RowRotation] = {}
         for fqn, placement in list(rotated_sites(lowered)):
@@ -92,7 +94,7 @@ class Mixed(AdapterMode):
                     "rotations of activations. Leave the site out by a rule, or export with adapters='swappable'"
                 )
             (frozen,) = placement.fixed
-            row = made.setdefault(id(frozen), RowRotation(self._stacks[named[fqn]], self._choice, fqn))
+            row = made.setdefault(id(frozen), RowRotation(self._stacks[self.slots.names[fqn]], self._choice, fqn))
             placement.fixed[:] = [row]
             placement.forget()
             holder = placement.holder
@@ -123,19 +125,25 @@ class Mixed(AdapterMode):
         return call
 
     def cases(self, reference: nn.Module, signature: Signature, inputs: Mapping[str, Tensor]) -> Iterator[Case]:  # noqa: ARG002
-        """All adapters and the base in one batch, against each row alone in torch."""
-        rows = torch.arange(signature.rows(inputs)).flip(0) % (len(self.named) + 1)
+        """All adapters and the base, as many at a time as the batch has rows, against each row alone in torch."""
+        count, every = signature.rows(inputs), torch.arange(len(self.named) + 1).flip(0)
+        for start in range(0, len(every), count):
+            rows = every[(start + torch.arange(count)) % len(every)]
+            base = self.without(signature) if bool(rows.any()) else None
+            label = f"with adapters {rows.tolist()} for its rows"
+            yield Case(label, {INDEX: rows}, partial(self._by_row, signature, rows.tolist()), None, base)
 
-        def expected(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            model = structural_copy(self.model).eval()
-            parts = []
-            for index, place in enumerate(rows.tolist()):
-                set_adapter(model, self.named[place - 1] if place else None)
-                parts.append(signature.run(model, signature.row(inputs, index)))
-            return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
-
-        base = self.without(signature) if bool(rows.any()) else None
-        yield Case("with an adapter for each row", {INDEX: rows}, expected, None, base)
+    def _by_row(self, signature: Signature, places: list[int], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        model = structural_copy(self.model).eval()
+        parts = []
+        for index, place in enumerate(places):
+            set_adapter(model, self.named[place - 1] if place else None)
+            parts.append(signature.run(model, signature.row(inputs, index)))
+        if single := next((n for n, v in parts[0].items() if not v.dim()), None):
+            raise ExportError(
+                f"output {single} is one number for a whole batch; adapters='mixed' needs one for each row"
+            )
+        return {n: torch.cat([p[n] for p in parts]) for n in parts[0]}
 
     def metadata(self) -> dict[str, str]:
         """Also the names in the order of the stack."""

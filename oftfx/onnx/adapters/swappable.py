@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from oftfx.errors import ExportError
 from oftfx.onnx.adapters.base import AdapterMode, Case
-from oftfx.onnx.adapters.blocks import adapter_blocks, identity_like
+from oftfx.onnx.adapters.blocks import Slots, adapter_blocks, identity_like
 from oftfx.onnx.signature import Signature
 from oftfx.placement import rotated_sites
+from oftfx.rotation.cayley import cayley
 from oftfx.rotation.module import FrozenRotation
+from oftfx.rotation.skew import skew_size
 
 
 class Swappable(AdapterMode):
@@ -25,17 +28,21 @@ class Swappable(AdapterMode):
     constants of them (OpenVINO) would compute the base whatever it is given, so there they have to be required.
     """
 
+    slots: Slots
+
     def __init__(self, model: nn.Module, name: str = "swappable") -> None:
         super().__init__(model, name)
-        self.blocks = adapter_blocks(model, only_active(self))
+        active = only_active(self)
+        self.slots = Slots.of(model, active)
+        self.blocks = adapter_blocks(model, active, self.slots)
         self._buffers: dict[str, str] = {}
 
-    def prepare(self, lowered: nn.Module, named: Mapping[str, str]) -> None:
+    def prepare(self, lowered: nn.Module) -> None:
         """Learn which buffer is which input."""
         paths = {id(m): n for n, m in lowered.named_modules() if isinstance(m, FrozenRotation)}
         for fqn, placement in rotated_sites(lowered):
             (frozen,) = placement.fixed
-            self._buffers[named[fqn]] = f"{paths[id(frozen)]}.blocks"
+            self._buffers[self.slots.names[fqn]] = f"{paths[id(frozen)]}.blocks"
 
     def inputs(self, signature: Signature) -> dict[str, Tensor]:  # noqa: ARG002
         """Blocks ``(blocks, b, b)`` by name."""
@@ -58,11 +65,31 @@ class Swappable(AdapterMode):
                 graph.register_initializer(value)
 
     def cases(self, reference: nn.Module, signature: Signature, inputs: Mapping[str, Tensor]) -> Iterator[Case]:  # noqa: ARG002
-        """The base, by default or by identities; and the active adapter."""
+        """The base, by default or by identities; the active adapter; and rotations that differ from site to site.
+
+        The adapter may not have been trained yet, and then would not show blocks that went to the wrong site.
+        """
         plain = {} if self.name == "swappable" else {n: identity_like(b) for n, b in self.blocks.items()}
         base = self.without(signature)
         yield Case("without an adapter", plain, base, self.model)
         yield Case(f"with adapter {self.active[0]!r}", self.blocks, partial(signature.run, reference), reference, base)
+        other = _random_like(self.blocks)
+        expected = partial(signature.run, self.caller(reference, other))
+        yield Case("with random rotations", other, expected, reference, base)
+
+    def metadata(self) -> dict[str, str]:
+        """Also which sites read which blocks."""
+        return super().metadata() | {"oftfx.rotations": json.dumps(dict(self.slots.names))}
+
+
+def _random_like(blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    found = {}
+    for name, value in blocks.items():
+        size = value.shape[-1]
+        skew = 0.1 * torch.randn(len(value), skew_size(size), generator=generator, dtype=value.dtype)
+        found[name] = cayley(skew, size, parameterization="cayley")
+    return found
 
 
 def only_active(mode: AdapterMode) -> str:

@@ -83,7 +83,9 @@ def _stand_in(fqn: str, module: nn.Module, weight_format: WeightFormat, dialect:
             weight = weight_of(module, weight_format)
             chosen = next((c for c in OPERATORS[dialect] if c.fits(weight, dialect)), None)
             if chosen is not None:
-                return chosen(weight, dialect), weight.deviation
+                new = chosen(weight, dialect)
+                # What rounds in the graph as the layer does is the layer's own weight.
+                return new, 0.0 if getattr(new, "rounded", None) is not None else weight.deviation
     except (FormatError, ExportError) as error:
         raise ExportError(f"{fqn}: {error}; {remedy}") from error
     raise ExportError(f"{fqn}: format {weight_format.name} has no operator in dialect {dialect!r}; {remedy}")
