@@ -203,7 +203,7 @@ def read_adapter(path: Path, interface: str, blocks: Mapping[str, Any]) -> Any:
                 return adapter
         except ServingError:
             raise
-        except Exception as error:  # the file is gone, may not be read, or is none that ONNX Runtime loads
+        except Exception as error:  # the file is gone, or ONNX Runtime's own types; their texts hold directories
             raise ServingError(f"{path.name} cannot be read as an {SUFFIX} file") from error
     raise ServingError(f"{path.name} changes while it is read; put the whole file there by renaming")
 
@@ -214,11 +214,8 @@ def _state(stat: os.stat_result) -> tuple[int, int, int]:
 
 
 def _check_adapter(path: Path, interface: str, blocks: Mapping[str, Any]) -> None:
-    try:
-        found = onnxruntime.AdapterFormat.read_adapter(str(path))
-        parameters = found.get_parameters()
-    except Exception as error:  # ONNX Runtime raises its own types, and RuntimeError for a file that is none of its
-        raise ServingError(f"{path.name} cannot be read as an {SUFFIX} file") from error  # its text has directories
+    found = onnxruntime.AdapterFormat.read_adapter(str(path))
+    parameters = found.get_parameters()
     remedy = "export it with oftfx.export_onnx_adapter from the model that this .onnx file came from"
     if str(found.get_model_version()) != interface:
         raise ServingError(
@@ -423,10 +420,11 @@ class ServedModel:
 
 
 def _rows_stay_apart(axes: Sequence[tuple[str, ...]]) -> bool:
-    """Whether all have the same named first axis, and that name stands nowhere else."""
+    """Whether all have the same named first axis, and that name stands nowhere else, nor in a sum like ``n + 1``."""
     first = {names[:1] for names in axes}
     batch = "".join(first.pop()) if len(first) == 1 else ""
-    return batch != "" and all(batch not in names[1:] for names in axes)
+    others = {other for names in axes for other in names[1:]}
+    return batch != "" and all(batch not in (other, *re.findall(r"\w+", other)) for other in others)
 
 
 def _unknown(name: str, names: Sequence[str]) -> RequestError:

@@ -282,6 +282,15 @@ def similarity(graphs, path):
     return graphs.save(path, nodes, ends, [graphs.value("z", TensorProto.FLOAT, ["batch", "batch"])], [], {})
 
 
+@pytest.mark.parametrize(("other", "batched"), [("2*batch", False), ("batch + 1", False), ("batches", True)])
+def test_an_axis_that_is_made_of_the_batch_is_no_free_axis(session, graphs, tmp_path, other, batched):
+    from onnx import TensorProto, helper
+
+    ends = [[graphs.value(n, TensorProto.FLOAT, ["batch", other])] for n in "xy"]
+    path = graphs.save(tmp_path / "m.onnx", [helper.make_node("Neg", ["x"], ["y"])], *ends, [], {})
+    assert session.ServedModel(path).batched is batched
+
+
 def test_rows_that_stand_beside_each_other_share_no_run(session, graphs, tmp_path):
     model = session.ServedModel(similarity(graphs, tmp_path / "clip.onnx"))
     assert not model.batched
