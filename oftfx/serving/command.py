@@ -18,7 +18,7 @@ def repository(
     name: Annotated[str | None, typer.Option(help="Of the model; the file's by default.")] = None,
     version: Annotated[int, typer.Option(help="Written next to the versions that are there.")] = 1,
     backend: Annotated[str | None, typer.Option(help="Of Triton: python (default) or onnxruntime.")] = None,
-    max_batch_size: Annotated[int, typer.Option(help="Rows in one run.")] = 8,
+    max_batch_size: Annotated[int, typer.Option(help="Rows in one run; 1: requests share none.")] = 8,
     max_queue_delay: Annotated[float, typer.Option(help="Seconds that a request waits for others at most.")] = 0.002,
     instances: Annotated[int, typer.Option(help="Runs at the same time.")] = 1,
     threads: Annotated[int | None, typer.Option(help="Of one run; every core by default.")] = None,

@@ -30,12 +30,15 @@ def layout(model: ServedModel, options: Options) -> Layout:
 
 
 def check(path: str, old: str, new: str) -> None:
-    """The server's settings are not changed behind its user's back.
+    """The settings that are there stay, whatever else stands in them; the addresses have to be those asked for.
 
     Raises:
-        ExportError: others are there.
+        ExportError: others are there, or they cannot be read.
     """
-    there, asked = json.loads(old), json.loads(new)
+    try:
+        there, asked = dict(json.loads(old)), json.loads(new)
+    except (TypeError, ValueError) as error:
+        raise ExportError(f"{path}: expected a JSON object, {error}; mend or remove it") from error
     for key in ("host", "http_port", "grpc_port"):
         if there.get(key) != asked[key]:
             raise ExportError(

@@ -8,14 +8,15 @@ each other's adapters. Requests are put together here instead, and grouped by ad
 from __future__ import annotations
 
 import asyncio
-import importlib.util
+import hashlib
 import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
 from mlserver import MLModel
-from mlserver.errors import MLServerError
+from mlserver.errors import MLServerError, ModelNotFound
 from mlserver.types import (
     InferenceRequest,
     InferenceResponse,
@@ -30,14 +31,18 @@ _KINDS = {"BOOL": "b", "INT": "iu", "UINT": "iu", "FP": "iufO"}  # null is NaN i
 
 
 def _session(folder: Path) -> Any:
-    """The file beside the model; versions of a model may come from different versions of oftfx."""
-    name = f"oftfx_session_{abs(hash(str(folder)))}"
+    """The file beside the model, as it is now; versions of a model may come from different versions of oftfx."""
+    path = folder / "oftfx_session.py"
+    source = path.read_bytes()
+    name = f"oftfx_session_{hashlib.sha256(str(path).encode() + source).hexdigest()}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, folder / "oftfx_session.py")
-        if spec is None or spec.loader is None:
-            raise FileNotFoundError(folder / "oftfx_session.py")
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
+        module = sys.modules[name] = ModuleType(name)  # its dataclasses look for it there
+        module.__file__ = str(path)
+        try:
+            exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)  # never stale byte code
+        except BaseException:
+            del sys.modules[name]
+            raise
     return sys.modules[name]
 
 
@@ -50,8 +55,11 @@ class OftfxModel(MLModel):
 
     async def load(self) -> bool:
         """Open the model and its adapters; what is wrong with them stops the load."""
+        self._open, self._tasks = False, []  # first of all: MLServer also unloads a model whose load fails
+        self._waiting: set[Any] = set()
         path = Path(await get_model_uri(self.settings)).resolve()
         folder, extra = path.parent, self.settings.parameters.extra or {}
+        self._rows, self._delay = extra.get("max_batch_size", 1), extra.get("max_queue_delay", 0.0)
         self._module = _session(folder)
         adapters = folder / "adapters"
         self._model = await asyncio.to_thread(
@@ -59,20 +67,21 @@ class OftfxModel(MLModel):
             path,
             adapters=adapters if adapters.is_dir() else None,
             threads=extra.get("threads"),
+            share_runs=self._rows > 1,
         )
-        self._rows, self._delay = extra.get("max_batch_size", 1), extra.get("max_queue_delay", 0.0)
         self._queue: asyncio.Queue[Any] = asyncio.Queue()
-        self._waiting: set[Any] = set()
         self._tasks = [asyncio.create_task(self._work()) for _ in range(extra.get("instances", 1))]
+        self._open = True
         return True
 
     async def unload(self) -> bool:
-        """Stop the tasks that run the model."""
+        """Refuse new requests, answer those that wait, then stop the tasks that run the model."""
+        self._open = False
+        if self._waiting:
+            await asyncio.wait(set(self._waiting))
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for answer in self._waiting:
-            answer.cancel()
         return True
 
     async def metadata(self) -> MetadataModelResponse:
@@ -93,6 +102,8 @@ class OftfxModel(MLModel):
         answer: Any = asyncio.get_running_loop().create_future()
         try:
             request = self._request(payload)
+            if not self._open:
+                raise ModelNotFound(self.name, self.settings.parameters.version)
             self._waiting.add(answer)
             await self._queue.put((request, answer))
             outputs = await answer

@@ -34,6 +34,10 @@ class Options:
             value = getattr(self, what)
             if not (isinstance(value, int) and value >= least) and not (what == "threads" and value is None):
                 raise ExportError(f"{what}: got {value!r}, expected a whole number from {least}")
+        for what in ("http_port", "grpc_port"):
+            value = getattr(self, what)
+            if not (isinstance(value, int) and 1 <= value <= 65535):
+                raise ExportError(f"{what}: got {value!r}, expected 1 to 65535")
         if wrong := [n for n in self.preferred_batch_sizes if not 1 <= n <= self.max_batch_size]:
             raise ExportError(f"preferred_batch_sizes: got {wrong[0]}, expected 1 to {self.max_batch_size}")
         if not self.max_queue_delay >= 0:
@@ -49,7 +53,7 @@ class Layout:
         own: text by name, of files of this version.
         runtime: for files of this version that are copied: our file by the name that it gets.
         backend: what runs the model.
-        command: starts the server; ``{out}`` stands for the repository.
+        command: starts the server, for a shell; ``{out}`` stands for the repository.
     """
 
     shared: Mapping[str, str]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -72,7 +73,14 @@ def write_repository(
     a run where their shapes and adapters allow it: rows of a ``"mixed"`` model whatever their adapters, of a
     ``"swappable"`` one by adapter. A file that is put into the version's ``adapters/``, replaced or removed there
     counts from the next request that names it. The model, its adapters and our few files that run them are copied: the
-    server needs ONNX Runtime and numpy, and neither oftfx nor torch.
+    server needs ONNX Runtime and numpy, and neither oftfx nor torch. Models run on the CPU only.
+
+    Sharing a run needs rows that are independent of each other. A graph in which the batch axis stands a second time,
+    as in CLIP's ``(batch, batch)``, is never shared; rows may act on each other without that (statistics over the
+    batch), and ``max_batch_size=1`` turns sharing off.
+
+    A file that all versions or models share (Triton's ``config.pbtxt``, MLServer's ``settings.json``) is written once
+    and then stays as it is; what it settles has to be asked for again with each further version.
 
     Args:
         model: an ``.onnx`` file of `oftfx.export_onnx`, its external data beside it.
@@ -84,10 +92,12 @@ def write_repository(
         backend: of Triton. ``"python"``, the default, runs ours. ``"onnxruntime"`` is Triton's own, for folded and
             fixed models: less copying, but it **ignores request parameters**, so a request that names an adapter is
             answered as if it had not.
-        max_batch_size: rows in one run. Triton refuses a larger request, MLServer runs it by itself.
+        max_batch_size: rows in one run. Triton refuses a larger request, MLServer runs it by itself. 1: every request
+            is run by itself, whatever its rows, by both.
         preferred_batch_sizes: rows at which Triton does not wait for more.
         max_queue_delay: seconds that a request waits for others at most.
-        instances: runs at the same time.
+        instances: runs at the same time. Triton's Python backend makes a process for each, with a copy of the weights
+            of its own; MLServer runs them in threads on one copy.
         threads: of one run; None: as many as there are cores.
         host: where the server listens; the default is this machine alone.
         http_port: by default 8000 for Triton, 8080 for MLServer.
@@ -123,8 +133,8 @@ def write_repository(
         instances=instances,
         threads=threads,
         host=host,
-        http_port=http_port or PORTS[server][0],
-        grpc_port=grpc_port or PORTS[server][1],
+        http_port=PORTS[server][0] if http_port is None else http_port,
+        grpc_port=PORTS[server][1] if grpc_port is None else grpc_port,
     )
     place = out / options.name / str(version)
     if place.exists():
@@ -146,7 +156,8 @@ def write_repository(
         _write_shared(out, layout, module)
         place.parent.mkdir(exist_ok=True)
         os.replace(made, place)
-    return Repository(out, place, names, layout.backend, layout.command.format(out=out))
+    command = layout.command.replace("{out}", shlex.quote(str(out)))
+    return Repository(out, place, names, layout.backend, command)
 
 
 def _files(model: Path, adapters: Mapping[str, str | Path]) -> dict[str, Path]:
@@ -186,9 +197,10 @@ def _fill(made: Path, files: Mapping[str, Path]) -> ServedModel:
 
 
 def _write_shared(out: Path, layout: Layout, module: ModuleType) -> None:
-    for path, text in layout.shared.items():
-        if (out / path).exists():
-            module.check(str(out / path), (out / path).read_text(), text)
-    for path, text in layout.shared.items():
+    """What is there and passes the check stays as it is: it holds for others too, and may be edited by hand."""
+    missing = {path: text for path, text in layout.shared.items() if not (out / path).exists()}
+    for path in layout.shared.keys() - missing.keys():
+        module.check(str(out / path), (out / path).read_text(), layout.shared[path])
+    for path, text in missing.items():
         (out / path).parent.mkdir(exist_ok=True)
         write_whole(out / path, text.encode())

@@ -7,6 +7,7 @@ is, beside the model, so that a server's environment stays small and a repositor
 from __future__ import annotations
 
 import json
+import os
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -89,7 +90,10 @@ class Tensor:
         if self.datatype == "BYTES":
             if array.dtype.kind not in "OSU":
                 raise RequestError(f"input {self.name!r} is {array.dtype}, expected text (BYTES)")
-            flat = [t.decode() if isinstance(t, bytes) else str(t) for t in array.reshape(-1).tolist()]
+            try:
+                flat = [t.decode() if isinstance(t, bytes) else str(t) for t in array.reshape(-1).tolist()]
+            except UnicodeDecodeError as error:
+                raise RequestError(f"input {self.name!r} holds bytes that are not UTF-8: {error}") from error
             array = np.array(flat, dtype=np.object_).reshape(array.shape)
         elif array.dtype != self.dtype:
             raise RequestError(f"input {self.name!r} is {array.dtype}, expected {np.dtype(self.dtype)}")
@@ -164,18 +168,22 @@ class AdapterFolder:
             with self._lock:
                 self._loaded.pop(name, None)
             raise _unknown(name, self.names()) from None
-        state = (stat.st_mtime_ns, stat.st_size, stat.st_ino)
+        state = _state(stat)
         with self._lock:
             loaded = self._loaded.get(name)
             if loaded is None or loaded[0] != state:
-                loaded = self._loaded[name] = (state, read_adapter(path, self.interface, self.blocks))
+                loaded = (state, read_adapter(path, self.interface, self.blocks))
+                there = self.names()  # those whose files are gone go too, or a long-lived server would keep them all
+                self._loaded = {n: one for n, one in self._loaded.items() if n in there} | {name: loaded}
             return loaded[1]
 
 
 def read_adapter(path: Path, interface: str, blocks: Mapping[str, Any]) -> Any:
     """Read an ``.onnx_adapter`` file as a ``LoraAdapter``, after a check that it belongs to the model.
 
-    ONNX Runtime itself compares neither the version in the file nor, before the first run, names and shapes.
+    ONNX Runtime itself compares neither the version in the file nor, before the first run, names and shapes. The check
+    and the load each open the path; a file that is replaced in between is read again, so that what was checked is what
+    answers. Messages name the file without its directory, for they are sent to clients.
 
     Args:
         path: the file.
@@ -183,49 +191,75 @@ def read_adapter(path: Path, interface: str, blocks: Mapping[str, Any]) -> Any:
         blocks: the model's overridable initializers by name.
 
     Raises:
-        ServingError: the file is damaged, or was exported for another model.
+        ServingError: the file is damaged, was exported for another model, or changes again and again.
     """
-    try:
-        found = onnxruntime.AdapterFormat.read_adapter(str(path))
-        parameters = found.get_parameters()
-    except Exception as error:  # ONNX Runtime raises its own types, and RuntimeError for a file that is none of its
-        raise ServingError(f"{path} cannot be read as an {SUFFIX} file: {error}") from error
+    for _ in range(10):
+        try:
+            before = _state(path.stat())
+            _check_adapter(path, interface, blocks)
+            adapter = onnxruntime.LoraAdapter()
+            adapter.Load(str(path))
+            if _state(path.stat()) == before:
+                return adapter
+        except ServingError:
+            raise
+        except Exception as error:  # the file is gone, or ONNX Runtime's own types; their texts hold directories
+            raise ServingError(f"{path.name} cannot be read as an {SUFFIX} file") from error
+    raise ServingError(f"{path.name} changes while it is read; put the whole file there by renaming")
+
+
+def _state(stat: os.stat_result) -> tuple[int, int, int]:
+    """What differs when another file stands under a name."""
+    return stat.st_mtime_ns, stat.st_size, stat.st_ino
+
+
+def _check_adapter(path: Path, interface: str, blocks: Mapping[str, Any]) -> None:
+    found = onnxruntime.AdapterFormat.read_adapter(str(path))
+    parameters = found.get_parameters()
     remedy = "export it with oftfx.export_onnx_adapter from the model that this .onnx file came from"
     if str(found.get_model_version()) != interface:
         raise ServingError(
-            f"{path} was exported for another model: its model version is {found.get_model_version()}, "
+            f"{path.name} was exported for another model: its model version is {found.get_model_version()}, "
             f"the model's oftfx.interface is {interface}; {remedy}"
         )
     for name, value in parameters.items():
         if name not in blocks:
-            raise ServingError(f"{path} holds {name!r}, which the model has not; {remedy}")
+            raise ServingError(f"{path.name} holds {name!r}, which the model has not; {remedy}")
         wanted = blocks[name]
         if list(value.shape()) != list(wanted.shape) or value.data_type() != wanted.type:
             raise ServingError(
-                f"{path}: {name!r} is {value.data_type()} {value.shape()}, "
+                f"{path.name}: {name!r} is {value.data_type()} {value.shape()}, "
                 f"the model's is {wanted.type} {wanted.shape}; {remedy}"
             )
-    adapter = onnxruntime.LoraAdapter()
-    adapter.Load(str(path))
-    return adapter
 
 
 class ServedModel:
     """A model file and its adapters, ready to answer requests from several threads.
 
-    Where the first axis of every input and output is the same free axis, requests are run together (`batched`):
-    a swappable model by adapter, for ONNX Runtime turns the adapter of a whole run; a mixed model all at once.
+    Where the first axis of every input and output is the same free axis and no other axis has its name, requests are
+    run together (`batched`): a swappable model by adapter, for ONNX Runtime turns the adapter of a whole run; a mixed
+    model all at once. An output (batch, batch) sets every row beside every other, so such a model answers one by one.
+    A graph whose rows act on each other without such an axis does not show it: turn `share_runs` off. The session runs
+    on the CPU.
 
     Args:
         path: the ``.onnx`` file.
         adapters: the directory of its ``.onnx_adapter`` files; for a swappable model.
         threads: of one run inside ONNX Runtime; None leaves it to ONNX Runtime, which takes every core.
+        share_runs: run requests together where the axes allow it.
 
     Raises:
         ServingError: the model cannot be served, or one of the adapters does not belong to it.
     """
 
-    def __init__(self, path: str | Path, *, adapters: str | Path | None = None, threads: int | None = None) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        adapters: str | Path | None = None,
+        threads: int | None = None,
+        share_runs: bool = True,
+    ) -> None:
         self.path = Path(path)
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -245,8 +279,7 @@ class ServedModel:
         inputs = [Tensor.of(i, self.path) for i in self._session.get_inputs()]
         self.inputs = tuple(i for i in inputs if self.mode != "mixed" or i.name != "adapter_index")
         self.outputs = tuple(Tensor.of(o, self.path) for o in self._session.get_outputs())
-        first = {t.axes[:1] for t in (*inputs, *self.outputs)}
-        self.batched = len(first) == 1 and any(first.pop())  # the same free axis, by name
+        self.batched = share_runs and _rows_stay_apart([t.axes for t in (*inputs, *self.outputs)])
         self._stack = json.loads(metadata["oftfx.adapter_names"]) if self.mode == "mixed" else []
         self._folder = self._adapter_folder(adapters, metadata)
 
@@ -316,12 +349,23 @@ class ServedModel:
         outputs = tuple(request.outputs) if request.outputs else all_outputs
         if missing := [o for o in outputs if o not in all_outputs]:
             raise RequestError(f"output {missing[0]!r} is not there; the model has {', '.join(all_outputs)}")
-        if self.batched and len({len(array) for array in feeds.values()}) != 1:
-            raise RequestError(f"the inputs differ in length: { ({n: len(a) for n, a in feeds.items()}) }")
+        self._check_axes(feeds)
         shapes = tuple(sorted((name, array.shape[1:]) for name, array in feeds.items()))
         # Rows of a mixed model choose for themselves; a LoraAdapter acts on the whole run.
         key = (shapes, outputs) if self.mode == "mixed" else (shapes, outputs, id(adapter))
         return _Ready(feeds, outputs, adapter, key)
+
+    def _check_axes(self, feeds: Mapping[str, np.ndarray]) -> None:
+        """Axes of one name have one length. ONNX Runtime does not compare them, and would broadcast a length of 1."""
+        bound: dict[str, tuple[int, str]] = {}
+        for tensor in self.inputs:
+            for axis, length in zip(tensor.axes, feeds[tensor.name].shape, strict=True):
+                there, first = bound.setdefault(axis, (length, tensor.name)) if axis else (length, "")
+                if there != length:
+                    raise RequestError(
+                        f"the inputs differ in length: axis {axis!r} is {there} in {first!r} and {length} in "
+                        f"{tensor.name!r}, expected the same"
+                    )
 
     def _adapter(self, parameters: Mapping[str, Any]) -> Any:
         for key in parameters:
@@ -373,6 +417,14 @@ class ServedModel:
             # The options keep no reference; `group` keeps the adapter alive during the run.
             options.add_active_adapter(group[0].adapter)
         return dict(zip(outputs, self._session.run(list(outputs), feeds, options), strict=True))
+
+
+def _rows_stay_apart(axes: Sequence[tuple[str, ...]]) -> bool:
+    """Whether all have the same named first axis, and that name stands nowhere else, nor in a sum like ``n + 1``."""
+    first = {names[:1] for names in axes}
+    batch = "".join(first.pop()) if len(first) == 1 else ""
+    others = {other for names in axes for other in names[1:]}
+    return batch != "" and all(batch not in (other, *re.findall(r"\w+", other)) for other in others)
 
 
 def _unknown(name: str, names: Sequence[str]) -> RequestError:

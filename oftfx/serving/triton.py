@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 
 from oftfx.errors import ExportError
 from oftfx.serving.options import Layout, Options
@@ -22,8 +24,9 @@ def layout(model: ServedModel, options: Options) -> Layout:
         )
     backend = options.backend or "python"
     python = {"model.py": "triton_model.py", "oftfx_session.py": "session.py"}
-    addresses = f"--http-address={options.host} --http-port={options.http_port} "
-    addresses += f"--grpc-address={options.host} --grpc-port={options.grpc_port}"
+    host = shlex.quote(options.host)
+    addresses = f"--http-address={host} --http-port={options.http_port} "
+    addresses += f"--grpc-address={host} --grpc-port={options.grpc_port}"
     return Layout(
         shared={f"{options.name}/config.pbtxt": config(model, backend, options)},
         own={},
@@ -34,38 +37,59 @@ def layout(model: ServedModel, options: Options) -> Layout:
 
 
 def check(path: str, old: str, new: str) -> None:
-    """One configuration holds for all versions: another set of inputs and outputs would break those that are there.
+    """One configuration holds for all versions, and it stays as it is there.
 
     Raises:
-        ExportError: it would.
+        ExportError: the new version has other inputs and outputs, or asks for other runs than that configuration says.
     """
     if _shared(old) != _shared(new):
         raise ExportError(
             f"{path}: the versions that are there have other inputs, outputs, batch size or backend; "
             f"write this model under another name\nthere:\n{_shared(old)}\nnew:\n{_shared(new)}"
         )
+    there, asked = _runs(old), _runs(new)
+    if differing := [what for what in asked if there[what] != asked[what]]:
+        found = "; ".join(f"{w} is {there[w] or 'not set'} there and {asked[w] or 'not set'} here" for w in differing)
+        raise ExportError(
+            f"{path} holds for every version: {found}; give the same, edit the file, or write this model under another "
+            "name"
+        )
 
 
 def _shared(text: str) -> str:
-    return text[: text.index(_END)] if _END in text else text
+    """Everything above the first comment: name, backend, rows, inputs and outputs."""
+    return re.split(r"^#", text, maxsplit=1, flags=re.MULTILINE)[0]
 
 
-_END = "# Below may differ from version to version.\n"
+_END = "# How runs are made: by all versions alike."
+_RUNS = {
+    "preferred_batch_sizes": r"\bpreferred_batch_size\s*:\s*\[([^\]]*)\]",
+    "max_queue_delay (microseconds)": r"\bmax_queue_delay_microseconds\s*:\s*(\d+)",
+    "instances": r"\bcount\s*:\s*(\d+)",
+    "threads": r'"(?:threads|intra_op_thread_count)"\s*,?\s*value\s*:?\s*\{\s*string_value\s*:\s*"(\d+)"',
+}
+
+
+def _runs(text: str) -> dict[str, str]:
+    """What was asked of the runs, by option; anything else that was added by hand is not looked at."""
+    text = re.sub(r"#.*", "", text.removeprefix(_shared(text)))
+    return {what: " ".join(re.findall(r"\d+", " ".join(re.findall(each, text)))) for what, each in _RUNS.items()}
 
 
 def config(model: ServedModel, backend: str, options: Options) -> str:
     """The text of ``config.pbtxt``.
 
     Args:
-        model: batches are formed where its inputs and outputs share their first axis.
+        model: batches are formed where it is `batched`, of two rows or more.
         backend: ``"python"`` or ``"onnxruntime"``.
         options: how it is served.
     """
-    size = options.max_batch_size if model.batched else 0
+    # At 0 Triton passes on each request alone, whatever its rows; at 1 it would refuse a second row.
+    size = options.max_batch_size if model.batched and options.max_batch_size > 1 else 0
     lines = [f"name: {json.dumps(options.name)}", f"backend: {json.dumps(backend)}", f"max_batch_size: {size}"]
     for word, found in (("input", model.inputs), ("output", model.outputs)):
         lines += [f"{word} [", ",\n".join(_tensor(t, size > 0) for t in found), "]"]
-    lines.append(_END.rstrip())
+    lines.append(_END)
     if size:
         preferred = ", ".join(str(n) for n in options.preferred_batch_sizes)
         sizes = f"preferred_batch_size: [ {preferred} ] " if preferred else ""

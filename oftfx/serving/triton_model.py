@@ -19,12 +19,16 @@ class TritonPythonModel:
 
     def initialize(self, args: dict[str, str]) -> None:
         """Open the model beside this file and its adapters; what is wrong with them stops the load."""
-        parameters = json.loads(args["model_config"]).get("parameters", {})
+        config = json.loads(args["model_config"])
+        parameters = config.get("parameters", {})
         threads = int(parameters["threads"]["string_value"]) if "threads" in parameters else None
         folder = Path(__file__).parent
         adapters = folder / "adapters"
         self._model = ServedModel(
-            folder / "model.onnx", adapters=adapters if adapters.is_dir() else None, threads=threads
+            folder / "model.onnx",
+            adapters=adapters if adapters.is_dir() else None,
+            threads=threads,
+            share_runs=config["max_batch_size"] > 1,
         )
 
     def execute(self, requests: list[Any]) -> list[Any]:

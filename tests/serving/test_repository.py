@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import sys
 from pathlib import Path
@@ -69,7 +70,7 @@ def test_a_triton_repository(model, adapters, tmp_path):
         "output [\n"
         '  { name: "y" data_type: TYPE_FP32 dims: [ -1, 4 ] }\n'
         "]\n"
-        "# Below may differ from version to version.\n"
+        "# How runs are made: by all versions alike.\n"
         "dynamic_batching { preferred_batch_size: [ 4, 8 ] max_queue_delay_microseconds: 500 }\n"
         "instance_group [ { kind: KIND_CPU count: 2 } ]\n"
         "version_policy: { all { } }\n"
@@ -169,6 +170,61 @@ def test_versions_and_models_stand_beside_each_other(graphs, model, adapters, tm
     assert not list(out.glob(".oftfx*"))
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"threads": 2}, "threads is 3 there and 2 here"),
+        ({"threads": None}, "threads is 3 there and not set here"),
+        ({"instances": 1}, "instances is 2 there and 1 here"),
+        ({"max_queue_delay": 0.002}, "max_queue_delay (microseconds) is 500 there and 2000 here"),
+        ({"preferred_batch_sizes": (4,)}, "preferred_batch_sizes is 4 8 there and 4 here"),
+    ],
+)
+def test_a_version_does_not_change_the_runs_of_another(model, tmp_path, options, message):
+    asked = {"threads": 3, "instances": 2, "max_queue_delay": 0.0005, "preferred_batch_sizes": (4, 8)}
+    config = write(model, tmp_path / "out", server="triton", **asked).path / "tenant/config.pbtxt"
+    edited = config.read_text() + "# by hand: threads and count: 9\nmodel_warmup [ ]\n"
+    config.write_text(edited)
+    with pytest.raises(ExportError, match=re.escape(message)):
+        write(model, tmp_path / "out", server="triton", version=2, **asked | options)
+    assert not (tmp_path / "out/tenant/2").exists()
+    write(model, tmp_path / "out", server="triton", version=2, **asked)
+    assert config.read_text() == edited
+
+
+def test_settings_of_mlserver_that_were_edited_stay(graphs, model, tmp_path):
+    settings = write(model, tmp_path / "out", server="mlserver").path / "settings.json"
+    edited = json.dumps(json.loads(settings.read_text()) | {"debug": True, "http_port": 9000})
+    settings.write_text(edited)
+    with pytest.raises(ExportError, match="http_port is 9000 there and 8080 here"):
+        write(model, tmp_path / "out", server="mlserver", version=2)
+    write(model, tmp_path / "out", server="mlserver", version=2, http_port=9000)
+    write(graphs.fixed(tmp_path / "other.onnx"), tmp_path / "out", server="mlserver", http_port=9000)
+    assert settings.read_text() == edited
+    for damaged in ("{", "[1]"):
+        settings.write_text(damaged)
+        with pytest.raises(ExportError, match="settings.json: expected a JSON object"):
+            write(model, tmp_path / "out", server="mlserver", version=3)
+        assert settings.read_text() == damaged
+
+
+def test_one_row_turns_sharing_off(model, tmp_path):
+    """Triton would refuse a second row at 1; at 0 it hands on each request as it is."""
+    config = (write(model, tmp_path, server="triton", max_batch_size=1).path / "tenant/config.pbtxt").read_text()
+    assert "max_batch_size: 0\n" in config
+    assert "dims: [ -1, -1, 4 ]" in config
+    assert "dynamic_batching" not in config
+
+
+@pytest.mark.parametrize("server", ["triton", "mlserver"])
+def test_the_command_is_for_a_shell(model, tmp_path, server):
+    out = tmp_path / "it's $HOME {here}"
+    written = write(model, out, server=server)
+    words = shlex.split(written.command)
+    assert str(out) in (word.removeprefix("--model-repository=") for word in words)
+    assert len(words) == {"triton": 7, "mlserver": 3}[server]
+
+
 def test_bad_adapters_are_refused_and_nothing_is_left(graphs, model, tmp_path):
     out = tmp_path / "models"
     foreign = graphs.write_adapter(tmp_path / "f.onnx_adapter", graphs.rotations("a")["a"], interface=5)
@@ -196,6 +252,9 @@ def test_bad_adapters_are_refused_and_nothing_is_left(graphs, model, tmp_path):
         ({"server": "triton", "max_batch_size": 0}, "max_batch_size: got 0"),
         ({"server": "triton", "instances": 1.5}, "instances: got 1.5"),
         ({"server": "triton", "threads": 0}, "threads: got 0"),
+        ({"server": "triton", "http_port": 0}, "http_port: got 0, expected 1 to 65535"),
+        ({"server": "mlserver", "http_port": -5}, "http_port: got -5"),
+        ({"server": "triton", "grpc_port": 65536}, "grpc_port: got 65536"),
         ({"server": "triton", "preferred_batch_sizes": (4, 9)}, "got 9, expected 1 to 8"),
         ({"server": "mlserver", "max_queue_delay": -1.0}, "max_queue_delay: got -1.0"),
     ],

@@ -349,6 +349,61 @@ def test_mlserver_puts_requests_together(kind, tmp_path):
     assert last == [2]
 
 
+def test_triton_shares_no_run_at_one_row(tmp_path):
+    """Requests of one to three rows at once; each is answered, and by itself."""
+    environment("triton")
+    http, grpc = free_ports()
+    more = {"http_port": http, "grpc_port": grpc, "max_batch_size": 1, "max_queue_delay": 2.0}
+    written, blocks = small("mixed", "triton", tmp_path, **more)
+    answers = {}
+
+    def work(index):
+        x = np.random.default_rng(index).standard_normal((1 + index % 3, 2, 4)).astype(np.float32)
+        name = [None, "a1", "a2"][index % 3]
+        answers[index] = server.infer("m", {"x": x}, choose(name)), x.astype(np.float64) @ blocks.get(name, np.eye(4))
+
+    with Server("triton", written, http, grpc) as server:
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        (found,) = json.loads(server.get("/v2/models/m/stats")[1])["model_stats"]
+    assert len(answers) == 6
+    for answer, expected in answers.values():
+        assert distance(answer.outputs["y"], expected) < BOUND
+    assert found["execution_count"] == 6
+
+
+def test_mlserver_shares_no_run_at_one_row(tmp_path):
+    venv = environment("mlserver")
+    written, blocks = small("mixed", "mlserver", tmp_path, max_batch_size=1, max_queue_delay=0.05)
+    for name, array in blocks.items():
+        np.save(written.model / f"{name}.npy", array)
+    script = [str(venv / "bin/python"), str(ROOT / "tests/serving/together.py"), str(written.model)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["error"] < BOUND
+    # Of the client that goes away nothing is run.
+    assert [rows for rows in found["runs"] if rows] == [[1], [2]] * 6 + [[2]]
+
+
+def test_mlserver_unloads_after_the_last_answer_and_loads_what_is_there(tmp_path):
+    venv = environment("mlserver")
+    written, _ = small("mixed", "mlserver", tmp_path, max_batch_size=3)
+    script = [str(venv / "bin/python"), str(ROOT / "tests/serving/lifecycle.py"), str(written.model)]
+    done = subprocess.run(script, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["before"] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    for late in (found["during"], found["after"]):
+        assert late == "ModelNotFound: Model m with version 1 not found"
+    # A file that fails, mended, changed. The modules of `unloading` and of the last two stay, the failed one does not.
+    assert found["loads"] == ["half", 0, 1]
+    assert found["modules"] == 3
+
+
 def test_an_adapter_is_added_and_removed_while_the_server_runs(server, files):
     folder = server.repository.path / "llama/1/adapters"
     source = files.adapters["first", "a2"].read_bytes()
@@ -362,6 +417,7 @@ def test_an_adapter_is_added_and_removed_while_the_server_runs(server, files):
     broken = server.infer("llama", tokens(), choose("new"), "1")
     assert broken.status == 500
     assert "new.onnx_adapter" in broken.error
+    assert str(folder) not in broken.error
     (folder / "new.onnx_adapter").unlink()
     assert "there are: a1, a2;" in server.infer("llama", tokens(), choose("new"), "1").error
 

@@ -1,8 +1,10 @@
 """The runtime class, in this process: the same file that `write_repository` copies into a repository."""
 
+import gc
 import subprocess
 import sys
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -188,6 +190,9 @@ def test_every_type_passes_unchanged(session, graphs, tmp_path):
         for name, array in request.inputs.items():
             assert answer[f"{name}_out"].dtype == array.dtype
             assert np.array_equal(answer[f"{name}_out"], array), name
+    latin = graphs.typed_inputs() | {"text": np.full((2, 3), "größe".encode("latin-1"), dtype=object)}
+    with pytest.raises(session.RequestError, match="input 'text' holds bytes that are not UTF-8"):
+        model.run(session.Request(latin))
     encoded = graphs.typed_inputs()
     encoded["text"] = np.array([t.encode() for t in encoded["text"].reshape(-1)], dtype=object).reshape(2, 3)
     assert np.array_equal(model.run(session.Request(encoded))["text_out"], graphs.typed_inputs()["text"])
@@ -212,7 +217,7 @@ def test_wrong_requests_say_what_is_expected(session, folder, inputs, outputs, m
 
 def test_inputs_of_different_lengths_and_refused_values(session, graphs, tmp_path):
     model = session.ServedModel(graphs.types(tmp_path / "types.onnx"))
-    with pytest.raises(session.RequestError, match="the inputs differ in length"):
+    with pytest.raises(session.RequestError, match="axis 'batch' is 2 in 'text' and 3 in 'rows'"):
         model.run(session.Request({**graphs.typed_inputs(2), "rows": np.zeros(3, np.int32)}))
     with pytest.raises(session.RequestError, match=r"'text' is int64, expected text"):
         model.run(session.Request({**graphs.typed_inputs(2), "text": np.zeros((2, 3), np.int64)}))
@@ -266,6 +271,132 @@ def test_axes_that_are_not_one_batch_are_run_one_by_one(session, graphs, tmp_pat
     ends = [graphs.value("x", TensorProto.FLOAT, ["a", "b"]), graphs.value("y", TensorProto.FLOAT, ["b", "c"])]
     nodes, out = [helper.make_node("MatMul", ["x", "y"], ["z"])], [graphs.value("z", TensorProto.FLOAT, ["a", "c"])]
     assert not session.ServedModel(graphs.save(tmp_path / "p.onnx", nodes, ends, out, [], {})).batched
+
+
+def similarity(graphs, path):
+    """``z = a @ b^T``: each row of `a` beside each row of `b`, as CLIP's logits."""
+    from onnx import TensorProto, helper
+
+    nodes = [helper.make_node("Transpose", ["b"], ["bt"], perm=[1, 0]), helper.make_node("MatMul", ["a", "bt"], ["z"])]
+    ends = [graphs.value(n, TensorProto.FLOAT, ["batch", 4]) for n in "ab"]
+    return graphs.save(path, nodes, ends, [graphs.value("z", TensorProto.FLOAT, ["batch", "batch"])], [], {})
+
+
+@pytest.mark.parametrize(("other", "batched"), [("2*batch", False), ("batch + 1", False), ("batches", True)])
+def test_an_axis_that_is_made_of_the_batch_is_no_free_axis(session, graphs, tmp_path, other, batched):
+    from onnx import TensorProto, helper
+
+    ends = [[graphs.value(n, TensorProto.FLOAT, ["batch", other])] for n in "xy"]
+    path = graphs.save(tmp_path / "m.onnx", [helper.make_node("Neg", ["x"], ["y"])], *ends, [], {})
+    assert session.ServedModel(path).batched is batched
+
+
+def test_rows_that_stand_beside_each_other_share_no_run(session, graphs, tmp_path):
+    model = session.ServedModel(similarity(graphs, tmp_path / "clip.onnx"))
+    assert not model.batched
+    asked = [{n: x(1, rows, 10 * rows + i)[0] for i, n in enumerate("ab")} for rows in (2, 3, 1)]
+    for inputs, answer in zip(asked, model.run_all([session.Request(i) for i in asked]), strict=True):
+        expected = inputs["a"].astype(np.float64) @ inputs["b"].T
+        assert answer["z"].shape == expected.shape
+        assert np.abs(answer["z"] - expected).max() < 2e-6
+
+
+@pytest.mark.parametrize("kind", ["swappable", "mixed"])
+def test_sharing_can_be_turned_off(session, graphs, folder, kind, monkeypatch):
+    blocks, runs = graphs.rotations("a1", "a2"), []
+    path = folder / "model.onnx" if kind == "swappable" else graphs.mixed(folder / "mixed.onnx", blocks)
+    adapters = folder / "adapters" if kind == "swappable" else None
+    model = session.ServedModel(path, adapters=adapters, share_runs=False)
+    monkeypatch.setattr(model, "_session", Counting(model._session, runs))
+    requests = [session.Request({"x": x(rows, 3, rows)}, choose("a1")) for rows in (2, 1, 3)]
+    for rows, answer in zip((2, 1, 3), model.run_all(requests), strict=True):
+        assert np.abs(answer["y"] - x(rows, 3, rows).astype(np.float64) @ blocks["a1"]).max() < 2e-6
+    assert runs == [2, 1, 3]
+
+
+def test_axes_of_one_name_have_one_length(session, graphs, tmp_path):
+    """``y = a + b``: ONNX Runtime broadcasts a length of 1, and the mask of one token would serve for all."""
+    from onnx import TensorProto, helper
+
+    for first in ("batch", 2):  # whether runs are shared or not
+        ends = [graphs.value(n, TensorProto.FLOAT, [first, "length"]) for n in "aby"]
+        path = graphs.save(
+            tmp_path / "m.onnx", [helper.make_node("Add", ["a", "b"], ["y"])], ends[:2], ends[2:], [], {}
+        )
+        model = session.ServedModel(path)
+        with pytest.raises(session.RequestError, match=r"axis 'length' is 3 in 'a' and 1 in 'b', expected the same"):
+            model.run(session.Request({"a": np.ones((2, 3), np.float32), "b": np.ones((2, 1), np.float32)}))
+        got = model.run(session.Request({"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)}))["y"]
+        assert np.array_equal(got, np.full((2, 3), 2, np.float32))
+    square = graphs.value("x", TensorProto.FLOAT, ["n", "n"]), graphs.value("y", TensorProto.FLOAT, ["n", "n"])
+    nodes = [helper.make_node("MatMul", ["x", "x"], ["y"])]
+    model = session.ServedModel(graphs.save(tmp_path / "s.onnx", nodes, [square[0]], [square[1]], [], {}))
+    with pytest.raises(session.RequestError, match=r"axis 'n' is 2 in 'x' and 3 in 'x'"):
+        model.run(session.Request({"x": np.ones((2, 3), np.float32)}))
+
+
+@pytest.mark.parametrize("interface", [1, None])
+def test_a_file_that_is_replaced_between_check_and_load_is_checked_again(
+    session, graphs, folder, monkeypatch, interface
+):
+    blocks, real = graphs.rotations("a1", "other"), session.onnxruntime.LoraAdapter
+    model, path, loads = opened(session, folder), folder / "adapters/new.onnx_adapter", []
+    graphs.write_adapter(path, blocks["a1"])
+
+    class Late:
+        def __new__(cls):
+            if not loads:  # after the check, before the load
+                graphs.write_adapter(path, blocks["other"], *([interface] if interface else []))
+            loads.append(1)
+            return real()
+
+    monkeypatch.setattr(session.onnxruntime, "LoraAdapter", Late)
+    if interface:
+        with pytest.raises(session.ServingError, match="exported for another model"):
+            model.run(session.Request({"x": x()}, choose("new")))
+    else:
+        got = model.run(session.Request({"x": x()}, choose("new")))["y"]
+        assert np.abs(got - x() @ blocks["other"]).max() < 2e-6
+        assert len(loads) == 2
+
+
+def test_a_file_that_never_rests_is_refused(session, graphs, folder, monkeypatch):
+    blocks, real = graphs.rotations("a1")["a1"], session.onnxruntime.LoraAdapter
+
+    def restless():
+        graphs.write_adapter(folder / "adapters/new.onnx_adapter", blocks)
+        return real()
+
+    model = opened(session, folder)
+    graphs.write_adapter(folder / "adapters/new.onnx_adapter", blocks)
+    monkeypatch.setattr(session.onnxruntime, "LoraAdapter", restless)
+    with pytest.raises(session.ServingError, match=r"^new.onnx_adapter changes while it is read"):
+        model.run(session.Request({"x": x()}, choose("new")))
+
+
+def test_an_adapter_whose_file_is_gone_is_dropped_when_another_is_loaded(session, graphs, folder):
+    model = opened(session, folder)
+    gone, stays = (weakref.ref(model._folder.get(name)) for name in ("a1", "a2"))
+    (folder / "adapters/a1.onnx_adapter").unlink()
+    graphs.write_adapter(folder / "adapters/new.onnx_adapter", graphs.rotations("new")["new"])
+    model.run(session.Request({"x": x()}, choose("new")))
+    gc.collect()
+    assert gone() is None
+    assert stays() is model._folder.get("a2")
+
+
+@pytest.mark.parametrize("wrong", ["foreign", "damaged", "names", "shapes"])
+def test_answers_name_the_adapter_and_no_directory(session, graphs, folder, wrong):
+    model, path = opened(session, folder), folder / "adapters/new.onnx_adapter"
+    blocks = graphs.rotations("a")["a"]
+    if wrong == "damaged":
+        path.write_bytes(graphs.write_adapter(path, blocks).read_bytes()[:-40])
+    else:
+        more = {"foreign": {"interface": 1}, "names": {"name": "b"}, "shapes": {}}[wrong]
+        graphs.write_adapter(path, blocks[:, :3] if wrong == "shapes" else blocks, **more)
+    with pytest.raises(session.ServingError, match=r"^new\.onnx_adapter") as caught:
+        model.run(session.Request({"x": x()}, choose("new")))
+    assert "/" not in str(caught.value)
 
 
 def test_threads_with_different_adapters_do_not_disturb_each_other(session, graphs, folder):
