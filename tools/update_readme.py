@@ -148,6 +148,7 @@ def tables():
         "fold minilm": fold_quality("MiniLM-L6"),
         "fold updates": updates(),
         "speed": speed(),
+        "onnx": onnx(),
         "serving": serving(),
         "ocr": ocr(),
         "zoo": zoo(),
