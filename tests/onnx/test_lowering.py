@@ -200,7 +200,7 @@ def test_a_rounding_that_a_runtime_leaves_out_is_refused():
         lower_quantized(nn.Sequential(layer), "openvino")
     lowered = lower_quantized(nn.Sequential(layer), "ort")
     assert lowered.opset == 19
-    assert lowered.deviation > 1e-3
+    assert lowered.deviation == 0  # the file rounds as the layer does, so it is held to the bound of floats
 
 
 @pytest.mark.needs("torchao")
