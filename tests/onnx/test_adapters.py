@@ -151,8 +151,9 @@ def test_each_row_of_a_batch_has_its_adapter(tenants, ids, tmp_path):
         assert rel(torch.from_numpy(got[index : index + 1]), expected(tenants, names[row] or None, alone)) < 2e-6
         (single,) = run.run(["logits"], feed(alone, adapter_index=rows[index : index + 1]))
         assert rel(torch.from_numpy(single), torch.from_numpy(got[index : index + 1])) < 1e-6
-    with pytest.raises(Exception, match="out of"):
-        run.run(["logits"], feed(inputs, adapter_index=rows + 4))
+    for wrong in [rows + 4, rows - 1]:
+        with pytest.raises(Exception, match="out of"):
+            run.run(["logits"], feed(inputs, adapter_index=wrong))
 
 
 def test_untrained_rotations_of_several_layers_stay_apart(tiny_llama, ids, tmp_path):

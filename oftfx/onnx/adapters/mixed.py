@@ -116,7 +116,9 @@ class Mixed(AdapterMode):
         """With every rotation knowing the rows' adapters."""
 
         def call(**kwargs: Any) -> Any:
-            self._choice.rows = values[INDEX]
+            rows = values[INDEX]
+            # `Gather` counts negative places from the end: an unknown adapter would be the last one, without an error.
+            self._choice.rows = torch.where(rows < 0, len(self.named) + 1, rows)
             try:
                 return model(**kwargs)
             finally:
