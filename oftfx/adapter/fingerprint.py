@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from oftfx.adapter.save_load import adapter_tensors
 from oftfx.adapter.store import located
+from oftfx.rotation.module import whole
 
 
 def fingerprint(model: nn.Module, adapter: str = "default") -> str:
@@ -28,5 +29,5 @@ def fingerprint(model: nn.Module, adapter: str = "default") -> str:
         digest.update(f"{entry.fqn} {meaning}\n".encode())
     for name, tensor in sorted(adapter_tensors(root, store, adapter), key=lambda item: item[0]):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        digest.update(whole(tensor).detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
