@@ -81,7 +81,21 @@ def convolutions(draw):
     last = dims > 1 and draw(st.booleans())
     batched = draw(st.booleans())
     placement = draw(st.sampled_from(["auto", "activation"])) if set(kernel) == {1} else "auto"
+    # There torch's own gradient is wrong: see the test below.
+    batched = batched or (last and conv["groups"] > 1)
     return conv, size, block, last, batched, placement
+
+
+def test_torch_computes_a_wrong_weight_gradient_without_a_batch_in_channels_last():
+    """Plain torch 2.13 on a CPU, grouped: a fault of its own. Once this fails, `convolutions` need not leave it out."""
+    weight = torch.randn(2, 2, 1, 1).to(memory_format=torch.channels_last).requires_grad_()
+    x = torch.randn(1, 4, 5, 5).to(memory_format=torch.channels_last)
+    alone, whole = (
+        torch.autograd.grad(nn.functional.conv2d(given, weight, groups=2).sum(), weight)[0] for given in (x[0], x)
+    )
+    exact = nn.functional.unfold(x, 1).sum(-1).view(2, 2, 1, 1)
+    assert rel(whole, exact) < 1e-6
+    assert rel(alone, exact) > 1e-2
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
