@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from oftfx.errors import OftfxError
+from oftfx.modes import input_name
 from oftfx.placement.base import Placement
 from oftfx.rotation.identity import Identity
 from oftfx.rotation.module import FrozenRotation, Rotation, caching
@@ -55,10 +56,12 @@ class RotateWeight(Placement):
 
     def register(self) -> None:
         """Around the reader's forward."""
-        self.reader.register_forward_pre_hook(self)
+        self.reader.register_forward_pre_hook(self, with_kwargs=True)
         self.reader.register_forward_hook(self.give_back, always_call=True)
 
-    def __call__(self, module: nn.Module, args: Any) -> None:
+    def __call__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Put the rotated weight in the Parameter's place."""
         if getattr(module, "_is_replica", False):
             raise OftfxError(
@@ -76,12 +79,13 @@ class RotateWeight(Placement):
         if torch.compiler.is_compiling():
             if weight is not None:
                 self.module.__dict__[self.parameter] = weight
-            return
+            return None
         with _LOCK:  # several threads may be in the reader at once
             _inside().append((self, weight is not None))
             if weight is not None:
                 self._entered += 1
                 self.module.__dict__[self.parameter] = weight
+        return None if weight is None else with_right_gradient(module, args, kwargs or {})
 
     def give_back(self, module: nn.Module, args: Any, output: Any) -> None:
         """Uncover the Parameter, once no thread needs the rotated weight any more."""
@@ -132,6 +136,23 @@ class RotateWeight(Placement):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None, "_entered": 0}
+
+
+def with_right_gradient(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+    """Inputs from which torch computes the right gradient of a weight; None where those given are such.
+
+    Of a grouped `nn.Conv2d` whose weight and input are in channels_last, torch (2.13, on a CPU) computes a wrong one if
+    the input has no batch axis. A contiguous input gives the same output, bit for bit, and the right gradient.
+    """
+    if not (isinstance(module, nn.Conv2d) and module.groups > 1 and torch.is_grad_enabled()):
+        return None
+    name = None if args else input_name(module, kwargs)
+    x = args[0] if name is None else kwargs[name]
+    if x.dim() != 3 or x.is_contiguous():
+        return None
+    return ((x.contiguous(), *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x.contiguous()})
 
 
 def _cacheable(weight: torch.Tensor) -> bool:
