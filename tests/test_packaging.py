@@ -111,7 +111,5 @@ def test_the_house():
     tracked = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=False).stdout.split()
     assert {t.split("/")[0] for t in tracked if not t.startswith(".")} <= allowed
     for path in [*ROOT.glob("oftfx/**/*.py"), *ROOT.glob("passes/**/*.py")]:
-        # A server's repository gets a copy of serving/session.py, so what it needs is in this one file.
-        most = 450 if path.parts[-2:] == ("serving", "session.py") else 400
-        assert len(path.read_text().splitlines()) <= most, path
+        assert len(path.read_text().splitlines()) <= 400, path
         assert path.name != "utils.py"

@@ -7,7 +7,7 @@ from typing import Any
 
 from oftfx.errors import ExportError
 from oftfx.serving.options import Layout, Options
-from oftfx.serving.session import ServedModel, Tensor
+from oftfx.serving.runtime import ServedModel, Tensor
 
 MESSAGE = 2**31 - 1  # bytes of one gRPC message; the default of 4 MiB is less than the logits of one sentence
 
@@ -23,7 +23,7 @@ def layout(model: ServedModel, options: Options) -> Layout:
     return Layout(
         shared={"settings.json": server_settings(options)},
         own={"model-settings.json": model_settings(model, options)},
-        runtime={"oftfx_mlserver.py": "mlserver_model.py", "oftfx_session.py": "session.py"},
+        runtime={"oftfx_mlserver.py": "mlserver_model.py", "oftfx_runtime": "runtime"},
         backend="mlserver",
         command="mlserver start {out}",
     )

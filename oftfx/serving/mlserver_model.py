@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import importlib.util
 import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -30,20 +30,31 @@ from mlserver.utils import get_model_uri
 _KINDS = {"BOOL": "b", "INT": "iu", "UINT": "iu", "FP": "iufO"}  # null is NaN in JSON; it arrives in an object array
 
 
-def _session(folder: Path) -> Any:
-    """The file beside the model, as it is now; versions of a model may come from different versions of oftfx."""
-    path = folder / "oftfx_session.py"
-    source = path.read_bytes()
-    name = f"oftfx_session_{hashlib.sha256(str(path).encode() + source).hexdigest()}"
-    if name not in sys.modules:
-        module = sys.modules[name] = ModuleType(name)  # its dataclasses look for it there
-        module.__file__ = str(path)
-        try:
-            exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)  # never stale byte code
-        except BaseException:
-            del sys.modules[name]
-            raise
-    return sys.modules[name]
+def _runtime(folder: Path) -> Any:
+    """The package beside the model, as it is now; versions of a model may come from different versions of oftfx."""
+    package = folder / "oftfx_runtime"
+    digest = hashlib.sha256(str(package).encode())
+    for path in sorted(package.glob("*.py")):
+        digest.update(path.name.encode() + path.read_bytes())
+    name = f"oftfx_runtime_{digest.hexdigest()}"
+    if name in sys.modules:
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(
+        name, package / "__init__.py", submodule_search_locations=[str(package)]
+    )
+    if spec is None or spec.loader is None:
+        raise FileNotFoundError(package)
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    written, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a changed file must not meet stale byte code
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        for loaded in [n for n in sys.modules if n == name or n.startswith(f"{name}.")]:
+            del sys.modules[loaded]
+        raise
+    finally:
+        sys.dont_write_bytecode = written
+    return module
 
 
 class OftfxModel(MLModel):
@@ -60,7 +71,7 @@ class OftfxModel(MLModel):
         path = Path(await get_model_uri(self.settings)).resolve()
         folder, extra = path.parent, self.settings.parameters.extra or {}
         self._rows, self._delay = extra.get("max_batch_size", 1), extra.get("max_queue_delay", 0.0)
-        self._module = _session(folder)
+        self._module = _runtime(folder)
         adapters = folder / "adapters"
         self._model = await asyncio.to_thread(
             self._module.ServedModel,

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from oftfx.errors import ExportError
-from oftfx.serving.session import NAME
+from oftfx.serving.runtime import NAME
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Layout:
     Args:
         shared: text by path from the repository's root, of files that all models or versions share.
         own: text by name, of files of this version.
-        runtime: for files of this version that are copied: our file by the name that it gets.
+        runtime: what of ours is copied into this version: file or package by the name that it gets.
         backend: what runs the model.
         command: starts the server, for a shell; ``{out}`` stands for the repository.
     """

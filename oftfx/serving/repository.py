@@ -18,7 +18,7 @@ from oftfx.files import write_whole
 
 if TYPE_CHECKING:
     from oftfx.serving.options import Layout
-    from oftfx.serving.session import ServedModel
+    from oftfx.serving.runtime import ServedModel
 
 HERE = Path(__file__).parent
 PORTS = {"triton": (8000, 8001), "mlserver": (8080, 8081)}
@@ -152,7 +152,7 @@ def write_repository(
         for path, text in layout.own.items():
             (made / path).write_text(text)
         for path, source in layout.runtime.items():
-            shutil.copyfile(HERE / source, made / path)
+            _copy(HERE / source, made / path)
         _write_shared(out, layout, module)
         place.parent.mkdir(exist_ok=True)
         os.replace(made, place)
@@ -162,7 +162,7 @@ def write_repository(
 
 def _files(model: Path, adapters: Mapping[str, str | Path]) -> dict[str, Path]:
     """What is copied into a version's directory: source by name."""
-    from oftfx.serving.session import NAME, SUFFIX
+    from oftfx.serving.runtime import NAME, SUFFIX
 
     if not model.is_file():
         raise ExportError(f"{model} is no file; expected one that oftfx.export_onnx wrote")
@@ -185,7 +185,7 @@ def _external(model: Path) -> set[str]:
 
 
 def _fill(made: Path, files: Mapping[str, Path]) -> ServedModel:
-    from oftfx.serving.session import ServedModel
+    from oftfx.serving.runtime import ServedModel
 
     (made / "adapters").mkdir(parents=True)
     for name, source in files.items():
@@ -194,6 +194,13 @@ def _fill(made: Path, files: Mapping[str, Path]) -> ServedModel:
         (made / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, made / name)
     return ServedModel(made / "model.onnx", adapters=made / "adapters", threads=1)
+
+
+def _copy(source: Path, target: Path) -> None:
+    if source.is_dir():
+        shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+    else:
+        shutil.copyfile(source, target)
 
 
 def _write_shared(out: Path, layout: Layout, module: ModuleType) -> None:

@@ -8,7 +8,7 @@ import shlex
 
 from oftfx.errors import ExportError
 from oftfx.serving.options import Layout, Options
-from oftfx.serving.session import ServedModel, Tensor
+from oftfx.serving.runtime import ServedModel, Tensor
 
 
 def layout(model: ServedModel, options: Options) -> Layout:
@@ -23,7 +23,7 @@ def layout(model: ServedModel, options: Options) -> Layout:
             "use backend='python', or export it with adapters='fixed' or folded"
         )
     backend = options.backend or "python"
-    python = {"model.py": "triton_model.py", "oftfx_session.py": "session.py"}
+    python = {"model.py": "triton_model.py", "oftfx_runtime": "runtime"}
     host = shlex.quote(options.host)
     addresses = f"--http-address={host} --http-port={options.http_port} "
     addresses += f"--grpc-address={host} --grpc-port={options.grpc_port}"

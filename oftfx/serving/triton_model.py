@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
-from oftfx_session import Request, RequestError, ServedModel
+from oftfx_runtime import Request, RequestError, ServedModel
 
 
 class TritonPythonModel:

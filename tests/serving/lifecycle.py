@@ -5,6 +5,7 @@ Writes, as JSON, what became of requests around an unload, and of a runtime file
 
 import asyncio
 import json
+import re
 import sys
 import threading
 from pathlib import Path
@@ -59,7 +60,7 @@ async def unloading():
 
 async def loading():
     """A runtime file that raises, then the same one mended, then another: each load reads what is there."""
-    file = FOLDER / "oftfx_session.py"
+    file = FOLDER / "oftfx_runtime/served_model.py"
     source, found = file.read_text(), []
     texts = [f"{source}\nraise RuntimeError('half')\n", *(f"{source}\nMARK = {i}\n" for i in range(2))]
     for text in texts:
@@ -67,11 +68,14 @@ async def loading():
         model = made()
         try:
             assert await model.load()
-            found.append(model._module.MARK)
+            found.append(model._module.served_model.MARK)
         except Exception as error:
             found.append(str(error))
         await model.unload()
-    return {"loads": found, "modules": sum(name.startswith("oftfx_session") for name in sys.modules)}
+    return {
+        "loads": found,
+        "modules": sum(re.fullmatch(r"oftfx_runtime_\w+", name) is not None for name in sys.modules),
+    }
 
 
 async def main():

@@ -16,6 +16,7 @@ from oftfx.errors import ExportError, MissingExtraError
 pytestmark = pytest.mark.needs("onnx", "onnxruntime")
 
 SOURCES = Path(oftfx.__file__).parent / "serving"
+RUNTIME = [f"oftfx_runtime/{n}.py" for n in ("__init__", "adapters", "errors", "protocol", "served_model")]
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_triton_repository(model, adapters, tmp_path):
         instances=2,
         threads=3,
     )
-    version = ["adapters/a1.onnx_adapter", "adapters/a2.onnx_adapter", "model.onnx", "model.py", "oftfx_session.py"]
+    version = ["adapters/a1.onnx_adapter", "adapters/a2.onnx_adapter", "model.onnx", "model.py", *RUNTIME]
     assert tree(out) == [*(f"tenant/1/{f}" for f in version), "tenant/config.pbtxt"]
     assert (out / "tenant/config.pbtxt").read_text() == (
         'name: "tenant"\n'
@@ -77,7 +78,8 @@ def test_a_triton_repository(model, adapters, tmp_path):
         'parameters { key: "threads" value: { string_value: "3" } }\n'
     )
     # The very files that are tested.
-    assert (written.model / "oftfx_session.py").read_bytes() == (SOURCES / "session.py").read_bytes()
+    for path in RUNTIME:
+        assert (written.model / path).read_bytes() == (SOURCES / "runtime" / Path(path).name).read_bytes()
     assert (written.model / "model.py").read_bytes() == (SOURCES / "triton_model.py").read_bytes()
     assert (written.adapters, written.backend) == (("a1", "a2"), "python")
     assert written.command == (
@@ -91,7 +93,7 @@ def test_a_triton_repository(model, adapters, tmp_path):
 def test_an_mlserver_directory(model, adapters, tmp_path):
     out = tmp_path / "models"
     written = write(model, out, server="mlserver", name="m", version=7, adapters=adapters, threads=2, grpc_port=9001)
-    version = ["model-settings.json", "model.onnx", "oftfx_mlserver.py", "oftfx_session.py"]
+    version = ["model-settings.json", "model.onnx", "oftfx_mlserver.py", *RUNTIME]
     files = [f"m/7/{f}" for f in ("adapters/a1.onnx_adapter", "adapters/a2.onnx_adapter", *version)]
     assert tree(out) == [*files, "settings.json"]
     settings = json.loads((out / "settings.json").read_text())

@@ -1,10 +1,11 @@
-"""The runtime class, in this process: the same file that `write_repository` copies into a repository."""
+"""The runtime, in this process: the same package that `write_repository` copies into a repository."""
 
 import gc
 import subprocess
 import sys
 import threading
 import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +16,10 @@ pytestmark = pytest.mark.needs("onnx", "onnxruntime")
 
 
 @pytest.fixture
-def session():
-    from oftfx.serving import session
+def runtime():
+    from oftfx.serving import runtime
 
-    return session
+    return runtime
 
 
 @pytest.fixture
@@ -38,8 +39,8 @@ def folder(tmp_path, graphs):
     return tmp_path
 
 
-def opened(session, folder):
-    return session.ServedModel(folder / "model.onnx", adapters=folder / "adapters", threads=1)
+def opened(runtime, folder):
+    return runtime.ServedModel(folder / "model.onnx", adapters=folder / "adapters", threads=1)
 
 
 def x(batch=2, length=3, seed=0):
@@ -50,30 +51,30 @@ def choose(name):
     return {} if name is None else {"adapter": name}
 
 
-def test_each_request_has_its_adapter_and_the_base_comes_back(session, graphs, folder):
-    model, blocks = opened(session, folder), graphs.rotations("a1", "a2")
+def test_each_request_has_its_adapter_and_the_base_comes_back(runtime, graphs, folder):
+    model, blocks = opened(runtime, folder), graphs.rotations("a1", "a2")
     assert (model.mode, model.batched, model.adapter_names()) == ("swappable", True, ["a1", "a2"])
     for name in (None, "a1", "a2", None, "", "a1"):
-        got = model.run(session.Request({"x": x()}, choose(name)))["y"]
+        got = model.run(runtime.Request({"x": x()}, choose(name)))["y"]
         expected = x().astype(np.float64) @ (blocks[name] if name else np.eye(4))
         assert np.abs(got - expected).max() < 2e-6
 
 
 @pytest.mark.parametrize("kind", ["swappable", "mixed"])
-def test_a_batch_of_different_adapters_and_shapes_gives_each_its_own(session, graphs, folder, kind, monkeypatch):
+def test_a_batch_of_different_adapters_and_shapes_gives_each_its_own(runtime, graphs, folder, kind, monkeypatch):
     blocks = graphs.rotations("a1", "a2")
     if kind == "mixed":
         graphs.mixed(folder / "mixed.onnx", blocks)
-        model = session.ServedModel(folder / "mixed.onnx")
+        model = runtime.ServedModel(folder / "mixed.onnx")
         assert model.adapter_names() == ["a1", "a2"]
         assert [i.name for i in model.inputs] == ["x"]
     else:
-        model = opened(session, folder)
+        model = opened(runtime, folder)
     runs = []
     inner = model._session
     monkeypatch.setattr(model, "_session", Counting(inner, runs))
     asked = [("a1", 2, 3), (None, 1, 3), ("a2", 3, 3), ("a1", 1, 3), (None, 2, 5), ("a2", 1, 3), ("", 1, 3)]
-    requests = [session.Request({"x": x(batch, length, i)}, choose(n)) for i, (n, batch, length) in enumerate(asked)]
+    requests = [runtime.Request({"x": x(batch, length, i)}, choose(n)) for i, (n, batch, length) in enumerate(asked)]
     for i, ((name, batch, length), answer) in enumerate(zip(asked, model.run_all(requests), strict=True)):
         expected = x(batch, length, i).astype(np.float64) @ (blocks[name] if name else np.eye(4))
         assert answer["y"].shape == (batch, length, 4)
@@ -108,30 +109,30 @@ class Counting:
     ],
 )
 @pytest.mark.parametrize("kind", ["swappable", "mixed"])
-def test_a_wrong_adapter_is_never_the_base_model(session, graphs, folder, parameters, message, kind):
-    model = opened(session, folder)
+def test_a_wrong_adapter_is_never_the_base_model(runtime, graphs, folder, parameters, message, kind):
+    model = opened(runtime, folder)
     if kind == "mixed":
-        model = session.ServedModel(graphs.mixed(folder / "mixed.onnx", graphs.rotations("a1", "a2")))
-    with pytest.raises(session.RequestError, match=message):
-        model.run(session.Request({"x": x()}, parameters))
-    assert issubclass(session.RequestError, OftfxError)
+        model = runtime.ServedModel(graphs.mixed(folder / "mixed.onnx", graphs.rotations("a1", "a2")))
+    with pytest.raises(runtime.RequestError, match=message):
+        model.run(runtime.Request({"x": x()}, parameters))
+    assert issubclass(runtime.RequestError, OftfxError)
     # In a batch it fails alone.
-    wrong, right = model.run_all([session.Request({"x": x()}, parameters), session.Request({"x": x()}, choose("a1"))])
-    assert isinstance(wrong, session.RequestError)
+    wrong, right = model.run_all([runtime.Request({"x": x()}, parameters), runtime.Request({"x": x()}, choose("a1"))])
+    assert isinstance(wrong, runtime.RequestError)
     assert right["y"].shape == (2, 3, 4)
 
 
-def test_models_without_adapters_refuse_a_name(session, graphs, folder):
-    fixed = session.ServedModel(graphs.fixed(folder / "fixed.onnx"))
+def test_models_without_adapters_refuse_a_name(runtime, graphs, folder):
+    fixed = runtime.ServedModel(graphs.fixed(folder / "fixed.onnx"))
     row = np.ones((1, 4), np.float32)
-    assert np.array_equal(fixed.run(session.Request({"x": row}))["y"], 2 * row)
-    with pytest.raises(session.RequestError, match="unknown adapter 'a1': this model has no adapters"):
-        fixed.run(session.Request({"x": row}, {"adapter": "a1"}))
-    with pytest.raises(session.ServingError, match="holds adapters, and .* is 'fixed': it takes none"):
-        session.ServedModel(folder / "fixed.onnx", adapters=folder / "adapters")
-    bare = session.ServedModel(folder / "model.onnx")
-    with pytest.raises(session.RequestError, match="was started without adapters"):
-        bare.run(session.Request({"x": x()}, {"adapter": "a1"}))
+    assert np.array_equal(fixed.run(runtime.Request({"x": row}))["y"], 2 * row)
+    with pytest.raises(runtime.RequestError, match="unknown adapter 'a1': this model has no adapters"):
+        fixed.run(runtime.Request({"x": row}, {"adapter": "a1"}))
+    with pytest.raises(runtime.ServingError, match="holds adapters, and .* is 'fixed': it takes none"):
+        runtime.ServedModel(folder / "fixed.onnx", adapters=folder / "adapters")
+    bare = runtime.ServedModel(folder / "model.onnx")
+    with pytest.raises(runtime.RequestError, match="was started without adapters"):
+        bare.run(runtime.Request({"x": x()}, {"adapter": "a1"}))
 
 
 @pytest.mark.parametrize(
@@ -145,57 +146,57 @@ def test_models_without_adapters_refuse_a_name(session, graphs, folder):
         ({"bytes": b""}, "cannot be read as an .onnx_adapter file"),
     ],
 )
-def test_an_adapter_of_another_model_stops_the_start(session, graphs, folder, change, message):
+def test_an_adapter_of_another_model_stops_the_start(runtime, graphs, folder, change, message):
     path = folder / "adapters/b.onnx_adapter"
     blocks = graphs.rotations("b", size=change.get("size", 4))["b"].astype(change.get("dtype", np.float32))
     graphs.write_adapter(path, blocks, change.get("interface", 4711), change.get("name", graphs.BLOCKS))
     if "bytes" in change:
         path.write_bytes(change["bytes"])
-    with pytest.raises(session.ServingError, match=message) as caught:
-        opened(session, folder)
+    with pytest.raises(runtime.ServingError, match=message) as caught:
+        opened(runtime, folder)
     assert "b.onnx_adapter" in str(caught.value)
 
 
-def test_the_directory_is_the_truth_while_the_model_runs(session, graphs, folder):
-    model, blocks = opened(session, folder), graphs.rotations("a1", "a2", "new", "other")
+def test_the_directory_is_the_truth_while_the_model_runs(runtime, graphs, folder):
+    model, blocks = opened(runtime, folder), graphs.rotations("a1", "a2", "new", "other")
 
     def run(name):
-        return model.run(session.Request({"x": x()}, {"adapter": name}))["y"]
+        return model.run(runtime.Request({"x": x()}, {"adapter": name}))["y"]
 
-    with pytest.raises(session.RequestError, match="unknown adapter 'new'"):
+    with pytest.raises(runtime.RequestError, match="unknown adapter 'new'"):
         run("new")
     graphs.write_adapter(folder / "adapters/new.onnx_adapter", blocks["new"])
     assert np.abs(run("new") - x() @ blocks["new"]).max() < 2e-6
     graphs.write_adapter(folder / "adapters/new.onnx_adapter", blocks["other"])
     assert np.abs(run("new") - x() @ blocks["other"]).max() < 2e-6
     graphs.write_adapter(folder / "adapters/new.onnx_adapter", blocks["other"], interface=1)
-    with pytest.raises(session.ServingError, match="exported for another model") as caught:
+    with pytest.raises(runtime.ServingError, match="exported for another model") as caught:
         run("new")
-    assert not isinstance(caught.value, session.RequestError)  # the server's fault, not the sender's
+    assert not isinstance(caught.value, runtime.RequestError)  # the server's fault, not the sender's
     (folder / "adapters/new.onnx_adapter").unlink()
-    with pytest.raises(session.RequestError, match="there are: a1, a2;"):
+    with pytest.raises(runtime.RequestError, match="there are: a1, a2;"):
         run("new")
     assert np.abs(run("a1") - x() @ blocks["a1"]).max() < 2e-6
 
 
-def test_every_type_passes_unchanged(session, graphs, tmp_path):
-    model = session.ServedModel(graphs.types(tmp_path / "types.onnx"))
+def test_every_type_passes_unchanged(runtime, graphs, tmp_path):
+    model = runtime.ServedModel(graphs.types(tmp_path / "types.onnx"))
     assert {t.name: t.datatype for t in model.inputs} == {
         **{name: datatype for name, (_, datatype) in graphs.TYPES.items()},
         "rows": "INT32",
     }
     assert {t.shape for t in model.inputs} == {(-1, 3), (-1,)}
-    requests = [session.Request(graphs.typed_inputs(rows)) for rows in (1, 3, 2)]
+    requests = [runtime.Request(graphs.typed_inputs(rows)) for rows in (1, 3, 2)]
     for request, answer in zip(requests, model.run_all(requests), strict=True):
         for name, array in request.inputs.items():
             assert answer[f"{name}_out"].dtype == array.dtype
             assert np.array_equal(answer[f"{name}_out"], array), name
     latin = graphs.typed_inputs() | {"text": np.full((2, 3), "größe".encode("latin-1"), dtype=object)}
-    with pytest.raises(session.RequestError, match="input 'text' holds bytes that are not UTF-8"):
-        model.run(session.Request(latin))
+    with pytest.raises(runtime.RequestError, match="input 'text' holds bytes that are not UTF-8"):
+        model.run(runtime.Request(latin))
     encoded = graphs.typed_inputs()
     encoded["text"] = np.array([t.encode() for t in encoded["text"].reshape(-1)], dtype=object).reshape(2, 3)
-    assert np.array_equal(model.run(session.Request(encoded))["text_out"], graphs.typed_inputs()["text"])
+    assert np.array_equal(model.run(runtime.Request(encoded))["text_out"], graphs.typed_inputs()["text"])
 
 
 @pytest.mark.parametrize(
@@ -210,20 +211,20 @@ def test_every_type_passes_unchanged(session, graphs, tmp_path):
         ({"x": x()}, ["z"], "output 'z' is not there; the model has y"),
     ],
 )
-def test_wrong_requests_say_what_is_expected(session, folder, inputs, outputs, message):
-    with pytest.raises(session.RequestError, match=message):
-        opened(session, folder).run(session.Request(inputs, {}, outputs))
+def test_wrong_requests_say_what_is_expected(runtime, folder, inputs, outputs, message):
+    with pytest.raises(runtime.RequestError, match=message):
+        opened(runtime, folder).run(runtime.Request(inputs, {}, outputs))
 
 
-def test_inputs_of_different_lengths_and_refused_values(session, graphs, tmp_path):
-    model = session.ServedModel(graphs.types(tmp_path / "types.onnx"))
-    with pytest.raises(session.RequestError, match="axis 'batch' is 2 in 'text' and 3 in 'rows'"):
-        model.run(session.Request({**graphs.typed_inputs(2), "rows": np.zeros(3, np.int32)}))
-    with pytest.raises(session.RequestError, match=r"'text' is int64, expected text"):
-        model.run(session.Request({**graphs.typed_inputs(2), "text": np.zeros((2, 3), np.int64)}))
+def test_inputs_of_different_lengths_and_refused_values(runtime, graphs, tmp_path):
+    model = runtime.ServedModel(graphs.types(tmp_path / "types.onnx"))
+    with pytest.raises(runtime.RequestError, match="axis 'batch' is 2 in 'text' and 3 in 'rows'"):
+        model.run(runtime.Request({**graphs.typed_inputs(2), "rows": np.zeros(3, np.int32)}))
+    with pytest.raises(runtime.RequestError, match=r"'text' is int64, expected text"):
+        model.run(runtime.Request({**graphs.typed_inputs(2), "text": np.zeros((2, 3), np.int64)}))
 
 
-def test_what_onnx_runtime_refuses_fails_alone(session, graphs, tmp_path):
+def test_what_onnx_runtime_refuses_fails_alone(runtime, graphs, tmp_path):
     """The second request reads a row past the table; the others were to run together with it."""
     from onnx import TensorProto, helper
 
@@ -236,41 +237,41 @@ def test_what_onnx_runtime_refuses_fails_alone(session, graphs, tmp_path):
         [("table", table)],
         {},
     )
-    model = session.ServedModel(tmp_path / "m.onnx")
-    requests = [session.Request({"i": np.array(i)}) for i in ([0, 2], [7], [1])]
+    model = runtime.ServedModel(tmp_path / "m.onnx")
+    requests = [runtime.Request({"i": np.array(i)}) for i in ([0, 2], [7], [1])]
     first, second, third = model.run_all(requests)
     assert np.array_equal(first["y"], table[[0, 2]])
-    assert isinstance(second, session.RequestError)
+    assert isinstance(second, runtime.RequestError)
     assert "ONNX Runtime refuses" in str(second)
     assert np.array_equal(third["y"], table[[1]])
 
 
-def test_models_that_cannot_be_served(session, graphs, tmp_path):
+def test_models_that_cannot_be_served(runtime, graphs, tmp_path):
     from onnx import TensorProto, helper
 
     (tmp_path / "a.onnx").write_bytes(b"nothing")
-    with pytest.raises(session.ServingError, match="cannot be opened by ONNX Runtime"):
-        session.ServedModel(tmp_path / "a.onnx")
+    with pytest.raises(runtime.ServingError, match="cannot be opened by ONNX Runtime"):
+        runtime.ServedModel(tmp_path / "a.onnx")
     nodes = [helper.make_node("Cast", ["x"], ["y"], to=TensorProto.BFLOAT16)]
     ends = [graphs.value("x", TensorProto.FLOAT, [2])], [graphs.value("y", TensorProto.BFLOAT16, [2])]
-    with pytest.raises(session.ServingError, match=r"'y' is tensor\(bfloat16\), which the protocol cannot carry"):
-        session.ServedModel(graphs.save(tmp_path / "b.onnx", nodes, *ends, [], {}))
+    with pytest.raises(runtime.ServingError, match=r"'y' is tensor\(bfloat16\), which the protocol cannot carry"):
+        runtime.ServedModel(graphs.save(tmp_path / "b.onnx", nodes, *ends, [], {}))
     nodes = [helper.make_node("Neg", ["x"], ["y"])]
     ends = [graphs.value("x", TensorProto.FLOAT, [2])], [graphs.value("y", TensorProto.FLOAT, [2])]
-    with pytest.raises(session.ServingError, match="'swapped', expected 'fixed'"):
-        session.ServedModel(graphs.save(tmp_path / "c.onnx", nodes, *ends, [], {"oftfx.adapter_mode": "swapped"}))
+    with pytest.raises(runtime.ServingError, match="'swapped', expected 'fixed'"):
+        runtime.ServedModel(graphs.save(tmp_path / "c.onnx", nodes, *ends, [], {"oftfx.adapter_mode": "swapped"}))
 
 
-def test_axes_that_are_not_one_batch_are_run_one_by_one(session, graphs, tmp_path):
+def test_axes_that_are_not_one_batch_are_run_one_by_one(runtime, graphs, tmp_path):
     from onnx import TensorProto, helper
 
-    model = session.ServedModel(graphs.fixed(tmp_path / "two.onnx", axis=2))
+    model = runtime.ServedModel(graphs.fixed(tmp_path / "two.onnx", axis=2))
     assert not model.batched
-    requests = [session.Request({"x": np.full((2, 4), i, np.float32)}) for i in range(3)]
+    requests = [runtime.Request({"x": np.full((2, 4), i, np.float32)}) for i in range(3)]
     assert [answer["y"][0, 0] for answer in model.run_all(requests)] == [0.0, 2.0, 4.0]
     ends = [graphs.value("x", TensorProto.FLOAT, ["a", "b"]), graphs.value("y", TensorProto.FLOAT, ["b", "c"])]
     nodes, out = [helper.make_node("MatMul", ["x", "y"], ["z"])], [graphs.value("z", TensorProto.FLOAT, ["a", "c"])]
-    assert not session.ServedModel(graphs.save(tmp_path / "p.onnx", nodes, ends, out, [], {})).batched
+    assert not runtime.ServedModel(graphs.save(tmp_path / "p.onnx", nodes, ends, out, [], {})).batched
 
 
 def similarity(graphs, path):
@@ -283,38 +284,38 @@ def similarity(graphs, path):
 
 
 @pytest.mark.parametrize(("other", "batched"), [("2*batch", False), ("batch + 1", False), ("batches", True)])
-def test_an_axis_that_is_made_of_the_batch_is_no_free_axis(session, graphs, tmp_path, other, batched):
+def test_an_axis_that_is_made_of_the_batch_is_no_free_axis(runtime, graphs, tmp_path, other, batched):
     from onnx import TensorProto, helper
 
     ends = [[graphs.value(n, TensorProto.FLOAT, ["batch", other])] for n in "xy"]
     path = graphs.save(tmp_path / "m.onnx", [helper.make_node("Neg", ["x"], ["y"])], *ends, [], {})
-    assert session.ServedModel(path).batched is batched
+    assert runtime.ServedModel(path).batched is batched
 
 
-def test_rows_that_stand_beside_each_other_share_no_run(session, graphs, tmp_path):
-    model = session.ServedModel(similarity(graphs, tmp_path / "clip.onnx"))
+def test_rows_that_stand_beside_each_other_share_no_run(runtime, graphs, tmp_path):
+    model = runtime.ServedModel(similarity(graphs, tmp_path / "clip.onnx"))
     assert not model.batched
     asked = [{n: x(1, rows, 10 * rows + i)[0] for i, n in enumerate("ab")} for rows in (2, 3, 1)]
-    for inputs, answer in zip(asked, model.run_all([session.Request(i) for i in asked]), strict=True):
+    for inputs, answer in zip(asked, model.run_all([runtime.Request(i) for i in asked]), strict=True):
         expected = inputs["a"].astype(np.float64) @ inputs["b"].T
         assert answer["z"].shape == expected.shape
         assert np.abs(answer["z"] - expected).max() < 2e-6
 
 
 @pytest.mark.parametrize("kind", ["swappable", "mixed"])
-def test_sharing_can_be_turned_off(session, graphs, folder, kind, monkeypatch):
+def test_sharing_can_be_turned_off(runtime, graphs, folder, kind, monkeypatch):
     blocks, runs = graphs.rotations("a1", "a2"), []
     path = folder / "model.onnx" if kind == "swappable" else graphs.mixed(folder / "mixed.onnx", blocks)
     adapters = folder / "adapters" if kind == "swappable" else None
-    model = session.ServedModel(path, adapters=adapters, share_runs=False)
+    model = runtime.ServedModel(path, adapters=adapters, share_runs=False)
     monkeypatch.setattr(model, "_session", Counting(model._session, runs))
-    requests = [session.Request({"x": x(rows, 3, rows)}, choose("a1")) for rows in (2, 1, 3)]
+    requests = [runtime.Request({"x": x(rows, 3, rows)}, choose("a1")) for rows in (2, 1, 3)]
     for rows, answer in zip((2, 1, 3), model.run_all(requests), strict=True):
         assert np.abs(answer["y"] - x(rows, 3, rows).astype(np.float64) @ blocks["a1"]).max() < 2e-6
     assert runs == [2, 1, 3]
 
 
-def test_axes_of_one_name_have_one_length(session, graphs, tmp_path):
+def test_axes_of_one_name_have_one_length(runtime, graphs, tmp_path):
     """``y = a + b``: ONNX Runtime broadcasts a length of 1, and the mask of one token would serve for all."""
     from onnx import TensorProto, helper
 
@@ -323,24 +324,26 @@ def test_axes_of_one_name_have_one_length(session, graphs, tmp_path):
         path = graphs.save(
             tmp_path / "m.onnx", [helper.make_node("Add", ["a", "b"], ["y"])], ends[:2], ends[2:], [], {}
         )
-        model = session.ServedModel(path)
-        with pytest.raises(session.RequestError, match=r"axis 'length' is 3 in 'a' and 1 in 'b', expected the same"):
-            model.run(session.Request({"a": np.ones((2, 3), np.float32), "b": np.ones((2, 1), np.float32)}))
-        got = model.run(session.Request({"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)}))["y"]
+        model = runtime.ServedModel(path)
+        with pytest.raises(runtime.RequestError, match=r"axis 'length' is 3 in 'a' and 1 in 'b', expected the same"):
+            model.run(runtime.Request({"a": np.ones((2, 3), np.float32), "b": np.ones((2, 1), np.float32)}))
+        got = model.run(runtime.Request({"a": np.ones((2, 3), np.float32), "b": np.ones((2, 3), np.float32)}))["y"]
         assert np.array_equal(got, np.full((2, 3), 2, np.float32))
     square = graphs.value("x", TensorProto.FLOAT, ["n", "n"]), graphs.value("y", TensorProto.FLOAT, ["n", "n"])
     nodes = [helper.make_node("MatMul", ["x", "x"], ["y"])]
-    model = session.ServedModel(graphs.save(tmp_path / "s.onnx", nodes, [square[0]], [square[1]], [], {}))
-    with pytest.raises(session.RequestError, match=r"axis 'n' is 2 in 'x' and 3 in 'x'"):
-        model.run(session.Request({"x": np.ones((2, 3), np.float32)}))
+    model = runtime.ServedModel(graphs.save(tmp_path / "s.onnx", nodes, [square[0]], [square[1]], [], {}))
+    with pytest.raises(runtime.RequestError, match=r"axis 'n' is 2 in 'x' and 3 in 'x'"):
+        model.run(runtime.Request({"x": np.ones((2, 3), np.float32)}))
 
 
 @pytest.mark.parametrize("interface", [1, None])
 def test_a_file_that_is_replaced_between_check_and_load_is_checked_again(
-    session, graphs, folder, monkeypatch, interface
+    runtime, graphs, folder, monkeypatch, interface
 ):
-    blocks, real = graphs.rotations("a1", "other"), session.onnxruntime.LoraAdapter
-    model, path, loads = opened(session, folder), folder / "adapters/new.onnx_adapter", []
+    import onnxruntime
+
+    blocks, real = graphs.rotations("a1", "other"), onnxruntime.LoraAdapter
+    model, path, loads = opened(runtime, folder), folder / "adapters/new.onnx_adapter", []
     graphs.write_adapter(path, blocks["a1"])
 
     class Late:
@@ -350,63 +353,65 @@ def test_a_file_that_is_replaced_between_check_and_load_is_checked_again(
             loads.append(1)
             return real()
 
-    monkeypatch.setattr(session.onnxruntime, "LoraAdapter", Late)
+    monkeypatch.setattr(onnxruntime, "LoraAdapter", Late)
     if interface:
-        with pytest.raises(session.ServingError, match="exported for another model"):
-            model.run(session.Request({"x": x()}, choose("new")))
+        with pytest.raises(runtime.ServingError, match="exported for another model"):
+            model.run(runtime.Request({"x": x()}, choose("new")))
     else:
-        got = model.run(session.Request({"x": x()}, choose("new")))["y"]
+        got = model.run(runtime.Request({"x": x()}, choose("new")))["y"]
         assert np.abs(got - x() @ blocks["other"]).max() < 2e-6
         assert len(loads) == 2
 
 
-def test_a_file_that_never_rests_is_refused(session, graphs, folder, monkeypatch):
-    blocks, real = graphs.rotations("a1")["a1"], session.onnxruntime.LoraAdapter
+def test_a_file_that_never_rests_is_refused(runtime, graphs, folder, monkeypatch):
+    import onnxruntime
+
+    blocks, real = graphs.rotations("a1")["a1"], onnxruntime.LoraAdapter
 
     def restless():
         graphs.write_adapter(folder / "adapters/new.onnx_adapter", blocks)
         return real()
 
-    model = opened(session, folder)
+    model = opened(runtime, folder)
     graphs.write_adapter(folder / "adapters/new.onnx_adapter", blocks)
-    monkeypatch.setattr(session.onnxruntime, "LoraAdapter", restless)
-    with pytest.raises(session.ServingError, match=r"^new.onnx_adapter changes while it is read"):
-        model.run(session.Request({"x": x()}, choose("new")))
+    monkeypatch.setattr(onnxruntime, "LoraAdapter", restless)
+    with pytest.raises(runtime.ServingError, match=r"^new.onnx_adapter changes while it is read"):
+        model.run(runtime.Request({"x": x()}, choose("new")))
 
 
-def test_an_adapter_whose_file_is_gone_is_dropped_when_another_is_loaded(session, graphs, folder):
-    model = opened(session, folder)
+def test_an_adapter_whose_file_is_gone_is_dropped_when_another_is_loaded(runtime, graphs, folder):
+    model = opened(runtime, folder)
     gone, stays = (weakref.ref(model._folder.get(name)) for name in ("a1", "a2"))
     (folder / "adapters/a1.onnx_adapter").unlink()
     graphs.write_adapter(folder / "adapters/new.onnx_adapter", graphs.rotations("new")["new"])
-    model.run(session.Request({"x": x()}, choose("new")))
+    model.run(runtime.Request({"x": x()}, choose("new")))
     gc.collect()
     assert gone() is None
     assert stays() is model._folder.get("a2")
 
 
 @pytest.mark.parametrize("wrong", ["foreign", "damaged", "names", "shapes"])
-def test_answers_name_the_adapter_and_no_directory(session, graphs, folder, wrong):
-    model, path = opened(session, folder), folder / "adapters/new.onnx_adapter"
+def test_answers_name_the_adapter_and_no_directory(runtime, graphs, folder, wrong):
+    model, path = opened(runtime, folder), folder / "adapters/new.onnx_adapter"
     blocks = graphs.rotations("a")["a"]
     if wrong == "damaged":
         path.write_bytes(graphs.write_adapter(path, blocks).read_bytes()[:-40])
     else:
         more = {"foreign": {"interface": 1}, "names": {"name": "b"}, "shapes": {}}[wrong]
         graphs.write_adapter(path, blocks[:, :3] if wrong == "shapes" else blocks, **more)
-    with pytest.raises(session.ServingError, match=r"^new\.onnx_adapter") as caught:
-        model.run(session.Request({"x": x()}, choose("new")))
+    with pytest.raises(runtime.ServingError, match=r"^new\.onnx_adapter") as caught:
+        model.run(runtime.Request({"x": x()}, choose("new")))
     assert "/" not in str(caught.value)
 
 
-def test_threads_with_different_adapters_do_not_disturb_each_other(session, graphs, folder):
-    model, blocks = opened(session, folder), graphs.rotations("a1", "a2")
+def test_threads_with_different_adapters_do_not_disturb_each_other(runtime, graphs, folder):
+    model, blocks = opened(runtime, folder), graphs.rotations("a1", "a2")
     worst, failures = [], []
 
     def work(name, seed):
         try:
             for i in range(50):
-                got = model.run(session.Request({"x": x(seed=seed + i)}, choose(name)))["y"]
+                got = model.run(runtime.Request({"x": x(seed=seed + i)}, choose(name)))["y"]
                 worst.append(np.abs(got - x(seed=seed + i) @ (blocks[name] if name else np.eye(4))).max())
         except Exception as error:
             failures.append(error)
@@ -421,7 +426,7 @@ def test_threads_with_different_adapters_do_not_disturb_each_other(session, grap
     assert max(worst) < 2e-6
 
 
-def test_the_file_runs_without_oftfx_and_torch(session, folder):
+def test_the_package_runs_without_oftfx_and_torch(runtime, folder):
     code = f"""
 import importlib.abc, sys
 class Refuse(importlib.abc.MetaPathFinder):
@@ -430,7 +435,9 @@ class Refuse(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Refuse())
 import importlib.util
-spec = importlib.util.spec_from_file_location('copied', {session.__file__!r})
+spec = importlib.util.spec_from_file_location(
+    'copied', {runtime.__file__!r}, submodule_search_locations=[{str(Path(runtime.__file__).parent)!r}]
+)
 copied = sys.modules['copied'] = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(copied)
 import numpy as np

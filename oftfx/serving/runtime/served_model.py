@@ -1,123 +1,20 @@
-"""An exported model in ONNX Runtime, with the adapter chosen for each request: what every server of ours runs.
-
-It needs numpy and ONNX Runtime, and neither oftfx nor torch: `oftfx.serving.write_repository` copies this file, as it
-is, beside the model, so that a server's environment stays small and a repository goes on working when oftfx changes.
-"""
+"""A session that answers requests, several in one run where their adapters and shapes allow it."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime
 
-_Base: Any
-try:  # where oftfx is at hand its own base class; a server has no oftfx
-    from oftfx.errors import OftfxError as _Base
-except ImportError:
-    _Base = Exception
-
-SUFFIX = ".onnx_adapter"
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
-"""What an adapter may be called. A request names it and a file has that name, so it can hold no path."""
-
-_TYPES: dict[str, tuple[str, Any]] = {
-    "tensor(bool)": ("BOOL", np.bool_),
-    "tensor(string)": ("BYTES", np.object_),
-    "tensor(float16)": ("FP16", np.float16),
-    "tensor(float)": ("FP32", np.float32),
-    "tensor(double)": ("FP64", np.float64),
-    **{f"tensor(int{n})": (f"INT{n}", np.dtype(f"int{n}").type) for n in (8, 16, 32, 64)},
-    **{f"tensor(uint{n})": (f"UINT{n}", np.dtype(f"uint{n}").type) for n in (8, 16, 32, 64)},
-}
-
-
-class ServingError(_Base):
-    """A model or an adapter file cannot be served."""
-
-
-class RequestError(ServingError, ValueError):
-    """A request is wrong: the sender has to change it. Servers answer with status 400, INVALID_ARGUMENT."""
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """An input or output as the Open Inference Protocol describes it.
-
-    Args:
-        name: of the graph's input or output.
-        datatype: the protocol's word: ``FP32``, ``INT64``, ``BYTES`` (text), ...
-        shape: one length an axis, -1 where it is free.
-        axes: the name of each free axis, ``""`` where it has none.
-    """
-
-    name: str
-    datatype: str
-    shape: tuple[int, ...]
-    axes: tuple[str, ...]
-
-    @property
-    def dtype(self) -> Any:
-        """The numpy type; text is ``object``."""
-        return next(dtype for word, dtype in _TYPES.values() if word == self.datatype)
-
-    @classmethod
-    def of(cls, found: Any, path: Path) -> Tensor:
-        if found.type not in _TYPES:
-            raise ServingError(
-                f"{path}: {found.name!r} is {found.type}, which the protocol cannot carry; expected "
-                f"{', '.join(sorted(_TYPES))}; cast it inside the model"
-            )
-        free = [not isinstance(length, int) for length in found.shape]
-        shape = tuple(-1 if is_free else int(n) for n, is_free in zip(found.shape, free, strict=True))
-        axes = tuple(str(n or "") if is_free else "" for n, is_free in zip(found.shape, free, strict=True))
-        return cls(found.name, _TYPES[found.type][0], shape, axes)
-
-    def checked(self, value: Any) -> np.ndarray:
-        """The array, in this tensor's type; nothing is rounded or cut.
-
-        Raises:
-            RequestError: another type or shape.
-        """
-        array = np.asarray(value)
-        if self.datatype == "BYTES":
-            if array.dtype.kind not in "OSU":
-                raise RequestError(f"input {self.name!r} is {array.dtype}, expected text (BYTES)")
-            try:
-                flat = [t.decode() if isinstance(t, bytes) else str(t) for t in array.reshape(-1).tolist()]
-            except UnicodeDecodeError as error:
-                raise RequestError(f"input {self.name!r} holds bytes that are not UTF-8: {error}") from error
-            array = np.array(flat, dtype=np.object_).reshape(array.shape)
-        elif array.dtype != self.dtype:
-            raise RequestError(f"input {self.name!r} is {array.dtype}, expected {np.dtype(self.dtype)}")
-        fits = array.ndim == len(self.shape) and all(
-            want in (-1, got) for want, got in zip(self.shape, array.shape, strict=True)
-        )
-        if not fits:
-            raise RequestError(f"input {self.name!r} has shape {list(array.shape)}, expected {list(self.shape)}")
-        return array
-
-
-@dataclass(frozen=True)
-class Request:
-    """One request.
-
-    Args:
-        inputs: arrays by name; text as an object array of str or bytes.
-        parameters: the protocol's; ``adapter`` chooses the adapter by name, absent or ``""`` is the base model.
-        outputs: the names of those to return; None: all.
-    """
-
-    inputs: Mapping[str, Any]
-    parameters: Mapping[str, Any] = field(default_factory=dict)
-    outputs: Sequence[str] | None = None
+from .adapters import SUFFIX, AdapterFolder
+from .errors import RequestError, ServingError, unknown_adapter
+from .protocol import Request, Tensor
 
 
 @dataclass(frozen=True)
@@ -128,109 +25,6 @@ class _Ready:
     outputs: tuple[str, ...]
     adapter: Any  # a LoraAdapter, a row of the stack, or None
     key: tuple[Any, ...]
-
-
-class AdapterFolder:
-    """The ``.onnx_adapter`` files of a directory, by name.
-
-    The directory is the truth: a file that is added, replaced or removed while the server runs counts from the next
-    request that names it. Put files there by renaming, so that none is read half-written.
-    """
-
-    def __init__(self, folder: Path, interface: str, blocks: Mapping[str, Any]) -> None:
-        self.folder, self.interface, self.blocks = folder, interface, blocks
-        self._loaded: dict[str, tuple[Any, Any]] = {}
-        self._lock = threading.Lock()
-
-    def names(self) -> list[str]:
-        """The names that a request may use now, sorted."""
-        found = (path.name.removesuffix(SUFFIX) for path in self.folder.glob(f"*{SUFFIX}"))
-        return sorted(name for name in found if NAME.fullmatch(name))
-
-    def load_all(self) -> None:
-        """Read every file, so that a wrong one stops the server's start and no request waits for a disk."""
-        for name in self.names():
-            self.get(name)
-
-    def get(self, name: str) -> Any:
-        """The ``LoraAdapter`` of a name.
-
-        Raises:
-            RequestError: there is no such adapter; the message lists those that there are.
-            ServingError: its file is damaged or belongs to another model.
-        """
-        path = self.folder / f"{name}{SUFFIX}"
-        try:
-            if not NAME.fullmatch(name):
-                raise FileNotFoundError
-            stat = path.stat()
-        except OSError:
-            with self._lock:
-                self._loaded.pop(name, None)
-            raise _unknown(name, self.names()) from None
-        state = _state(stat)
-        with self._lock:
-            loaded = self._loaded.get(name)
-            if loaded is None or loaded[0] != state:
-                loaded = (state, read_adapter(path, self.interface, self.blocks))
-                there = self.names()  # those whose files are gone go too, or a long-lived server would keep them all
-                self._loaded = {n: one for n, one in self._loaded.items() if n in there} | {name: loaded}
-            return loaded[1]
-
-
-def read_adapter(path: Path, interface: str, blocks: Mapping[str, Any]) -> Any:
-    """Read an ``.onnx_adapter`` file as a ``LoraAdapter``, after a check that it belongs to the model.
-
-    ONNX Runtime itself compares neither the version in the file nor, before the first run, names and shapes. The check
-    and the load each open the path; a file that is replaced in between is read again, so that what was checked is what
-    answers. Messages name the file without its directory, for they are sent to clients.
-
-    Args:
-        path: the file.
-        interface: the model's ``oftfx.interface``, which the file's model version must be.
-        blocks: the model's overridable initializers by name.
-
-    Raises:
-        ServingError: the file is damaged, was exported for another model, or changes again and again.
-    """
-    for _ in range(10):
-        try:
-            before = _state(path.stat())
-            _check_adapter(path, interface, blocks)
-            adapter = onnxruntime.LoraAdapter()
-            adapter.Load(str(path))
-            if _state(path.stat()) == before:
-                return adapter
-        except ServingError:
-            raise
-        except Exception as error:  # the file is gone, or ONNX Runtime's own types; their texts hold directories
-            raise ServingError(f"{path.name} cannot be read as an {SUFFIX} file") from error
-    raise ServingError(f"{path.name} changes while it is read; put the whole file there by renaming")
-
-
-def _state(stat: os.stat_result) -> tuple[int, int, int]:
-    """What differs when another file stands under a name."""
-    return stat.st_mtime_ns, stat.st_size, stat.st_ino
-
-
-def _check_adapter(path: Path, interface: str, blocks: Mapping[str, Any]) -> None:
-    found = onnxruntime.AdapterFormat.read_adapter(str(path))
-    parameters = found.get_parameters()
-    remedy = "export it with oftfx.export_onnx_adapter from the model that this .onnx file came from"
-    if str(found.get_model_version()) != interface:
-        raise ServingError(
-            f"{path.name} was exported for another model: its model version is {found.get_model_version()}, "
-            f"the model's oftfx.interface is {interface}; {remedy}"
-        )
-    for name, value in parameters.items():
-        if name not in blocks:
-            raise ServingError(f"{path.name} holds {name!r}, which the model has not; {remedy}")
-        wanted = blocks[name]
-        if list(value.shape()) != list(wanted.shape) or value.data_type() != wanted.type:
-            raise ServingError(
-                f"{path.name}: {name!r} is {value.data_type()} {value.shape()}, "
-                f"the model's is {wanted.type} {wanted.shape}; {remedy}"
-            )
 
 
 class ServedModel:
@@ -376,7 +170,7 @@ class ServedModel:
             raise RequestError(f"parameter 'adapter' is {name!r}, expected one name as text: a request has one adapter")
         if self.mode == "mixed":
             if name and name not in self._stack:
-                raise _unknown(name, self.adapter_names())
+                raise unknown_adapter(name, self.adapter_names())
             return self._stack.index(name) if name else 0
         if not name:
             return None
@@ -425,8 +219,3 @@ def _rows_stay_apart(axes: Sequence[tuple[str, ...]]) -> bool:
     batch = "".join(first.pop()) if len(first) == 1 else ""
     others = {other for names in axes for other in names[1:]}
     return batch != "" and all(batch not in (other, *re.findall(r"\w+", other)) for other in others)
-
-
-def _unknown(name: str, names: Sequence[str]) -> RequestError:
-    there = ", ".join(names) if names else "none"
-    return RequestError(f"unknown adapter {name!r}; there are: {there}; without the parameter the base model answers")
