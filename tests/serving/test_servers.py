@@ -304,16 +304,15 @@ def small(kind, server, folder, **options):
     return oftfx.serving.write_repository(path, out, server=server, adapters=adapters, threads=1, **options), blocks
 
 
-@pytest.mark.parametrize("kind", ["swappable", "mixed"])
-def test_triton_puts_requests_together_and_each_row_gets_its_adapter(kind, tmp_path):
+def six_at_once(kind, rows, folder, **options):
+    """Six requests in six threads, of as many rows as ``rows`` says, to Triton; its statistics, once all are right."""
     environment("triton")
     http, grpc = free_ports()
-    more = {"http_port": http, "grpc_port": grpc, "preferred_batch_sizes": (6,), "max_queue_delay": 2.0}
-    written, blocks = small(kind, "triton", tmp_path, max_batch_size=6, **more)
+    written, blocks = small(kind, "triton", folder, http_port=http, grpc_port=grpc, max_queue_delay=2.0, **options)
     answers = {}
 
     def work(index):
-        x = np.random.default_rng(index).standard_normal((1, 2, 4)).astype(np.float32)
+        x = np.random.default_rng(index).standard_normal((rows(index), 2, 4)).astype(np.float32)
         name = [None, "a1", "a2"][index % 3]
         answers[index] = server.infer("m", {"x": x}, choose(name)), x.astype(np.float64) @ blocks.get(name, np.eye(4))
 
@@ -327,20 +326,30 @@ def test_triton_puts_requests_together_and_each_row_gets_its_adapter(kind, tmp_p
     assert len(answers) == 6
     for answer, expected in answers.values():
         assert distance(answer.outputs["y"], expected) < BOUND
+    return found
+
+
+@pytest.mark.parametrize("kind", ["swappable", "mixed"])
+def test_triton_puts_requests_together_and_each_row_gets_its_adapter(kind, tmp_path):
+    found = six_at_once(kind, lambda _: 1, tmp_path, preferred_batch_sizes=(6,), max_batch_size=6)
     assert found["inference_count"] == 6
     assert found["execution_count"] < 6
 
 
+def inside_mlserver(script, written):
+    """What a script of this folder prints as JSON, run by MLServer's own Python on a model directory."""
+    command = [environment("mlserver") / "bin/python", ROOT / "tests/serving" / script, written.model]
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
 @pytest.mark.parametrize("kind", ["swappable", "mixed"])
 def test_mlserver_puts_requests_together(kind, tmp_path):
-    venv = environment("mlserver")
     written, blocks = small(kind, "mlserver", tmp_path, max_batch_size=6, max_queue_delay=0.05)
     for name, array in blocks.items():
         np.save(written.model / f"{name}.npy", array)
-    script = [str(venv / "bin/python"), str(ROOT / "tests/serving/together.py"), str(written.model)]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = inside_mlserver("together.py", written)
     assert found["error"] < BOUND
     *runs, last = found["runs"]
     assert sum(sum(rows) for rows in runs) == 18
@@ -351,51 +360,23 @@ def test_mlserver_puts_requests_together(kind, tmp_path):
 
 def test_triton_shares_no_run_at_one_row(tmp_path):
     """Requests of one to three rows at once; each is answered, and by itself."""
-    environment("triton")
-    http, grpc = free_ports()
-    more = {"http_port": http, "grpc_port": grpc, "max_batch_size": 1, "max_queue_delay": 2.0}
-    written, blocks = small("mixed", "triton", tmp_path, **more)
-    answers = {}
-
-    def work(index):
-        x = np.random.default_rng(index).standard_normal((1 + index % 3, 2, 4)).astype(np.float32)
-        name = [None, "a1", "a2"][index % 3]
-        answers[index] = server.infer("m", {"x": x}, choose(name)), x.astype(np.float64) @ blocks.get(name, np.eye(4))
-
-    with Server("triton", written, http, grpc) as server:
-        threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        (found,) = json.loads(server.get("/v2/models/m/stats")[1])["model_stats"]
-    assert len(answers) == 6
-    for answer, expected in answers.values():
-        assert distance(answer.outputs["y"], expected) < BOUND
+    found = six_at_once("mixed", lambda index: 1 + index % 3, tmp_path, max_batch_size=1)
     assert found["execution_count"] == 6
 
 
 def test_mlserver_shares_no_run_at_one_row(tmp_path):
-    venv = environment("mlserver")
     written, blocks = small("mixed", "mlserver", tmp_path, max_batch_size=1, max_queue_delay=0.05)
     for name, array in blocks.items():
         np.save(written.model / f"{name}.npy", array)
-    script = [str(venv / "bin/python"), str(ROOT / "tests/serving/together.py"), str(written.model)]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = inside_mlserver("together.py", written)
     assert found["error"] < BOUND
     # Of the client that goes away nothing is run.
     assert [rows for rows in found["runs"] if rows] == [[1], [2]] * 6 + [[2]]
 
 
 def test_mlserver_unloads_after_the_last_answer_and_loads_what_is_there(tmp_path):
-    venv = environment("mlserver")
     written, _ = small("mixed", "mlserver", tmp_path, max_batch_size=3)
-    script = [str(venv / "bin/python"), str(ROOT / "tests/serving/lifecycle.py"), str(written.model)]
-    done = subprocess.run(script, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = inside_mlserver("lifecycle.py", written)
     assert found["before"] == [0.0, 1.0, 2.0, 3.0, 4.0, 5.0]
     for late in (found["during"], found["after"]):
         assert late == "ModelNotFound: Model m with version 1 not found"

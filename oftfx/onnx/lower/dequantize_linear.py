@@ -7,7 +7,7 @@ from torch import Tensor
 
 from oftfx.grids import Float8, Integers
 from oftfx.onnx.lower.stand_in import FloatProduct
-from oftfx.onnx.lower.weight import Weight, narrowed, packed
+from oftfx.onnx.lower.weight import Weight, are_codes, narrowed, packed
 from oftfx.onnx.stored import INT4, UINT4, stored
 
 _OPENVINO_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -111,12 +111,8 @@ def _coded(weight: Weight) -> tuple[Tensor, Tensor | None] | None:
     levels, zero = weight.levels, weight.zero
     assert isinstance(levels, Integers)
     storage = 4 if weight.bits <= 4 else 8
-    if not isinstance(zero, Tensor):
-        if zero == int(zero) and levels.low - zero >= -(2 ** (storage - 1)) and levels.high - zero < 2 ** (storage - 1):
-            return weight.codes - int(zero), None
-        zero = torch.full_like(weight.scale, zero)
-    zeros = weight.by_row(zero - levels.low)
-    whole = bool((zeros == zeros.round()).all())
-    if not whole or float(zeros.min()) < 0 or float(zeros.max()) >= 2**storage:
-        return None
-    return weight.codes - levels.low, zeros.to(torch.int16)
+    half = 2 ** (storage - 1)
+    if not isinstance(zero, Tensor) and zero == int(zero) and -half <= levels.low - zero and levels.high - zero < half:
+        return weight.codes - int(zero), None
+    codes, zeros = weight.unsigned()
+    return (codes, zeros.to(torch.int16)) if are_codes(zeros, storage) else None

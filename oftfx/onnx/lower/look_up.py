@@ -7,7 +7,7 @@ from torch import Tensor
 
 from oftfx.grids import Float8, Integers, Partition
 from oftfx.onnx.lower.stand_in import FloatProduct
-from oftfx.onnx.lower.weight import Weight, narrowed, packed
+from oftfx.onnx.lower.weight import Weight, are_codes, narrowed, packed
 from oftfx.onnx.stored import stored
 
 _CAST = (torch.float8_e4m3fn, torch.float8_e5m2)
@@ -54,7 +54,7 @@ class LookUp(FloatProduct):
         self.register_buffer("scales", narrowed(weight.scale))
         self.groups = zeros.numel()
         several = self.groups > 1 and isinstance(levels, Integers) and table is not None
-        self.packs_zeros = several and _are_codes(zeros, bits)
+        self.packs_zeros = several and are_codes(zeros, bits)
         zeros = packed(zeros.round(), bits, high_first=True) if self.packs_zeros else narrowed(zeros)
         self.register_buffer("zeros", zeros if bool(zeros.any()) else None)
 
@@ -133,11 +133,6 @@ def expanded(values: Tensor, cut: Partition) -> Tensor:
         matrix = matrix.unsqueeze(2).expand(-1, -1, wide).flatten(1)
         matrix = matrix if matrix.shape[1] == columns else matrix[:, :columns]
     return matrix
-
-
-def _are_codes(zeros: Tensor, bits: int) -> bool:
-    whole = bool((zeros == zeros.round()).all())
-    return whole and float(zeros.min()) >= 0 and float(zeros.max()) < 2**bits
 
 
 def _values(weight: Weight) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from oftfx.grids import Integers
 from oftfx.onnx.lower.stand_in import StandIn
-from oftfx.onnx.lower.weight import Weight, narrowed, packed
+from oftfx.onnx.lower.weight import Weight, are_codes, narrowed, packed
 from oftfx.onnx.stored import stored
 
 _SMALLEST, _LARGEST = 16, 256  # blocks; larger ones are computed by slower code
@@ -110,8 +110,7 @@ def _coded(weight: Weight) -> tuple[Tensor, Tensor | None, int] | None:
         shift = middle - zero
         if shift == int(shift) and levels.low + shift >= 0 and levels.high + shift <= top:
             return weight.codes + int(shift), None, bits
-        zero = torch.full_like(weight.scale, zero)
-    codes, zeros = weight.codes - levels.low, weight.by_row(zero - levels.low)
-    if bool((zeros == zeros.round()).all()) and float(zeros.min()) >= 0 and float(zeros.max()) <= top:
+    codes, zeros = weight.unsigned()
+    if are_codes(zeros, bits):
         return codes, zeros.to(torch.int16), bits
     return (codes, zeros, bits) if bits < 8 else None

@@ -60,6 +60,12 @@ class Weight:
         """Whether the rounding must be part of the graph."""
         return self.deviation > TOLERATED
 
+    def unsigned(self) -> tuple[Tensor, Tensor]:
+        """Codes ``(out, in)`` from 0 and, counted from there, zeros ``(out, groups of a row)``; integers in tiles."""
+        assert isinstance(self.levels, Integers)
+        zero = self.zero if isinstance(self.zero, Tensor) else torch.full_like(self.scale, self.zero)
+        return self.codes - self.levels.low, self.by_row(zero - self.levels.low)
+
     def by_row(self, values: Tensor) -> Tensor:
         """``(out, groups of a row)`` of one value a group; for tiles."""
         high, wide = self.partition.tile
@@ -98,6 +104,11 @@ def weight_of(module: nn.Module, weight_format: ScalarFormat) -> Weight:
         rounded,
         deviation,
     )
+
+
+def are_codes(values: Tensor, bits: int) -> bool:
+    """Whether all are integers from 0 that ``bits`` hold."""
+    return bool((values == values.round()).all()) and float(values.min()) >= 0 and float(values.max()) < 2**bits
 
 
 def narrowed(values: Tensor) -> Tensor:
