@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "OFT": "oftfx.spec",
+    "OFT": "oftfx.rotation.spec",
     "Rule": "oftfx.rules",
     "Plan": "oftfx.plans",
     "Site": "oftfx.program",
@@ -65,7 +65,8 @@ if TYPE_CHECKING:
     )
     from oftfx.errors import OftfxError
     from oftfx.folding import FoldResult, fold, unfold
-    from oftfx.formats import WeightFormat, register_format
+    from oftfx.formats.base import WeightFormat
+    from oftfx.formats.registry import register_format
     from oftfx.kept import load_rotations, save_rotations
     from oftfx.onnx.adapters.file import export_onnx_adapter
     from oftfx.onnx.export import ExportReport, export_onnx
@@ -75,8 +76,8 @@ if TYPE_CHECKING:
     from oftfx.program import Program, Site
     from oftfx.report.fold_report import FoldReport
     from oftfx.rotation.module import Rotation
+    from oftfx.rotation.spec import OFT
     from oftfx.rules import Rule
-    from oftfx.spec import OFT
     from oftfx.surgery import graph, plan, transform
 
 

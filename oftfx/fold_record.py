@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import torch.nn as nn
 
-from oftfx.formats import WeightFormat, WeightState
-from oftfx.kernel import is_exact, use_exact
+from oftfx.formats.base import WeightFormat, WeightState
+from oftfx.formats.exact import is_exact, use_exact
 from oftfx.placement import Placement
 from oftfx.rotation.module import FrozenRotation, Rotation
 from oftfx.structure import replace_module

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from oftfx.formats import format_named
+from oftfx.formats.registry import format_named
 
 _VERSION = "gptq_v2"
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 
 _NOTES = ("hf_quantizer", "quantization_method", "is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit")
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from oftfx.errors import AdapterFileError, FoldError
 from oftfx.files import write_whole
-from oftfx.formats import format_named
-from oftfx.kernel import choose_kernel, use_exact
+from oftfx.formats.exact import choose_kernel, use_exact
+from oftfx.formats.registry import format_named
 from oftfx.passes.freeze_rotations import FROZEN
 from oftfx.passes.insert_rotations import attach
 from oftfx.placement import rotated_sites

@@ -9,11 +9,11 @@ from typing import Any
 
 from oftfx.coverage import Coverage, Unreached
 from oftfx.errors import RuleError
-from oftfx.layout import Layout
+from oftfx.formats.layout import Layout
 from oftfx.rotation.module import skew_rows
 from oftfx.rotation.skew import skew_size
+from oftfx.rotation.spec import OFT
 from oftfx.sites import Site
-from oftfx.spec import OFT
 
 VERSION = 1
 
@@ -49,7 +49,7 @@ class SitePlan:
         producer: the layer that `oftfx.fold` can put the rotation into with ``into="producer"``, or None.
         producer_reason: why there is none.
         tied_blocks: for each block its row of the skew, where blocks share rows; see `Rotation`.
-        kernel: how a quantized layer multiplies: ``"native"`` or ``"exact"``; see `oftfx.kernel`.
+        kernel: how a quantized layer multiplies: ``"native"`` or ``"exact"``; see `oftfx.formats.exact`.
         notes: what a user should know about this site.
     """
 

@@ -12,7 +12,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FoldError
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 
 Reference: TypeAlias = nn.Module | str | Path | Callable[[str], Tensor]
 

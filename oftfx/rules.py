@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch.nn as nn
 
 from oftfx.errors import RuleError
-from oftfx.spec import OFT
+from oftfx.rotation.spec import OFT
 
 if TYPE_CHECKING:
     from oftfx.program import Site

@@ -10,9 +10,10 @@ import torch
 import torch.nn as nn
 
 from oftfx.errors import RuleError
-from oftfx.formats import WeightFormat, format_of
-from oftfx.layout import Layout
-from oftfx.spec import OFT
+from oftfx.formats.base import WeightFormat
+from oftfx.formats.layout import Layout
+from oftfx.formats.registry import format_of
+from oftfx.rotation.spec import OFT
 from oftfx.structure import is_own_module
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
@@ -26,7 +27,7 @@ class Site:
         fqn: module path of the layer; of a raw parameter its own path, ``<module>.<parameter>``.
         kind: ``"linear"``, ``"conv1d_gpt2"``, ``"conv1d"``, ``"conv2d"``, ``"conv3d"``, ``"conv_transpose"``,
             ``"embedding"``, ``"experts"`` or ``"functional"``.
-        format: how the weight is stored, a name in `oftfx.formats.formats`.
+        format: how the weight is stored, a name in `oftfx.formats.registry.formats`.
         module_class: class name of the layer.
         in_features: length of the rotated axis: input features, or patch elements ``in/groups * kernel`` of a
             convolution, or the output size of an embedding; of experts, of one.
@@ -148,7 +149,7 @@ class Finder:
                 yield from self._experts(module)
 
     def _attention(self, module: nn.MultiheadAttention, path: str) -> Iterator[Site]:
-        from oftfx.passes.formats.dense import DenseParameter
+        from oftfx.formats.dense import DenseParameter
 
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             found = DenseParameter(name, Layout(), "linear")
@@ -160,7 +161,7 @@ class Finder:
             yield self.site(out, found, reader=path)
 
     def _experts(self, module: nn.Module) -> Iterator[Site]:
-        from oftfx.passes.formats.dense import DenseParameter
+        from oftfx.formats.dense import DenseParameter
 
         layout = Layout("experts_columns" if module.is_transposed else "experts")
         for name in EXPERT_PARAMETERS:
@@ -178,7 +179,7 @@ def is_experts(module: nn.Module) -> bool:
 
 def format_at(module: nn.Module, site: Site, *, each: bool = False) -> WeightFormat:
     """The format that reads the weight of a site in ``module``; ``each``: with one rotation for every expert."""
-    from oftfx.passes.formats.dense import DenseParameter
+    from oftfx.formats.dense import DenseParameter
 
     found = format_of(module) if site.is_layer else None
     return found or DenseParameter(site.parameter, site.layout.with_each(each), site.kind, site.placements)

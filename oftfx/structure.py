@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from oftfx.errors import OftfxError
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -12,9 +12,9 @@ import torch.nn as nn
 
 from oftfx.adapter.store import Adapter, check_name, find_store, store_of, transformed_part, unwrapped
 from oftfx.errors import AdapterError, OftfxWarning, RuleError, TraceError
+from oftfx.formats.exact import choose_kernel
 from oftfx.gptq_notes import note_zeros
 from oftfx.hf_quantizer import allow_training
-from oftfx.kernel import choose_kernel
 from oftfx.passes.find_functional import FindFunctional
 from oftfx.passes.find_producers import FindProducers
 from oftfx.passes.insert_rotations import InsertRotations

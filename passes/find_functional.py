@@ -12,8 +12,8 @@ import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from oftfx.layout import Layout
-from oftfx.passes.formats.dense import DenseParameter
+from oftfx.formats.dense import DenseParameter
+from oftfx.formats.layout import Layout
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.program import Program
 from oftfx.sites import Finder, Site

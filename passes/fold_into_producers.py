@@ -9,7 +9,8 @@ import torch
 import torch.nn as nn
 
 from oftfx.fold_record import SiteFold, Undo
-from oftfx.formats import WeightFormat, WeightState, format_of
+from oftfx.formats.base import WeightFormat, WeightState
+from oftfx.formats.registry import format_of
 from oftfx.passes.freeze_rotations import product_of
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.placement import Placement, rotated_sites

@@ -12,7 +12,7 @@ import torch.nn as nn
 
 from oftfx.errors import FoldError, OftfxWarning, PassError
 from oftfx.fold_record import SiteFold, Undo
-from oftfx.formats import WeightFormat
+from oftfx.formats.base import WeightFormat
 from oftfx.lockstep import Inputs, Lockstep
 from oftfx.moments import Moments
 from oftfx.passes.fold_site import SiteFolder

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from oftfx.errors import FoldError
 from oftfx.fold_record import SiteFold, Undo
-from oftfx.formats import WeightFormat, WeightState, format_of
-from oftfx.layout import Layout
+from oftfx.formats.base import WeightFormat, WeightState
+from oftfx.formats.dense import FLOATS
+from oftfx.formats.layout import Layout
+from oftfx.formats.registry import format_of
 from oftfx.moments import output_arrived
-from oftfx.passes.formats.dense import FLOATS
 from oftfx.passes.freeze_rotations import Freezer, product_of
 from oftfx.passes.protocol import BOUNDS, relative_error
 from oftfx.placement import CHILD, Placement

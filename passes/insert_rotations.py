@@ -6,8 +6,8 @@ import torch
 import torch.nn as nn
 
 from oftfx.errors import AdapterError, PassError
-from oftfx.formats import format_named
-from oftfx.kernel import use_exact
+from oftfx.formats.exact import use_exact
+from oftfx.formats.registry import format_named
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.placement import Placement, RotateInput, RotateOutput, RotateWeight, rotated_sites
 from oftfx.placement.group import InputGroup

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch.nn as nn
 
 from oftfx.errors import RuleError
-from oftfx.kernel import choose_kernel
+from oftfx.formats.exact import choose_kernel
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.plans import Plan, SitePlan, Skipped
 from oftfx.program import Program

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch.nn as nn
 
 from oftfx.coverage import Coverage, Unreached
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 from oftfx.passes.protocol import Pass, PassResult
 from oftfx.program import Program
 from oftfx.structure import is_own_module

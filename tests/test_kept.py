@@ -46,7 +46,7 @@ def test_a_kept_fold_survives_its_checkpoint(tiny_llama, tmp_path, share):
 
 @pytest.mark.needs("bitsandbytes")
 def test_faults(tmp_path):
-    from oftfx.passes.formats.bnb8 import make_linear8bit
+    from oftfx.formats.bnb8 import make_linear8bit
 
     model = nn.Sequential(make_linear8bit(nn.Linear(64, 32)))
     with pytest.raises(FoldError, match="no fixed rotations"):

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 
 import oftfx
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 from oftfx.grids import compensated
 from oftfx.lockstep import Lockstep
 from oftfx.moments import Moments, second_moments

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import oftfx
 from oftfx import OFT, Budget
 from oftfx.errors import FoldError, OftfxWarning
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 from tests.quantized import (
     NAMES,
     WIDTH,

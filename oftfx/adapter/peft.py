@@ -16,9 +16,9 @@ import torch.nn as nn
 
 from oftfx.errors import AdapterError, AdapterFileError, RuleError
 from oftfx.plans import Plan
+from oftfx.rotation.spec import OFT, nearest_divisor
 from oftfx.rules import Rule
 from oftfx.sites import Site
-from oftfx.spec import OFT, nearest_divisor
 
 PREFIX = "base_model.model."
 SKEW, EMBEDDING_SKEW = ".oft_R.weight", ".oft_embedding_R.weight"

@@ -21,7 +21,7 @@ from oftfx.adapter.store import AdapterStore, check_name, find_store, located, s
 from oftfx.adapter.switch import disable_adapters
 from oftfx.errors import AdapterError, AdapterFileError, OftfxWarning
 from oftfx.files import write_whole
-from oftfx.kernel import choose_kernel
+from oftfx.formats.exact import choose_kernel
 from oftfx.passes.find_producers import FindProducers
 from oftfx.passes.protocol import PassManager
 from oftfx.passes.share_inputs import ShareInputs
@@ -30,8 +30,8 @@ from oftfx.plans import Plan, SitePlan, TraceInfo
 from oftfx.program import Program
 from oftfx.rotation.module import skew_rows
 from oftfx.rotation.skew import skew_size
+from oftfx.rotation.spec import OFT
 from oftfx.sites import Site, choose_placement, fits
-from oftfx.spec import OFT
 from oftfx.trace.inputs import names_inputs
 from oftfx.trace.record import record_best
 

@@ -229,7 +229,7 @@ def _dense_bytes(model: nn.Module) -> int:
 
 def _bytes(model: nn.Module) -> int:
     """Every stored tensor once; of quantized sites codes and scales."""
-    from oftfx.formats import format_of
+    from oftfx.formats.registry import format_of
 
     total, counted = 0, set()
     for module in model.modules():

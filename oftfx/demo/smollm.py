@@ -12,7 +12,7 @@ import torch
 import torch.nn as nn
 
 from oftfx.errors import MissingExtraError, OftfxError
-from oftfx.passes.formats.bnb4 import make_linear4bit
+from oftfx.formats.bnb4 import make_linear4bit
 from oftfx.structure import replace_module
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"

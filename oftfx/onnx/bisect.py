@@ -10,7 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import ExportError
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 from oftfx.onnx.adapters import AdapterMode
 from oftfx.onnx.finish import finish
 from oftfx.onnx.signature import Signature

@@ -14,8 +14,8 @@ import torch.nn as nn
 
 from oftfx.adapter.store import drop_store, unwrapped
 from oftfx.errors import ExportError, MissingExtraError
-from oftfx.formats import format_of
-from oftfx.kernel import use_exact
+from oftfx.formats.exact import use_exact
+from oftfx.formats.registry import format_of
 from oftfx.onnx.adapters import MODES
 from oftfx.onnx.bisect import first_difference
 from oftfx.onnx.decoder import Decoder

@@ -10,8 +10,9 @@ import torch
 import torch.nn as nn
 
 from oftfx.errors import OftfxError
-from oftfx.formats import WeightFormat, format_of
-from oftfx.kernel import use_native
+from oftfx.formats.base import WeightFormat
+from oftfx.formats.exact import use_native
+from oftfx.formats.registry import format_of
 from oftfx.rotation.module import FrozenRotation, Rotation
 
 CHILD = "oft"

@@ -19,7 +19,7 @@ from oftfx.rotation.rotate import rotate
 from oftfx.rotation.skew import skew_matrix, skew_size, skew_vector
 
 if TYPE_CHECKING:
-    from oftfx.spec import OFT
+    from oftfx.rotation.spec import OFT
 
 # Optimisers that are fused or write through `.data` leave a parameter's version as it is, so their steps are counted.
 _steps = 0

@@ -15,8 +15,8 @@ import torch.nn as nn
 from torch.utils import _pytree as pytree
 
 from oftfx.errors import TraceError
-from oftfx.formats import format_of
-from oftfx.kernel import use_exact
+from oftfx.formats.exact import use_exact
+from oftfx.formats.registry import format_of
 from oftfx.placement import rotated_sites
 from oftfx.sites import is_experts
 from oftfx.trace.graph_module import ProgramGraph, build

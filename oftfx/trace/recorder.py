@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from oftfx.errors import TraceError
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 from oftfx.placement import RotateInput, RotateOutput, placements_on, rotated_sites, without_rotation
 from oftfx.rotation.module import Rotation, no_cache
 from oftfx.structure import is_own_module

@@ -252,7 +252,7 @@ class Flattened(nn.Module):
 
 @pytest.mark.needs("bitsandbytes")
 def test_a_kept_rotation_cannot_be_swapped(tmp_path):
-    from oftfx.passes.formats.bnb4 import make_linear4bit
+    from oftfx.formats.bnb4 import make_linear4bit
 
     model = randomize(oftfx.transform(nn.Sequential(make_linear4bit(nn.Linear(64, 32))), {"0": OFT(8)}))
     folded = oftfx.fold(model, quantized="keep").model

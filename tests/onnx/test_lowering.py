@@ -14,7 +14,8 @@ import oftfx
 import oftfx.formats
 from oftfx import OFT
 from oftfx.errors import ExportError
-from oftfx.formats import Geometry, WeightFormat, format_of, register_format
+from oftfx.formats.base import Geometry, WeightFormat
+from oftfx.formats.registry import format_of, register_format
 from oftfx.grids import Partition
 from oftfx.onnx.lower import lower_quantized
 from oftfx.onnx.lower.look_up import expanded

@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.adapter.store import unwrapped
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 from oftfx.placement import CHILD
 from oftfx.program import Program
 
