@@ -19,7 +19,7 @@ _HOME = {
     "OFT": "oftfx.rotation.spec",
     "Rule": "oftfx.rules",
     "Plan": "oftfx.plans",
-    "Site": "oftfx.program",
+    "Site": "oftfx.model.site",
     "Program": "oftfx.program",
     "Rotation": "oftfx.rotation.module",
     "WeightFormat": "oftfx.formats",
@@ -68,12 +68,13 @@ if TYPE_CHECKING:
     from oftfx.formats.base import WeightFormat
     from oftfx.formats.registry import register_format
     from oftfx.kept import load_rotations, save_rotations
+    from oftfx.model.site import Site
     from oftfx.onnx.adapters.file import export_onnx_adapter
     from oftfx.onnx.export import ExportReport, export_onnx
     from oftfx.onnx.genai import export_genai
     from oftfx.plans import Plan
     from oftfx.policies import Budget
-    from oftfx.program import Program, Site
+    from oftfx.program import Program
     from oftfx.report.fold_report import FoldReport
     from oftfx.rotation.module import Rotation
     from oftfx.rotation.spec import OFT

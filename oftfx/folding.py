@@ -15,8 +15,9 @@ from oftfx.adapter.store import AdapterStore, drop_store, keep_store, located
 from oftfx.errors import AdapterError, FoldError
 from oftfx.fold_note import forget_fold, note_fold
 from oftfx.fold_record import SiteFold
-from oftfx.hf_quantizer import QuantizerNotes, note_float_layers
 from oftfx.measure import Measured, measure
+from oftfx.model.huggingface import QuantizerNotes, note_float_layers
+from oftfx.model.structure import structural_copy
 from oftfx.passes.fold_into_producers import FoldIntoProducers
 from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.passes.protocol import PassManager
@@ -26,7 +27,6 @@ from oftfx.program import Program
 from oftfx.reference import Reference, ReferenceWeights
 from oftfx.report.fold_report import FoldReport
 from oftfx.report.progress import bar
-from oftfx.structure import structural_copy
 
 _MEASURED = 8  # batches that both models run: calibrating needs many, an error is known by fewer
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from oftfx.modes import Inputs, call, evaluating, input_name
+from oftfx.model.running import Inputs, call, evaluating, input_name
 
 
 class _Stopped(BaseException):

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from oftfx.modes import Inputs, call, evaluating
+from oftfx.model.running import Inputs, call, evaluating
 
 _PIECE = 2**22
 

@@ -10,10 +10,10 @@ from typing import Any
 from oftfx.coverage import Coverage, Unreached
 from oftfx.errors import RuleError
 from oftfx.formats.layout import Layout
+from oftfx.model.site import Site
 from oftfx.rotation.module import skew_rows
 from oftfx.rotation.skew import skew_size
 from oftfx.rotation.spec import OFT
-from oftfx.sites import Site
 
 VERSION = 1
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from oftfx.errors import FoldError
-from oftfx.sites import Site
+from oftfx.model.site import Site
 
 POLICIES = ("keep", "requantize", "calibrate", "reference", "float")
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch.nn as nn
 
-from oftfx.sites import Finder, Site
+from oftfx.model.site import Site
+from oftfx.model.sites import Finder
 
 if TYPE_CHECKING:
     from oftfx.plans import Plan

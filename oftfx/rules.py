@@ -15,7 +15,7 @@ from oftfx.errors import RuleError
 from oftfx.rotation.spec import OFT
 
 if TYPE_CHECKING:
-    from oftfx.program import Site
+    from oftfx.model.site import Site
 
 Target = str | type[nn.Module] | Callable[["Site"], bool]
 

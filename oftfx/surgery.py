@@ -13,8 +13,10 @@ import torch.nn as nn
 from oftfx.adapter.store import Adapter, check_name, find_store, store_of, transformed_part, unwrapped
 from oftfx.errors import AdapterError, OftfxWarning, RuleError, TraceError
 from oftfx.formats.exact import choose_kernel
-from oftfx.gptq_notes import note_zeros
-from oftfx.hf_quantizer import allow_training
+from oftfx.model.huggingface import allow_training, note_zeros
+from oftfx.model.names import child_name
+from oftfx.model.sites import choose_placement, fits
+from oftfx.model.structure import structural_copy
 from oftfx.passes.find_functional import FindFunctional
 from oftfx.passes.find_producers import FindProducers
 from oftfx.passes.insert_rotations import InsertRotations
@@ -22,12 +24,10 @@ from oftfx.passes.match_rules import MatchRules
 from oftfx.passes.measure_coverage import MeasureCoverage
 from oftfx.passes.protocol import PassManager, PassResult
 from oftfx.passes.share_inputs import ShareInputs
-from oftfx.placement import SiteRotations, child_name
+from oftfx.placement import SiteRotations
 from oftfx.plans import Plan
 from oftfx.program import Program
 from oftfx.rules import Rule, Rules, read_rules
-from oftfx.sites import choose_placement, fits
-from oftfx.structure import structural_copy
 from oftfx.trace.graph_module import ProgramGraph
 from oftfx.trace.inputs import ExampleInputs, names_inputs
 from oftfx.trace.record import record, record_best

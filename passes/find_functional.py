@@ -14,9 +14,10 @@ import torch.nn.functional as F
 
 from oftfx.formats.dense import DenseParameter
 from oftfx.formats.layout import Layout
+from oftfx.model.site import Site
+from oftfx.model.sites import Finder
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.program import Program
-from oftfx.sites import Finder, Site
 from oftfx.trace.operand import first_operand, operand
 from oftfx.unreachable import is_matrix
 

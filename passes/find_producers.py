@@ -12,10 +12,10 @@ import torch.fx as fx
 import torch.nn as nn
 
 from oftfx.errors import RuleError
+from oftfx.model.site import Site
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.plans import Producer, SitePlan
 from oftfx.program import Program
-from oftfx.sites import Site
 from oftfx.trace.labels import Labels, LostError, name_of, source_of, start, step
 from oftfx.trace.operand import first_operand
 

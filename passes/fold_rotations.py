@@ -14,6 +14,8 @@ from oftfx.errors import FoldError, OftfxWarning, PassError
 from oftfx.fold_record import SiteFold, Undo
 from oftfx.formats.base import WeightFormat
 from oftfx.lockstep import Inputs, Lockstep
+from oftfx.model.huggingface import Untied
+from oftfx.model.site import Site
 from oftfx.moments import Moments
 from oftfx.passes.fold_site import SiteFolder
 from oftfx.passes.protocol import Change, Pass, PassResult
@@ -22,8 +24,6 @@ from oftfx.policies import Budget, Policy, check_policy, choices
 from oftfx.program import Program
 from oftfx.reference import ReferenceWeights
 from oftfx.rotation.module import Rotation
-from oftfx.sites import Site
-from oftfx.untie import Untied
 
 _NEVER_RAN = (
     "this layer has never been called while others have, so its rotation may not be part of what the model computed "

@@ -16,15 +16,16 @@ from oftfx.formats.base import WeightFormat, WeightState
 from oftfx.formats.dense import FLOATS
 from oftfx.formats.layout import Layout
 from oftfx.formats.registry import format_of
+from oftfx.model.huggingface import Untied, untie
+from oftfx.model.names import CHILD
+from oftfx.model.structure import HOOKS, replace_module
 from oftfx.moments import output_arrived
 from oftfx.passes.freeze_rotations import Freezer, product_of
 from oftfx.passes.protocol import BOUNDS, relative_error
-from oftfx.placement import CHILD, Placement
+from oftfx.placement import Placement
 from oftfx.policies import Budget, choices
 from oftfx.probe import has_own_forward, probe
 from oftfx.reference import ReferenceWeights
-from oftfx.structure import HOOKS, replace_module
-from oftfx.untie import Untied, untie
 
 _NOT_PROBED = "its class has a forward of its own that could not be tried alone; compare folded and unfolded outputs"
 _ACTIONS = {"requantize": "requantized", "calibrate": "calibrated", "reference": "from reference"}

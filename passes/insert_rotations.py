@@ -8,13 +8,14 @@ import torch.nn as nn
 from oftfx.errors import AdapterError, PassError
 from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_named
+from oftfx.model.site import Site
+from oftfx.model.sites import format_at, weight_device
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.placement import Placement, RotateInput, RotateOutput, RotateWeight, rotated_sites
 from oftfx.placement.group import InputGroup
 from oftfx.plans import SitePlan
 from oftfx.program import Program
 from oftfx.rotation.module import Rotation
-from oftfx.sites import Site, format_at, weight_device
 
 
 class InsertRotations(Pass):

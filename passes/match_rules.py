@@ -9,12 +9,13 @@ import torch.nn as nn
 
 from oftfx.errors import RuleError
 from oftfx.formats.exact import choose_kernel
+from oftfx.model.site import Site
+from oftfx.model.sites import choose_placement
+from oftfx.model.structure import is_own_module
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.plans import Plan, SitePlan, Skipped
 from oftfx.program import Program
 from oftfx.rules import Rule
-from oftfx.sites import Site, choose_placement
-from oftfx.structure import is_own_module
 from oftfx.unreachable import unreachable
 
 

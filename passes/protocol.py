@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from oftfx.errors import PassError
-from oftfx.modes import outputs_of
+from oftfx.model.running import outputs_of
 from oftfx.program import Program
 
 Preserves = Literal["exact", "rounding", "lossy"]

@@ -19,7 +19,7 @@ from torch import Tensor
 import oftfx
 from oftfx.demo import smollm, text
 from oftfx.demo.train import minimise
-from oftfx.structure import replace_module
+from oftfx.model.structure import replace_module
 
 LENGTH, BATCH, CALIBRATION, HELD_OUT = 128, 4, 64, 40
 FORMATS = ("NF4", "HQQ 4-bit", "GPTQ 4-bit", "AWQ 4-bit")

@@ -15,10 +15,10 @@ from typing import Any
 import torch.nn as nn
 
 from oftfx.errors import AdapterError, AdapterFileError, RuleError
+from oftfx.model.site import Site
 from oftfx.plans import Plan
 from oftfx.rotation.spec import OFT, nearest_divisor
 from oftfx.rules import Rule
-from oftfx.sites import Site
 
 PREFIX = "base_model.model."
 SKEW, EMBEDDING_SKEW = ".oft_R.weight", ".oft_embedding_R.weight"

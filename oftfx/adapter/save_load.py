@@ -22,6 +22,8 @@ from oftfx.adapter.switch import disable_adapters
 from oftfx.errors import AdapterError, AdapterFileError, OftfxWarning
 from oftfx.files import write_whole
 from oftfx.formats.exact import choose_kernel
+from oftfx.model.site import Site
+from oftfx.model.sites import choose_placement, fits
 from oftfx.passes.find_producers import FindProducers
 from oftfx.passes.protocol import PassManager
 from oftfx.passes.share_inputs import ShareInputs
@@ -31,7 +33,6 @@ from oftfx.program import Program
 from oftfx.rotation.module import skew_rows
 from oftfx.rotation.skew import skew_size
 from oftfx.rotation.spec import OFT
-from oftfx.sites import Site, choose_placement, fits
 from oftfx.trace.inputs import names_inputs
 from oftfx.trace.record import record_best
 

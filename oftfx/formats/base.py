@@ -26,7 +26,7 @@ class Geometry:
     """Shape of a layer's weight as matrix ``(out_features, in_features)``, and the kind of layer.
 
     Attributes:
-        kind: ``"linear"``, ``"conv2d"``, ...; see `oftfx.sites.Site`.
+        kind: ``"linear"``, ``"conv2d"``, ...; see `oftfx.model.site.Site`.
         in_features: length of the axis that is rotated; for an embedding the size of its output.
         out_features: rows.
         placements: where a rotation can act, the best first.

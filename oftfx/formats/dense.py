@@ -109,7 +109,7 @@ class DenseParameter(Dense):
     Args:
         parameter: its name in the module.
         layout: how it is stored.
-        kind: see `oftfx.sites.Site`.
+        kind: see `oftfx.model.site.Site`.
         placements: where its rotation can act, the best first.
     """
 

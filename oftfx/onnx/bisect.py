@@ -11,13 +11,13 @@ from torch import Tensor
 
 from oftfx.errors import ExportError
 from oftfx.formats.registry import format_of
+from oftfx.model.structure import structural_copy
 from oftfx.onnx.adapters import AdapterMode
 from oftfx.onnx.finish import finish
 from oftfx.onnx.signature import Signature
 from oftfx.onnx.trace import Traced, trace
 from oftfx.onnx.verify import DifferentError, allowed_error, open_session, run_session
 from oftfx.passes.protocol import relative_error
-from oftfx.structure import structural_copy
 
 
 @torch.no_grad()

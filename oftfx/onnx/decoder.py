@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import ExportError
-from oftfx.modes import evaluating
+from oftfx.model.running import evaluating
 from oftfx.onnx.inputs import flat_outputs
 from oftfx.onnx.signature import Signature
 

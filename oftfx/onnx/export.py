@@ -16,6 +16,7 @@ from oftfx.adapter.store import drop_store, unwrapped
 from oftfx.errors import ExportError, MissingExtraError
 from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_of
+from oftfx.model.structure import structural_copy
 from oftfx.onnx.adapters import MODES
 from oftfx.onnx.bisect import first_difference
 from oftfx.onnx.decoder import Decoder
@@ -29,7 +30,6 @@ from oftfx.onnx.verify import DifferentError, Verification, verify_onnx
 from oftfx.passes.freeze_rotations import FreezeRotations
 from oftfx.passes.protocol import PassManager
 from oftfx.program import Program
-from oftfx.structure import structural_copy
 from oftfx.trace.inputs import ExampleInputs, capture_settings
 
 Dialect = Literal["ort", "standard", "openvino"]

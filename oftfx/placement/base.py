@@ -13,15 +13,8 @@ from oftfx.errors import OftfxError
 from oftfx.formats.base import WeightFormat
 from oftfx.formats.exact import use_native
 from oftfx.formats.registry import format_of
+from oftfx.model.names import child_name
 from oftfx.rotation.module import FrozenRotation, Rotation
-
-CHILD = "oft"
-"""Name of the child module of a layer that holds its rotations; see `child_name`."""
-
-
-def child_name(parameter: str) -> str:
-    """``"oft"`` for the weight of a layer, ``"oft_<name>"`` for any other parameter of a module."""
-    return CHILD if parameter == "weight" else f"{CHILD}_{parameter}"
 
 
 class SiteRotations(nn.Module):

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch.nn as nn
 
+from oftfx.model.names import join
 from oftfx.placement.base import Placement, owner_of, paths
 
 
@@ -29,13 +30,6 @@ def rotated_sites(model: nn.Module) -> Iterator[tuple[str, Placement]]:
             path = names.get(placement.module)
             if path is not None:
                 yield join(path, placement.parameter), placement
-
-
-def join(module: str, parameter: str) -> str:
-    """Path of a site: the layer's for its ``weight``, else the parameter's."""
-    if parameter == "weight" and module:
-        return module
-    return f"{module}.{parameter}" if module else parameter
 
 
 @contextmanager

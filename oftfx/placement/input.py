@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from oftfx.modes import input_name
+from oftfx.model.running import input_name
 from oftfx.placement.base import Placement
 from oftfx.placement.group import InputGroup
 from oftfx.rotation.rotate import in_format_of

@@ -17,8 +17,8 @@ from torch.utils import _pytree as pytree
 from oftfx.errors import TraceError
 from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_of
+from oftfx.model.sites import is_experts
 from oftfx.placement import rotated_sites
-from oftfx.sites import is_experts
 from oftfx.trace.graph_module import ProgramGraph, build
 from oftfx.trace.guards import ShapeGuard
 from oftfx.trace.inputs import ExampleInputs, capture_settings, example_call

@@ -20,9 +20,9 @@ from torch.utils import _pytree as pytree
 
 from oftfx.errors import TraceError
 from oftfx.formats.registry import format_of
+from oftfx.model.structure import is_own_module
 from oftfx.placement import RotateInput, RotateOutput, placements_on, rotated_sites, without_rotation
 from oftfx.rotation.module import Rotation, no_cache
-from oftfx.structure import is_own_module
 from oftfx.trace.symbols import SymbolNodes
 
 # Tensor methods that are written as operators; a graph reads better with the operator.

@@ -11,7 +11,7 @@ import oftfx
 from oftfx import OFT
 from oftfx.formats.exact import ExactForward, choose_kernel, is_exact, use_exact, use_native
 from oftfx.formats.registry import format_of, formats
-from oftfx.structure import structural_copy
+from oftfx.model.structure import structural_copy
 from tests.quantized import quantize
 from tests.reference import dense_rotation, randomize, rel
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oftfx.adapter.store import find_store
 from oftfx.adapter.switch import disable_adapters
-from oftfx.modes import evaluating
+from oftfx.model.running import evaluating
 from oftfx.onnx.adapters.blocks import Slots
 from oftfx.onnx.signature import Signature
 

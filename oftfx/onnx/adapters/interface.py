@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oftfx.adapter.store import unwrapped
 from oftfx.formats.registry import format_of
-from oftfx.placement import CHILD
+from oftfx.model.names import CHILD
 from oftfx.program import Program
 
 _SAMPLE = 64

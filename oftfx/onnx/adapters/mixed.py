@@ -14,13 +14,13 @@ from torch import Tensor
 from oftfx.adapter.store import located
 from oftfx.adapter.switch import set_adapter
 from oftfx.errors import ExportError
+from oftfx.model.structure import structural_copy
 from oftfx.onnx.adapters.base import AdapterMode, Case
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks, identity_like
 from oftfx.onnx.adapters.swappable import only_active
 from oftfx.onnx.signature import Signature
 from oftfx.placement import rotated_sites
 from oftfx.rotation.module import FrozenRotation
-from oftfx.structure import structural_copy
 
 INDEX = "adapter_index"
 """Input of the graph: for each row its adapter's place in the stack, int64 ``(batch,)``; 0 is the base."""
