@@ -17,25 +17,25 @@ __version__ = "0.1.0"
 
 _HOME = {
     "OFT": "oftfx.rotation.spec",
-    "Rule": "oftfx.rules",
-    "Plan": "oftfx.plans",
+    "Rule": "oftfx.planning.rules",
+    "Plan": "oftfx.planning.plans",
     "Site": "oftfx.model.site",
-    "Program": "oftfx.program",
+    "Program": "oftfx.planning.program",
     "Rotation": "oftfx.rotation.module",
     "WeightFormat": "oftfx.formats",
     "register_format": "oftfx.formats",
     "plan": "oftfx.surgery",
     "transform": "oftfx.surgery",
-    "graph": "oftfx.surgery",
-    "add_adapter": "oftfx.adapter.switch",
+    "graph": "oftfx.trace.graphs",
+    "add_adapter": "oftfx.surgery",
     "set_adapter": "oftfx.adapter.switch",
     "remove_adapter": "oftfx.adapter.switch",
     "adapters": "oftfx.adapter.switch",
     "active_adapters": "oftfx.adapter.switch",
     "disable_adapters": "oftfx.adapter.switch",
     "adapter_parameters": "oftfx.adapter.switch",
-    "save_adapter": "oftfx.adapter.save_load",
-    "load_adapter": "oftfx.adapter.save_load",
+    "save_adapter": "oftfx.adapter.save",
+    "load_adapter": "oftfx.adapter.load",
     "fold": "oftfx.folding",
     "unfold": "oftfx.folding",
     "Budget": "oftfx.policies",
@@ -53,12 +53,12 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from oftfx.adapter.save_load import load_adapter, save_adapter
+    from oftfx.adapter.load import load_adapter
+    from oftfx.adapter.save import save_adapter
     from oftfx.adapter.switch import (
         active_adapters,
         adapter_parameters,
         adapters,
-        add_adapter,
         disable_adapters,
         remove_adapter,
         set_adapter,
@@ -72,14 +72,15 @@ if TYPE_CHECKING:
     from oftfx.onnx.adapters.file import export_onnx_adapter
     from oftfx.onnx.export import ExportReport, export_onnx
     from oftfx.onnx.genai import export_genai
-    from oftfx.plans import Plan
+    from oftfx.planning.plans import Plan
+    from oftfx.planning.program import Program
+    from oftfx.planning.rules import Rule
     from oftfx.policies import Budget
-    from oftfx.program import Program
     from oftfx.report.fold_report import FoldReport
     from oftfx.rotation.module import Rotation
     from oftfx.rotation.spec import OFT
-    from oftfx.rules import Rule
-    from oftfx.surgery import graph, plan, transform
+    from oftfx.surgery import add_adapter, plan, transform
+    from oftfx.trace.graphs import graph
 
 
 def __getattr__(name: str) -> Any:

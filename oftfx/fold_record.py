@@ -10,7 +10,7 @@ import torch.nn as nn
 from oftfx.formats.base import WeightFormat, WeightState
 from oftfx.formats.exact import is_exact, use_exact
 from oftfx.model.structure import replace_module
-from oftfx.placement import Placement
+from oftfx.placement.base import Placement
 from oftfx.rotation.module import FrozenRotation, Rotation
 
 

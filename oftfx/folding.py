@@ -21,12 +21,12 @@ from oftfx.model.structure import structural_copy
 from oftfx.passes.fold_into_producers import FoldIntoProducers
 from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.passes.protocol import PassManager
-from oftfx.plans import Producer
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import Producer
 from oftfx.policies import Policy
-from oftfx.program import Program
 from oftfx.reference import Reference, ReferenceWeights
 from oftfx.report.fold_report import FoldReport
-from oftfx.report.progress import bar
+from oftfx.terminal import bar
 
 _MEASURED = 8  # batches that both models run: calibrating needs many, an error is known by fewer
 

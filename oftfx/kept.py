@@ -14,10 +14,10 @@ from oftfx.files import write_whole
 from oftfx.formats.exact import choose_kernel, use_exact
 from oftfx.formats.registry import format_named
 from oftfx.model.sites import weight_device
-from oftfx.passes.freeze_rotations import FROZEN
-from oftfx.passes.insert_rotations import attach
-from oftfx.placement import rotated_sites
-from oftfx.program import Program
+from oftfx.placement.attach import attach
+from oftfx.placement.find import rotated_sites
+from oftfx.placement.frozen import FROZEN
+from oftfx.planning.program import Program
 from oftfx.rotation.module import FrozenRotation
 
 FILE = "oftfx_rotations.safetensors"

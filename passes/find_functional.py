@@ -17,9 +17,9 @@ from oftfx.formats.layout import Layout
 from oftfx.model.site import Site
 from oftfx.model.sites import Finder
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.program import Program
+from oftfx.planning.program import Program
+from oftfx.planning.unreachable import is_matrix
 from oftfx.trace.operand import first_operand, operand
-from oftfx.unreachable import is_matrix
 
 _LINEAR = (F.linear, torch._C._nn.linear)
 _ADDMM = (torch.addmm, torch.baddbmm)

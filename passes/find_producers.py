@@ -14,8 +14,8 @@ import torch.nn as nn
 from oftfx.errors import RuleError
 from oftfx.model.site import Site
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.plans import Producer, SitePlan
-from oftfx.program import Program
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import Producer, SitePlan
 from oftfx.trace.labels import Labels, LostError, name_of, source_of, start, step
 from oftfx.trace.operand import first_operand
 

@@ -12,12 +12,13 @@ from oftfx.fold_record import SiteFold, Undo
 from oftfx.formats.base import WeightFormat, WeightState
 from oftfx.formats.registry import format_of
 from oftfx.model.huggingface import Untied, untie
-from oftfx.passes.freeze_rotations import product_of
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.placement import Placement, rotated_sites
-from oftfx.plans import Producer
+from oftfx.placement.base import Placement
+from oftfx.placement.find import rotated_sites
+from oftfx.placement.frozen import product_of
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import Producer
 from oftfx.probe import has_own_forward
-from oftfx.program import Program
 
 
 class FoldIntoProducers(Pass):

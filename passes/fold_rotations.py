@@ -19,9 +19,11 @@ from oftfx.model.site import Site
 from oftfx.moments import Moments
 from oftfx.passes.fold_site import SiteFolder
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.placement import Placement, RotateInput, rotated_sites
+from oftfx.placement.base import Placement
+from oftfx.placement.find import rotated_sites
+from oftfx.placement.input import RotateInput
+from oftfx.planning.program import Program
 from oftfx.policies import Budget, Policy, check_policy, choices
-from oftfx.program import Program
 from oftfx.reference import ReferenceWeights
 from oftfx.rotation.module import Rotation
 

@@ -20,10 +20,10 @@ from oftfx.model.huggingface import Untied, untie
 from oftfx.model.names import CHILD
 from oftfx.model.structure import HOOKS, replace_module
 from oftfx.moments import output_arrived
-from oftfx.passes.freeze_rotations import Freezer, product_of
-from oftfx.passes.protocol import BOUNDS, relative_error
-from oftfx.placement import Placement
+from oftfx.placement.base import Placement
+from oftfx.placement.frozen import Freezer, product_of
 from oftfx.policies import Budget, choices
+from oftfx.precision import BOUNDS, relative_error
 from oftfx.probe import has_own_forward, probe
 from oftfx.reference import ReferenceWeights
 

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import torch
-import torch.nn as nn
 
 from oftfx.errors import AdapterError, PassError
 from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_named
-from oftfx.model.site import Site
-from oftfx.model.sites import format_at, weight_device
+from oftfx.model.sites import weight_device
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.placement import Placement, RotateInput, RotateOutput, RotateWeight, rotated_sites
+from oftfx.placement.attach import attach
+from oftfx.placement.base import Placement
+from oftfx.placement.find import rotated_sites
 from oftfx.placement.group import InputGroup
-from oftfx.plans import SitePlan
-from oftfx.program import Program
+from oftfx.placement.input import RotateInput
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import SitePlan
 from oftfx.rotation.module import Rotation
 
 
@@ -104,28 +105,6 @@ def _group(entry: SitePlan, known: dict[str, Placement]) -> None:
         return
     group = next((p.group for p in others if p.group is not None), None)
     (group or InputGroup(entry.fqn, local=entry.local_input)).add(mine)
-
-
-def attach(modules: dict[str, nn.Module], site: Site, placement: str, *, each: bool = False) -> Placement:
-    """A new placement of a site, its hooks registered."""
-    module = modules[site.module]
-    stored = None if site.is_layer else format_at(module, site, each=each)
-    result: Placement
-    if site.layout.side == "output" and placement == "activation":
-        result = RotateOutput(site.fqn, module, parameter=site.parameter, format=stored)
-    elif placement == "weight":
-        reader = None if site.reader is None else modules[site.reader]
-        result = RotateWeight(site.fqn, module, parameter=site.parameter, format=stored, reader=reader)
-    else:
-        axis, groups = (-1, 1) if site.kind in ("linear", "conv1d_gpt2", "experts") else channels(module)
-        result = RotateInput(site.fqn, module, parameter=site.parameter, format=stored, axis=axis, groups=groups)
-    result.register()
-    return result
-
-
-def channels(module: nn.Module) -> tuple[int, int]:
-    """Axis of a convolution's input channels, counted from the end, and its groups."""
-    return -1 - len(module.kernel_size), module.groups  # type: ignore[arg-type, return-value]
 
 
 def _make(entry: SitePlan, device: torch.device) -> Rotation:

@@ -13,10 +13,11 @@ from oftfx.model.site import Site
 from oftfx.model.sites import choose_placement
 from oftfx.model.structure import is_own_module
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.plans import Plan, SitePlan, Skipped
-from oftfx.program import Program
-from oftfx.rules import Rule
-from oftfx.unreachable import unreachable
+from oftfx.planning.plans import Plan
+from oftfx.planning.program import Program
+from oftfx.planning.rules import Rule
+from oftfx.planning.site_plan import SitePlan, Skipped
+from oftfx.planning.unreachable import unreachable
 
 
 class MatchRules(Pass):

@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import torch.nn as nn
 
-from oftfx.coverage import Coverage, Unreached
 from oftfx.formats.registry import format_of
 from oftfx.model.structure import is_own_module
 from oftfx.passes.protocol import Pass, PassResult
-from oftfx.program import Program
-from oftfx.unreachable import is_matrix
+from oftfx.planning.coverage import Coverage, Unreached
+from oftfx.planning.program import Program
+from oftfx.planning.unreachable import is_matrix
 
 _Matrix = tuple[list[str], tuple[int, ...], int]
 

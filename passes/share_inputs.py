@@ -10,8 +10,8 @@ import torch.fx as fx
 import torch.nn as nn
 
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.plans import SitePlan, TraceInfo
-from oftfx.program import Program
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import SitePlan, TraceInfo
 from oftfx.trace.operand import first_operand
 
 # Functions and layers that hand a value on unchanged, as far as a rotation of its last axis goes.

@@ -3,8 +3,8 @@ import torch.nn as nn
 
 from oftfx import OFT, Rule
 from oftfx.errors import RuleError
+from oftfx.planning.read_rules import read_rules
 from oftfx.rotation.spec import divisors, nearest_divisor
-from oftfx.rules import read_rules
 
 
 def test_oft_defaults_and_round_trip():

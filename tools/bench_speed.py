@@ -22,7 +22,7 @@ import torch
 import oftfx
 from oftfx import OFT
 from oftfx.demo import smollm
-from oftfx.report.rich_table import render
+from oftfx.terminal import render
 
 warnings.simplefilter("ignore")
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch.nn as nn
 
 from oftfx.errors import AdapterError
-from oftfx.placement import rotated_sites
-from oftfx.plans import Plan
+from oftfx.placement.find import rotated_sites
+from oftfx.planning.plans import Plan
 from oftfx.rotation.module import Rotation
 
 ATTRIBUTE = "_oftfx_adapters"

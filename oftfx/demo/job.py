@@ -17,7 +17,7 @@ import oftfx
 from oftfx.demo import figures, smollm, text
 from oftfx.demo import perplexity as ppl
 from oftfx.demo.train import train
-from oftfx.report.rich_table import render
+from oftfx.terminal import render
 
 LENGTH, BATCH, RATE = 128, 4, 2.5e-4
 FOLDS = ("keep", "float", "requantize", "calibrate")

@@ -17,7 +17,7 @@ from oftfx.onnx.finish import finish
 from oftfx.onnx.signature import Signature
 from oftfx.onnx.trace import Traced, trace
 from oftfx.onnx.verify import DifferentError, allowed_error, open_session, run_session
-from oftfx.passes.protocol import relative_error
+from oftfx.precision import relative_error
 
 
 @torch.no_grad()

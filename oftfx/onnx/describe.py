@@ -11,7 +11,7 @@ from oftfx.adapter.store import find_store
 from oftfx.fold_note import fold_notes
 from oftfx.onnx.adapters import AdapterMode
 from oftfx.onnx.adapters.interface import interface_of
-from oftfx.placement import rotated_sites
+from oftfx.placement.find import rotated_sites
 
 
 def describe(model: nn.Module, mode: AdapterMode) -> dict[str, str]:

@@ -29,7 +29,7 @@ from oftfx.onnx.trace import Traced, trace
 from oftfx.onnx.verify import DifferentError, Verification, verify_onnx
 from oftfx.passes.freeze_rotations import FreezeRotations
 from oftfx.passes.protocol import PassManager
-from oftfx.program import Program
+from oftfx.planning.program import Program
 from oftfx.trace.inputs import ExampleInputs, capture_settings
 
 Dialect = Literal["ort", "standard", "openvino"]

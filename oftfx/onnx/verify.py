@@ -15,7 +15,7 @@ from torch import Tensor
 from oftfx.errors import ExportError
 from oftfx.onnx.adapters import AdapterMode, Case
 from oftfx.onnx.signature import Signature
-from oftfx.passes.protocol import relative_error
+from oftfx.precision import relative_error
 
 # Largest relative error of any output. Measured: float32 1e-6, float16 6e-4.
 BOUNDS = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 5e-3}

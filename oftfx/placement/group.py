@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from oftfx.placement.handout import HandOut
-from oftfx.rotation.module import FrozenRotation, Rotation, caching, cayley_of
+from oftfx.rotation.caching import caching
+from oftfx.rotation.module import FrozenRotation, Rotation, cayley_of
 from oftfx.rotation.rotate import rotate_jointly
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from oftfx.errors import MissingExtraError
-from oftfx.report.rich_table import render
+from oftfx.terminal import render
 
 if TYPE_CHECKING:
     from oftfx.fold_record import SiteFold

@@ -237,7 +237,7 @@ def test_a_recorded_forward_leaves_the_layer_as_it_was(weight_format, layer, blo
     attributes = {n: v for n, v in vars(layer).items() if isinstance(v, torch.Tensor)}
     rules = {"*": OFT(block, on_indivisible="nearest")}
     model = oftfx.transform(base, rules, example_inputs=(torch.randn(3, 2 * block),))
-    assert [fqn for fqn, _ in oftfx.placement.rotated_sites(model)] == ["0", "1", "2"]
+    assert [fqn for fqn, _ in oftfx.placement.find.rotated_sites(model)] == ["0", "1", "2"]
     assert {n: v for n, v in vars(layer).items() if isinstance(v, torch.Tensor)} == attributes
     assert torch.equal(weight_format.dequantize(layer), before)
     assert torch.equal(weight_format.dequantize(model[1]), before)

@@ -13,7 +13,7 @@ from torch import Tensor
 from oftfx.adapter.store import unwrapped
 from oftfx.formats.registry import format_of
 from oftfx.model.names import CHILD
-from oftfx.program import Program
+from oftfx.planning.program import Program
 
 _SAMPLE = 64
 

@@ -19,7 +19,7 @@ from oftfx.onnx.adapters.base import AdapterMode, Case
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks, identity_like
 from oftfx.onnx.adapters.swappable import only_active
 from oftfx.onnx.signature import Signature
-from oftfx.placement import rotated_sites
+from oftfx.placement.find import rotated_sites
 from oftfx.rotation.module import FrozenRotation
 
 INDEX = "adapter_index"

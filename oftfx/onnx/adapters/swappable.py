@@ -15,7 +15,7 @@ from oftfx.errors import ExportError
 from oftfx.onnx.adapters.base import AdapterMode, Case
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks, identity_like
 from oftfx.onnx.signature import Signature
-from oftfx.placement import rotated_sites
+from oftfx.placement.find import rotated_sites
 from oftfx.rotation.cayley import cayley
 from oftfx.rotation.module import FrozenRotation
 from oftfx.rotation.skew import skew_size

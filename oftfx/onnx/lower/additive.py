@@ -13,7 +13,7 @@ from oftfx.grids.codebooks import Additive
 from oftfx.onnx.lower.stand_in import biased, multiplied
 from oftfx.onnx.lower.weight import TOLERATED, narrowed
 from oftfx.onnx.stored import stored
-from oftfx.passes.protocol import relative_error
+from oftfx.precision import relative_error
 
 
 class AdditiveCodebooks(nn.Module):

@@ -21,7 +21,7 @@ from oftfx.onnx.lower.matmul_bnb4 import MatMulBnb4
 from oftfx.onnx.lower.matmul_nbits import MatMulNBits
 from oftfx.onnx.lower.stand_in import StandIn
 from oftfx.onnx.lower.weight import weight_of
-from oftfx.placement import placements_on
+from oftfx.placement.find import placements_on
 
 OPERATORS: dict[str, tuple[type[StandIn], ...]] = {
     "ort": (MatMulNBits, MatMulBnb4, DequantizeLinear, LookUp),

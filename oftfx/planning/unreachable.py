@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from oftfx.model.structure import is_own_module
-from oftfx.program import Program
+from oftfx.planning.program import Program
 
 # What packed weights are made of; masks and positions are booleans and int64.
 _PACKED = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.float8_e4m3fn, torch.float8_e5m2)

@@ -13,7 +13,7 @@ from oftfx.model.site import Site
 from oftfx.model.sites import Finder
 
 if TYPE_CHECKING:
-    from oftfx.plans import Plan
+    from oftfx.planning.plans import Plan
     from oftfx.trace.record import Recording
 
 

@@ -3,124 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
 from typing import Any
 
-from oftfx.coverage import Coverage, Unreached
-from oftfx.errors import RuleError
+from oftfx.errors import MissingExtraError, RuleError
 from oftfx.formats.layout import Layout
 from oftfx.model.site import Site
-from oftfx.rotation.module import skew_rows
-from oftfx.rotation.skew import skew_size
+from oftfx.planning.coverage import Coverage, Unreached
+from oftfx.planning.plan_table import pattern, plan_rows, plan_table, ranges
+from oftfx.planning.site_plan import Producer, SitePlan, Skipped, TraceInfo
 from oftfx.rotation.spec import OFT
 
 VERSION = 1
-
-
-@dataclass(frozen=True)
-class Producer:
-    """The layer whose output rows a site's rotation can be pushed into.
-
-    Attributes:
-        fqn: its path.
-        starts: for each block of the rotation, the first of the rows of the producer that it turns.
-    """
-
-    fqn: str
-    starts: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class SitePlan:
-    """One site and what happens to it.
-
-    Attributes:
-        site: the layer.
-        spec: how it is rotated.
-        blocks: number of blocks; of an own rotation for each expert, of all of them.
-        block_size: their size; ``blocks * block_size == site.in_features * copies``.
-        rule: the target of the rule that chose it.
-        owner: path of the site that holds the rotation; the site itself unless it shares another's.
-        same_input: other planned sites of the same parent that read the same tensor.
-        placement: where the rotation acts: ``"activation"`` or ``"weight"``.
-        local_input: whether the layer around the site makes the tensor that it reads, so that it can be handed out
-            under ``torch.compile`` as well.
-        producer: the layer that `oftfx.fold` can put the rotation into with ``into="producer"``, or None.
-        producer_reason: why there is none.
-        tied_blocks: for each block its row of the skew, where blocks share rows; see `Rotation`.
-        kernel: how a quantized layer multiplies: ``"native"`` or ``"exact"``; see `oftfx.formats.exact`.
-        notes: what a user should know about this site.
-    """
-
-    site: Site
-    spec: OFT
-    blocks: int
-    block_size: int
-    rule: str
-    owner: str
-    same_input: tuple[str, ...] = ()
-    notes: tuple[str, ...] = ()
-    placement: str = "activation"
-    local_input: bool = False
-    producer: Producer | None = None
-    producer_reason: str = "not recorded"
-    tied_blocks: tuple[int, ...] = ()
-    kernel: str = "native"
-
-    @property
-    def copies(self) -> int:
-        """Rotations in a row: one for each expert where the spec asks for that."""
-        return self.site.experts if self.each else 1
-
-    @property
-    def each(self) -> bool:
-        """Whether every expert has a rotation of its own."""
-        return self.spec.experts == "each" and self.site.experts > 0
-
-    @property
-    def rows(self) -> int:
-        """Rows of the skew that this site needs."""
-        return skew_rows(self.spec, self.blocks // self.copies, self.copies, self.tied_blocks)
-
-    @property
-    def fqn(self) -> str:
-        """Module path of the site."""
-        return self.site.fqn
-
-    @property
-    def trainable(self) -> int:
-        """Trainable numbers this site adds; 0 where it shares another's rotation."""
-        if self.owner != self.fqn:
-            return 0
-        return self.rows * skew_size(self.block_size)
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A module that a rule reached and that is not rotated, and why."""
-
-    fqn: str
-    module_class: str
-    reason: str
-
-
-@dataclass(frozen=True)
-class TraceInfo:
-    """How the model's program was captured.
-
-    Attributes:
-        rung: ``"graph"`` (recorded on fake tensors), ``"analysis"`` (recorded on real values: for analysis only) or
-            ``"tree"`` (module tree alone: no sharing).
-        reason: why not a higher rung; empty on the highest.
-        nodes: nodes of the recorded graph.
-        never_called: planned sites that the recorded forward did not reach.
-    """
-
-    rung: str = "tree"
-    reason: str = "not traced"
-    nodes: int = 0
-    never_called: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -141,7 +38,7 @@ class Plan:
     model_class: str
     entries: tuple[SitePlan, ...]
     skipped: tuple[Skipped, ...] = ()
-    trace: TraceInfo = TraceInfo()
+    trace: TraceInfo = field(default_factory=TraceInfo)
     train: tuple[str, ...] = ()
     train_modules: tuple[str, ...] = ()
     train_bias: str = "none"
@@ -210,14 +107,58 @@ class Plan:
         Args:
             full: one row a site; otherwise layers that differ only in their number share a row.
         """
-        from oftfx.report.plan_table import plan_table
-
-        return plan_table(self, full=full)
+        return plan_table(self._title, self, full=full) + "\n".join(self.summary()) + "\n"
 
     def __str__(self) -> str:
-        from oftfx.report.plan_table import plan_text
+        try:
+            return self.table()
+        except MissingExtraError:  # the same rows without a table package
+            rows = ["  ".join(c for c in row if c) for row in plan_rows(self)]
+            return "\n".join([self._title, *rows, *self.summary()])
 
-        return plan_text(self)
+    @property
+    def _title(self) -> str:
+        return f"Plan for {self.model_class}"
+
+    def summary(self) -> list[str]:
+        """What the table's rows do not say, line by line."""
+        trace = self.trace
+        captured = {
+            "graph": f"whole program, {trace.nodes} nodes",
+            "analysis": f"for analysis only, {trace.nodes} nodes",
+        }
+        lines = [
+            f"{len(self)} sites, {self.rotations} rotations, {self.trainable:,} trainable numbers",
+            f"captured: {captured.get(trace.rung, 'module tree only')}"
+            + (f" ({trace.reason})" if trace.reason else ""),
+        ]
+        coverage = self.coverage
+        if coverage.total:
+            lines.append(
+                f"reaches {coverage.share:.1%} of {coverage.total / 2**20:,.1f} MiB of weight matrices"
+                + (f"; not: {_largest(self)}" if coverage.unreached else "")
+            )
+        if trace.never_called:
+            lines.append(f"never called by the example inputs: {', '.join(trace.never_called)}")
+        if self.train:
+            lines.append(f"train whole: {', '.join(self.train)}")
+        for reason, group in groupby(self.skipped, key=lambda s: s.reason):
+            names = [s.fqn for s in group]
+            equal = len({pattern(n) for n in names}) == 1
+            lines.append(f"not rotated: {ranges(names) if equal else ', '.join(names[:5])}: {reason}")
+        return lines
+
+
+def _largest(plan: Plan, count: int = 8) -> str:
+    """The matrices that are not reached, those of equal layers together, the largest first."""
+    groups: dict[str, list[str]] = defaultdict(list)
+    sizes: dict[str, int] = defaultdict(int)
+    for weight in plan.coverage.unreached:
+        groups[pattern(weight.name)].append(weight.name)
+        sizes[pattern(weight.name)] += weight.nbytes
+    order = sorted(groups, key=lambda p: -sizes[p])
+    shown = [f"{ranges(groups[p])} ({sizes[p] / plan.coverage.total:.1%})" for p in order[:count]]
+    return ", ".join(shown) + (f" and {len(order) - count} more" if len(order) > count else "")
 
 
 def _tuples(values: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,10 @@
-"""Adapter directories: written whole or not at all, checked whole before anything in the model changes."""
+"""Read adapter directories: checked whole before anything in the model changes."""
 
 from __future__ import annotations
 
 import difflib
 import json
 import math
-import warnings
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -16,76 +15,33 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from oftfx.adapter import peft
-from oftfx.adapter.store import AdapterStore, check_name, find_store, located, store_of, unwrapped
+from oftfx.adapter import peft_files
+from oftfx.adapter.insert import insert
+from oftfx.adapter.save import PLAN_FILE, rotation_by_site
+from oftfx.adapter.store import AdapterStore, check_name, find_store, store_of, unwrapped
 from oftfx.adapter.switch import disable_adapters
-from oftfx.errors import AdapterError, AdapterFileError, OftfxWarning
-from oftfx.files import write_whole
+from oftfx.errors import AdapterError, AdapterFileError
 from oftfx.formats.exact import choose_kernel
 from oftfx.model.site import Site
 from oftfx.model.sites import choose_placement, fits
 from oftfx.passes.find_producers import FindProducers
 from oftfx.passes.protocol import PassManager
 from oftfx.passes.share_inputs import ShareInputs
-from oftfx.placement import rotated_sites
-from oftfx.plans import Plan, SitePlan, TraceInfo
-from oftfx.program import Program
+from oftfx.planning.from_peft import configured_sites, spec_from_config
+from oftfx.planning.plans import Plan
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import SitePlan, TraceInfo
 from oftfx.rotation.module import skew_rows
 from oftfx.rotation.skew import skew_size
 from oftfx.rotation.spec import OFT
 from oftfx.trace.inputs import names_inputs
 from oftfx.trace.record import record_best
 
-PLAN_FILE = "oftfx_plan.json"
-LAYOUTS = ("peft", "oftfx")
-
 # What decides the meaning of a skew; an adapter in the model and a file have to agree in it.
 _MEANING = ("parameterization", "terms", "block_share", "coft_eps")
 
 # What a plan knows of a site besides its rotation.
 _KNOWN = ("owner", "same_input", "placement", "local_input", "producer", "producer_reason", "tied_blocks")
-
-
-def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", layout: str = "peft") -> Path:
-    """Write one adapter as a directory.
-
-    Args:
-        model: a transformed model.
-        path: the directory; made where it does not exist.
-        adapter: its name in the model; the files do not contain it.
-        layout: ``"peft"``: ``adapter_model.safetensors`` and ``adapter_config.json``, which PEFT loads; or ``"oftfx"``:
-            the same tensors with the plan beside them, for adapters whose sites differ in block size or settings.
-
-    Returns:
-        The directory.
-
-    Raises:
-        AdapterError: an unknown adapter or layout, or a plan that PEFT's configuration cannot say.
-    """
-    from safetensors.torch import save
-
-    root, store = located(model)
-    store.require(adapter)
-    if layout not in LAYOUTS:
-        raise AdapterError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
-    plan = store.adapters[adapter].plan
-    if layout == "peft":
-        _warn_of_peft(root, plan)
-        side = peft.CONFIG_FILE, json.dumps(peft.config_for(plan, root), indent=2, sort_keys=True)
-    else:
-        side = PLAN_FILE, plan.to_json()
-    tensors = {
-        k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
-        for k, v in adapter_tensors(root, store, adapter)
-    }
-    directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
-    # The side file decides what the numbers mean; one of another layout must not stay beside them.
-    for stale in {peft.CONFIG_FILE, PLAN_FILE} - {side[0]}:
-        (directory / stale).unlink(missing_ok=True)
-    write_whole(directory / side[0], side[1].encode())
-    write_whole(directory / peft.WEIGHT_FILE, save(tensors, metadata={"format": "pt"}))
-    return directory
 
 
 def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", trainable: bool = False) -> nn.Module:
@@ -111,8 +67,8 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     """
     check_name(adapter)
     directory = Path(path)
-    tensors = _read(directory / peft.WEIGHT_FILE)
-    skew_keys, parameter_keys = peft.read_keys(tensors, str(directory / peft.WEIGHT_FILE))
+    tensors = _read(directory / peft_files.WEIGHT_FILE)
+    skew_keys, parameter_keys = peft_files.read_keys(tensors, str(directory / peft_files.WEIGHT_FILE))
     skews = {fqn: tensors[k] for fqn, k in skew_keys.items()}
     parameters = {name: tensors[k] for name, k in parameter_keys.items()}
     store = find_store(model)
@@ -121,8 +77,6 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     if store is not None and adapter in store.adapters:
         _check_same(store.adapters[adapter].plan, plan, skews, adapter)
     else:
-        from oftfx.surgery import insert
-
         program = Program.of(root).with_(plan=plan)
         if names_inputs(root) and not (directory / PLAN_FILE).is_file():
             program = _recorded(program, store)
@@ -138,32 +92,6 @@ def _recorded(program: Program, store: AdapterStore | None) -> Program:
     with nullcontext() if store is None else disable_adapters(program.model):
         recorded = program.with_(recording=record_best(program.model))
     return PassManager([ShareInputs(), FindProducers()]).run(recorded).program
-
-
-def _warn_of_peft(root: nn.Module, plan: Plan) -> None:
-    reasons = {e.fqn: peft.unusable_reason(e.site, root.get_submodule(e.site.module)) for e in plan}
-    if found := {n: r for n, r in reasons.items() if r}:
-        name, reason = next(iter(found.items()))
-        warnings.warn(
-            f"PEFT cannot use this adapter at {len(found)} sites, e.g. {name}: {reason}; oftfx reads it back. "
-            "layout='oftfx' says so in its name",
-            OftfxWarning,
-            stacklevel=3,
-        )
-
-
-def adapter_tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[str, Tensor]]:
-    """What a file of one adapter holds: skews and whole parameters by their keys."""
-    plan = store.adapters[adapter].plan
-    rotations = _rotation_by_site(root, adapter)
-    result: list[tuple[str, Tensor]] = [(peft.key_of_skew(e.site), rotations[e.fqn].every_skew()) for e in plan]
-    rotated = [e.fqn for e in plan]
-    result += [(peft.key_of_parameter(n, rotated), store.trained[adapter][n]) for n in plan.train]
-    return result
-
-
-def _rotation_by_site(root: nn.Module, adapter: str) -> dict[str, Any]:
-    return {fqn: p.rotations[adapter] for fqn, p in rotated_sites(root) if adapter in p.rotations}
 
 
 def _read(path: Path) -> dict[str, Tensor]:
@@ -199,13 +127,13 @@ def _plan_of_file(
     """The plan that a file stands for, checked against the model."""
     own = (directory / PLAN_FILE) if (directory / PLAN_FILE).is_file() else None
     saved = Plan.from_json(own.read_text(encoding="utf-8")) if own else None
-    config = {} if saved else _config(directory / peft.CONFIG_FILE)
+    config = {} if saved else _config(directory / peft_files.CONFIG_FILE)
     sites = {s.fqn: s for s in Program.of(root).sites}
     if saved:
         raw = [e.site for e in saved if not e.site.is_layer]
         sites |= {r.fqn: r for r in raw if (r.fqn not in sites or sites[r.fqn].is_layer) and fits(root, r)}
     names = {e.fqn: e.spec for e in saved} if saved else {}
-    where = directory / peft.WEIGHT_FILE
+    where = directory / peft_files.WEIGHT_FILE
     entries = []
     order = {fqn: index for index, fqn in enumerate(sites)}
     for fqn, skew in sorted(skews.items(), key=lambda item: order.get(item[0], -1)):
@@ -213,17 +141,19 @@ def _plan_of_file(
             raise AdapterError(
                 f"{where}: rotates {fqn}, which is no layer of {type(root).__name__}. {_nearest(fqn, sites)}"
             )
-        spec = names.get(fqn) or peft.spec_from_config(config)
+        spec = names.get(fqn) or spec_from_config(config)
         entries.append(_entry(sites[fqn], spec, skew, where))
-    expected = {e.fqn for e in saved} if saved else peft.configured_sites(config, sites)
+    expected = {e.fqn for e in saved} if saved else configured_sites(config, sites)
     if missing := sorted(expected - set(skews)):
         raise AdapterFileError(
-            f"{directory / peft.WEIGHT_FILE}: no rotation for {missing[0]}"
+            f"{directory / peft_files.WEIGHT_FILE}: no rotation for {missing[0]}"
             + (f" and {len(missing) - 1} more sites" if len(missing) > 1 else "")
-            + f", which {PLAN_FILE if saved else peft.CONFIG_FILE} names; is the file complete?"
+            + f", which {PLAN_FILE if saved else peft_files.CONFIG_FILE} names; is the file complete?"
         )
     if saved and (extra := sorted(set(skews) - expected)):
-        raise AdapterFileError(f"{directory / peft.WEIGHT_FILE}: rotates {extra[0]}, which {PLAN_FILE} does not name")
+        raise AdapterFileError(
+            f"{directory / peft_files.WEIGHT_FILE}: rotates {extra[0]}, which {PLAN_FILE} does not name"
+        )
     known = dict(root.named_parameters(remove_duplicate=False))
     for name, tensor in parameters.items():
         if name not in known:
@@ -361,7 +291,7 @@ def _fill(
     skews: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
 ) -> None:
-    for fqn, rotation in _rotation_by_site(root, adapter).items():
+    for fqn, rotation in rotation_by_site(root, adapter).items():
         rotation.set_every_skew(skews[fqn])
     for name, tensor in parameters.items():
         store.trained[adapter][name].copy_(tensor)

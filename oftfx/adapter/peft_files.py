@@ -1,4 +1,4 @@
-"""PEFT's convention: its OFT configuration as rules, and its adapter files. Verified against peft 0.21.2.
+"""PEFT's adapter files, to write and to read. Verified against peft 0.21.2.
 
 ``adapter_model.safetensors`` holds ``base_model.model.<site>.oft_R.weight`` (the skew, as here), and under
 ``base_model.model.<name>`` what trains whole, with ``.base_layer`` before the bias of a rotated layer.
@@ -9,114 +9,20 @@ PEFT stores the size that was asked for and silently uses another where that doe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from typing import Any
 
 import torch.nn as nn
 
-from oftfx.errors import AdapterError, AdapterFileError, RuleError
+from oftfx.errors import AdapterError, AdapterFileError
 from oftfx.model.site import Site
-from oftfx.plans import Plan
+from oftfx.planning.from_peft import VERSION, named
+from oftfx.planning.plans import Plan
 from oftfx.rotation.spec import OFT, nearest_divisor
-from oftfx.rules import Rule
 
 PREFIX = "base_model.model."
 SKEW, EMBEDDING_SKEW = ".oft_R.weight", ".oft_embedding_R.weight"
-VERSION = "0.21.2"
 CONFIG_FILE, WEIGHT_FILE = "adapter_config.json", "adapter_model.safetensors"
-
-
-def spec_from_config(config: Mapping[str, Any]) -> OFT:
-    """The `OFT` that an OFT configuration stands for.
-
-    ``cayley_neumann`` meant another series before PEFT 0.18, which is also the first version that writes its number.
-    """
-    series = "cayley_neumann" if _version(config.get("peft_version")) >= (0, 18) else "cayley_neumann_016"
-    blocks, size = config.get("r") or None, config.get("oft_block_size") or None
-    return OFT(
-        None if blocks else size,
-        blocks=blocks,
-        parameterization=series if config.get("use_cayley_neumann", True) else "cayley",  # type: ignore[arg-type]
-        terms=config.get("num_cayley_neumann_terms", 5),
-        block_share=bool(config.get("block_share")),
-        coft_eps=config.get("eps", 6e-5) if config.get("coft") else None,
-        dropout=config.get("module_dropout", 0.0),
-        init="identity" if config.get("init_weights", True) else "normal",
-        on_indivisible="nearest",
-    )
-
-
-def rules_from_config(config: Any) -> tuple[Rule, ...]:
-    """Rules for a ``peft.OFTConfig``: targets, exclusions and layer numbers select the sites PEFT would.
-
-    ``modules_to_save`` and ``bias`` become ``train`` and ``train_bias`` of `oftfx.transform`.
-
-    Raises:
-        RuleError: not an OFT configuration, no ``target_modules``, or a field that has no meaning here.
-    """
-    kind = getattr(config.peft_type, "value", config.peft_type)
-    if kind != "OFT":
-        raise RuleError(f"a PEFT configuration of type {kind}; only OFTConfig can be used as rules")
-    if config.target_modules is None:
-        raise RuleError("this OFTConfig names no target_modules; give them, e.g. target_modules='all-linear'")
-    if config.fan_in_fan_out:
-        raise RuleError("fan_in_fan_out=True: how a layer stores its weight is read from the layer; leave it False")
-    values = dict(vars(config))
-    values.setdefault("peft_version", VERSION)
-    values["peft_version"] = values["peft_version"] or VERSION  # a live object has today's meaning
-    target = config.target_modules
-    if target == "all-linear" and config.exclude_modules is None and config.layers_to_transform is None:
-        return (Rule("all-linear", spec_from_config(values)),)
-
-    def selected(site: Site) -> bool:
-        if config.exclude_modules is not None and _named(config.exclude_modules, site.fqn):
-            return False
-        if target == "all-linear":
-            chosen = site.is_linear and site.is_layer and not site.is_head
-        else:
-            chosen = _named(target, site.fqn)
-        return chosen and _in_layers(site.fqn, config.layers_to_transform, config.layers_pattern)
-
-    selected.__qualname__ = f"OFTConfig(target_modules={target if isinstance(target, str) else sorted(target)})"
-    return (Rule(selected, spec_from_config(values)),)
-
-
-def configured_sites(config: Mapping[str, Any], sites: Iterable[str]) -> set[str]:
-    """Those of the model's sites that a configuration names one by one or by regular expression; all of them are in a
-    complete file. Of ``"all-linear"`` PEFT decides by the layers' classes, so nothing is expected.
-    """
-    target = config.get("target_modules")
-    if not target or target == "all-linear":
-        return set()
-    excluded, layers, pattern = (config.get(k) for k in ("exclude_modules", "layers_to_transform", "layers_pattern"))
-    return {
-        s
-        for s in sites
-        if _named(target, s) and not (excluded and _named(excluded, s)) and _in_layers(s, layers, pattern)
-    }
-
-
-def _named(wanted: str | Iterable[str], fqn: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or their last parts."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, fqn) is not None
-    return any(fqn == w or fqn.endswith(f".{w}") for w in wanted)
-
-
-def _in_layers(fqn: str, layers: int | Iterable[int] | None, pattern: str | Iterable[str] | None) -> bool:
-    if layers is None or layers == []:
-        return True
-    names = [pattern] if isinstance(pattern, str) else list(pattern or ())
-    searches = [rf".*\.{re.escape(n)}\.(\d+)\." for n in names] or [r".*?\.[^.]*\.(\d+)\."]
-    for search in searches:
-        if found := re.match(search, fqn):
-            return int(found.group(1)) in ([layers] if isinstance(layers, int) else list(layers))
-    return False
-
-
-def _version(text: str | None) -> tuple[int, int]:
-    found = re.match(r"(\d+)\.(\d+)", text or "")
-    return (int(found.group(1)), int(found.group(2))) if found else (0, 0)
 
 
 def key_of_skew(site: Site) -> str:
@@ -233,5 +139,5 @@ def _targets(plan: Plan, root: nn.Module) -> list[str]:
     """Last parts of the paths where those select exactly the plan's sites, else whole paths."""
     sites = {e.fqn for e in plan}
     ends = sorted({fqn.rpartition(".")[2] for fqn in sites})
-    selected = {n for n, _ in root.named_modules() if n and _named(ends, n)}
+    selected = {n for n, _ in root.named_modules() if n and named(ends, n)}
     return ends if selected == sites else sorted(sites)
