@@ -36,13 +36,13 @@ _HOME = {
     "adapter_parameters": "oftfx.adapter.switch",
     "save_adapter": "oftfx.adapter.save",
     "load_adapter": "oftfx.adapter.load",
-    "fold": "oftfx.folding",
-    "unfold": "oftfx.folding",
-    "Budget": "oftfx.policies",
-    "save_rotations": "oftfx.kept",
-    "load_rotations": "oftfx.kept",
-    "FoldResult": "oftfx.folding",
-    "FoldReport": "oftfx.report.fold_report",
+    "fold": "oftfx.folds",
+    "unfold": "oftfx.folds",
+    "Budget": "oftfx.folding.policies",
+    "save_rotations": "oftfx.adapter.kept",
+    "load_rotations": "oftfx.adapter.kept",
+    "FoldResult": "oftfx.folds",
+    "FoldReport": "oftfx.folding.report",
     "export_onnx": "oftfx.onnx.export",
     "export_onnx_adapter": "oftfx.onnx.adapters.file",
     "export_genai": "oftfx.onnx.genai",
@@ -53,6 +53,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from oftfx.adapter.kept import load_rotations, save_rotations
     from oftfx.adapter.load import load_adapter
     from oftfx.adapter.save import save_adapter
     from oftfx.adapter.switch import (
@@ -64,10 +65,11 @@ if TYPE_CHECKING:
         set_adapter,
     )
     from oftfx.errors import OftfxError
-    from oftfx.folding import FoldResult, fold, unfold
+    from oftfx.folding.policies import Budget
+    from oftfx.folding.report import FoldReport
+    from oftfx.folds import FoldResult, fold, unfold
     from oftfx.formats.base import WeightFormat
     from oftfx.formats.registry import register_format
-    from oftfx.kept import load_rotations, save_rotations
     from oftfx.model.site import Site
     from oftfx.onnx.adapters.file import export_onnx_adapter
     from oftfx.onnx.export import ExportReport, export_onnx
@@ -75,8 +77,6 @@ if TYPE_CHECKING:
     from oftfx.planning.plans import Plan
     from oftfx.planning.program import Program
     from oftfx.planning.rules import Rule
-    from oftfx.policies import Budget
-    from oftfx.report.fold_report import FoldReport
     from oftfx.rotation.module import Rotation
     from oftfx.rotation.spec import OFT
     from oftfx.surgery import add_adapter, plan, transform

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from oftfx.fold_record import SiteFold, Undo
+from oftfx.folding.probe import has_own_forward
+from oftfx.folding.record import SiteFold, Undo
 from oftfx.formats.base import WeightFormat, WeightState
 from oftfx.formats.registry import format_of
 from oftfx.model.huggingface import Untied, untie
@@ -18,7 +19,6 @@ from oftfx.placement.find import rotated_sites
 from oftfx.placement.frozen import product_of
 from oftfx.planning.program import Program
 from oftfx.planning.site_plan import Producer
-from oftfx.probe import has_own_forward
 
 
 class FoldIntoProducers(Pass):

@@ -11,20 +11,20 @@ import torch
 import torch.nn as nn
 
 from oftfx.errors import FoldError, OftfxWarning, PassError
-from oftfx.fold_record import SiteFold, Undo
+from oftfx.folding.lockstep import Inputs, Lockstep
+from oftfx.folding.moments import Moments
+from oftfx.folding.policies import Budget, Policy, check_policy, choices
+from oftfx.folding.record import SiteFold, Undo
+from oftfx.folding.reference import ReferenceWeights
 from oftfx.formats.base import WeightFormat
-from oftfx.lockstep import Inputs, Lockstep
 from oftfx.model.huggingface import Untied
 from oftfx.model.site import Site
-from oftfx.moments import Moments
 from oftfx.passes.fold_site import SiteFolder
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.placement.base import Placement
 from oftfx.placement.find import rotated_sites
 from oftfx.placement.input import RotateInput
 from oftfx.planning.program import Program
-from oftfx.policies import Budget, Policy, check_policy, choices
-from oftfx.reference import ReferenceWeights
 from oftfx.rotation.module import Rotation
 
 _NEVER_RAN = (
@@ -42,7 +42,7 @@ class FoldRotations(Pass):
     touched.
 
     Sites that are calibrated come last, in the order in which the model runs them: each sees what the layers before it
-    have become. See `oftfx.lockstep`.
+    have become. See `oftfx.folding.lockstep`.
 
     Args:
         quantized: a policy, or a function from `Site` to one.

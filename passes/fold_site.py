@@ -11,7 +11,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FoldError
-from oftfx.fold_record import SiteFold, Undo
+from oftfx.folding.moments import output_arrived
+from oftfx.folding.policies import Budget, choices
+from oftfx.folding.probe import has_own_forward, probe
+from oftfx.folding.record import SiteFold, Undo
+from oftfx.folding.reference import ReferenceWeights
 from oftfx.formats.base import WeightFormat, WeightState
 from oftfx.formats.dense import FLOATS
 from oftfx.formats.layout import Layout
@@ -19,13 +23,9 @@ from oftfx.formats.registry import format_of
 from oftfx.model.huggingface import Untied, untie
 from oftfx.model.names import CHILD
 from oftfx.model.structure import HOOKS, replace_module
-from oftfx.moments import output_arrived
 from oftfx.placement.base import Placement
 from oftfx.placement.frozen import Freezer, product_of
-from oftfx.policies import Budget, choices
 from oftfx.precision import BOUNDS, relative_error
-from oftfx.probe import has_own_forward, probe
-from oftfx.reference import ReferenceWeights
 
 _NOT_PROBED = "its class has a forward of its own that could not be tried alone; compare folded and unfolded outputs"
 _ACTIONS = {"requantize": "requantized", "calibrate": "calibrated", "reference": "from reference"}

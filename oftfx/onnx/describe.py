@@ -8,7 +8,7 @@ import torch.nn as nn
 
 from oftfx.adapter.fingerprint import fingerprint
 from oftfx.adapter.store import find_store
-from oftfx.fold_note import fold_notes
+from oftfx.folding.note import fold_notes
 from oftfx.onnx.adapters import AdapterMode
 from oftfx.onnx.adapters.interface import interface_of
 from oftfx.placement.find import rotated_sites

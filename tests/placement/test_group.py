@@ -8,7 +8,7 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
-from oftfx.fold_record import Undo
+from oftfx.folding.record import Undo
 from oftfx.passes import FreezeRotations
 from oftfx.placement.find import rotated_sites
 from oftfx.placement.handout import HandOut

@@ -8,7 +8,7 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
-from oftfx.measure import measure
+from oftfx.folding.measure import measure
 from tests.reference import randomize, rel
 
 

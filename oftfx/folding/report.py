@@ -7,14 +7,11 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from oftfx.errors import MissingExtraError
+from oftfx.folding.measure import Measured
+from oftfx.folding.record import SiteFold
 from oftfx.terminal import render
-
-if TYPE_CHECKING:
-    from oftfx.fold_record import SiteFold
-    from oftfx.measure import Measured
 
 COLUMNS = (
     "site",

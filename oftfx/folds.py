@@ -13,9 +13,12 @@ import torch.nn as nn
 from oftfx.adapter.fingerprint import fingerprint
 from oftfx.adapter.store import AdapterStore, drop_store, keep_store, located
 from oftfx.errors import AdapterError, FoldError
-from oftfx.fold_note import forget_fold, note_fold
-from oftfx.fold_record import SiteFold
-from oftfx.measure import Measured, measure
+from oftfx.folding.measure import Measured, measure
+from oftfx.folding.note import forget_fold, note_fold
+from oftfx.folding.policies import Policy
+from oftfx.folding.record import SiteFold
+from oftfx.folding.reference import Reference, ReferenceWeights
+from oftfx.folding.report import FoldReport
 from oftfx.model.huggingface import QuantizerNotes, note_float_layers
 from oftfx.model.structure import structural_copy
 from oftfx.passes.fold_into_producers import FoldIntoProducers
@@ -23,9 +26,6 @@ from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.passes.protocol import PassManager
 from oftfx.planning.program import Program
 from oftfx.planning.site_plan import Producer
-from oftfx.policies import Policy
-from oftfx.reference import Reference, ReferenceWeights
-from oftfx.report.fold_report import FoldReport
 from oftfx.terminal import bar
 
 _MEASURED = 8  # batches that both models run: calibrating needs many, an error is known by fewer

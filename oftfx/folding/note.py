@@ -8,7 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from oftfx.report.fold_report import FoldReport
+from oftfx.folding.report import FoldReport
 
 _ATTRIBUTE = "_oftfx_folds"
 

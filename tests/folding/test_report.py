@@ -9,9 +9,9 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
-from oftfx.fold_record import SiteFold
-from oftfx.measure import Measured
-from oftfx.report.fold_report import COLUMNS, FoldReport
+from oftfx.folding.measure import Measured
+from oftfx.folding.record import SiteFold
+from oftfx.folding.report import COLUMNS, FoldReport
 from tests.quantized import inputs, original, rotated
 
 

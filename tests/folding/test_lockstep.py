@@ -7,10 +7,10 @@ import torch
 import torch.nn as nn
 
 import oftfx
+from oftfx.folding.lockstep import Lockstep
+from oftfx.folding.moments import Moments, second_moments
 from oftfx.formats.registry import format_of
 from oftfx.grids import compensated
-from oftfx.lockstep import Lockstep
-from oftfx.moments import Moments, second_moments
 from tests.quantized import NAMES, inputs, rotated, rotations, run, weight
 from tests.reference import rel
 
@@ -262,7 +262,7 @@ def test_moments_of_a_shared_input_are_computed_once(monkeypatch):
         counted.append(len(inputs))
         return second_moments(inputs)
 
-    monkeypatch.setattr("oftfx.moments.second_moments", counting)
+    monkeypatch.setattr("oftfx.folding.moments.second_moments", counting)
     model, moments, found = net(), Moments(), {}
     data = batches()
     Lockstep(model, list(model.children())).run(data, lambda m, xs: found.update({m: moments.of(xs)}))
