@@ -18,15 +18,15 @@ from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_of
 from oftfx.model.structure import structural_copy
 from oftfx.onnx.adapters import MODES
-from oftfx.onnx.bisect import first_difference
-from oftfx.onnx.decoder import Decoder
+from oftfx.onnx.checks.bisect import first_difference
+from oftfx.onnx.checks.verify import DifferentError, Verification, verify_onnx
+from oftfx.onnx.decoders.decoder import Decoder
 from oftfx.onnx.describe import describe
 from oftfx.onnx.finish import finish
 from oftfx.onnx.inputs import DynamicShapes, auto_dynamic_shapes, named_inputs, widened
 from oftfx.onnx.lower import lower_quantized
 from oftfx.onnx.signature import Signature
 from oftfx.onnx.trace import Traced, trace
-from oftfx.onnx.verify import DifferentError, Verification, verify_onnx
 from oftfx.passes.freeze_rotations import FreezeRotations
 from oftfx.passes.protocol import PassManager
 from oftfx.planning.program import Program
@@ -98,8 +98,8 @@ def export_onnx(
             ``"mixed"``: all adapters of the model are in the file, and the input ``adapter_index`` int64 ``(batch,)``
             chooses one for each row; 0 is the base model, then they follow in the order of `oftfx.adapters`.
         cache: of a causal language model, also take and give its cache, so that one graph reads a prompt and decodes;
-            see `oftfx.onnx.decoder.Decoder` for the names and `oftfx.export_genai` for a directory that ONNX Runtime
-            GenAI runs.
+            see `oftfx.onnx.decoders.decoder.Decoder` for the names and `oftfx.export_genai` for a directory that ONNX
+            Runtime GenAI runs.
         dynamic_shapes: ``"auto"``: batches and sequences, by the inputs' names and lengths; see
             `oftfx.onnx.inputs.auto_dynamic_shapes`. Or ``{input: {axis: name}}``; or None for fixed shapes.
         dialect: ``"ort"`` may use ONNX Runtime's own operators; ``"standard"`` only those of the ONNX standard;

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from oftfx.errors import ExportError
 from oftfx.onnx.adapters import AdapterMode
-from oftfx.onnx.blame import blame
+from oftfx.onnx.checks.blame import blame
 from oftfx.onnx.signature import Signature
 
 PREFIX = "model."
@@ -30,7 +30,7 @@ class Traced(nn.Module):
         model: the lowered model.
         signature: how it is called.
         mode: what its adapters read.
-        taps: modules whose results are outputs as well, by path; see `oftfx.onnx.bisect`.
+        taps: modules whose results are outputs as well, by path; see `oftfx.onnx.checks.bisect`.
     """
 
     def __init__(

@@ -15,6 +15,7 @@ from oftfx.adapter.switch import disable_adapters
 from oftfx.model.running import evaluating
 from oftfx.onnx.adapters.blocks import Slots
 from oftfx.onnx.signature import Signature
+from oftfx.serving.copied.runtime.contract import ADAPTERS, MODE
 
 Outputs = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -94,4 +95,4 @@ class AdapterMode:
 
     def metadata(self) -> dict[str, str]:
         """For the file."""
-        return {"oftfx.adapter_mode": self.name, "oftfx.adapters": ",".join(self.named)}
+        return {MODE: self.name, ADAPTERS: ",".join(self.named)}

@@ -19,6 +19,7 @@ from oftfx.placement.find import rotated_sites
 from oftfx.rotation.cayley import cayley
 from oftfx.rotation.module import FrozenRotation
 from oftfx.rotation.skew import skew_size
+from oftfx.serving.copied.runtime.contract import ROTATIONS
 
 
 class Swappable(AdapterMode):
@@ -79,7 +80,7 @@ class Swappable(AdapterMode):
 
     def metadata(self) -> dict[str, str]:
         """Also which sites read which blocks."""
-        return super().metadata() | {"oftfx.rotations": json.dumps(dict(self.slots.names))}
+        return super().metadata() | {ROTATIONS: json.dumps(dict(self.slots.names))}
 
 
 def _random_like(blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -48,6 +48,8 @@ def _runtime(folder: Path) -> Any:
     written, sys.dont_write_bytecode = sys.dont_write_bytecode, True  # a changed file must not meet stale byte code
     try:
         spec.loader.exec_module(module)
+        for public in module.__all__:  # all files as they are now, not each when it is first needed
+            getattr(module, public)
     except BaseException:
         for loaded in [n for n in sys.modules if n == name or n.startswith(f"{name}.")]:
             del sys.modules[loaded]

@@ -12,7 +12,8 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from .adapters import SUFFIX, AdapterFolder
+from .adapters import AdapterFolder
+from .contract import ADAPTER_INDEX, ADAPTER_NAMES, INTERFACE, MODE, MODES, SUFFIX
 from .errors import RequestError, ServingError, unknown_adapter
 from .protocol import Request, Tensor
 
@@ -64,17 +65,16 @@ class ServedModel:
         except Exception as error:
             raise ServingError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
         metadata = self._session.get_modelmeta().custom_metadata_map
-        self.mode: str = metadata.get("oftfx.adapter_mode", "fixed")
-        if self.mode not in ("fixed", "swappable", "inputs", "mixed"):
+        self.mode: str = metadata.get(MODE, "fixed")
+        if self.mode not in MODES:
             raise ServingError(
-                f"{path}: oftfx.adapter_mode is {self.mode!r}, expected 'fixed', 'swappable', 'inputs' or 'mixed'; "
-                "it was written by a newer oftfx"
+                f"{path}: {MODE} is {self.mode!r}, expected one of {', '.join(MODES)}; it was written by a newer oftfx"
             )
         inputs = [Tensor.of(i, self.path) for i in self._session.get_inputs()]
-        self.inputs = tuple(i for i in inputs if self.mode != "mixed" or i.name != "adapter_index")
+        self.inputs = tuple(i for i in inputs if self.mode != "mixed" or i.name != ADAPTER_INDEX)
         self.outputs = tuple(Tensor.of(o, self.path) for o in self._session.get_outputs())
         self.batched = share_runs and _rows_stay_apart([t.axes for t in (*inputs, *self.outputs)])
-        self._stack = json.loads(metadata["oftfx.adapter_names"]) if self.mode == "mixed" else []
+        self._stack = json.loads(metadata[ADAPTER_NAMES]) if self.mode == "mixed" else []
         self._folder = self._adapter_folder(adapters, metadata)
 
     def _adapter_folder(self, folder: str | Path | None, metadata: Mapping[str, str]) -> AdapterFolder | None:
@@ -88,7 +88,7 @@ class ServedModel:
         if folder is None:
             return None
         blocks = {i.name: i for i in self._session.get_overridable_initializers()}
-        found = AdapterFolder(Path(folder), metadata.get("oftfx.interface", ""), blocks)
+        found = AdapterFolder(Path(folder), metadata.get(INTERFACE, ""), blocks)
         found.load_all()
         return found
 
@@ -206,7 +206,7 @@ class ServedModel:
         if self.mode == "mixed":
             rows = [one.adapter for one in group]
             lengths = lengths or [len(next(iter(feeds.values())))]
-            feeds = {**feeds, "adapter_index": np.repeat(np.array(rows, dtype=np.int64), lengths)}
+            feeds = {**feeds, ADAPTER_INDEX: np.repeat(np.array(rows, dtype=np.int64), lengths)}
         elif group[0].adapter is not None:
             # The options keep no reference; `group` keeps the adapter alive during the run.
             options.add_active_adapter(group[0].adapter)

@@ -11,9 +11,9 @@ from typing import Any
 
 import onnxruntime
 
+from .contract import INTERFACE, SUFFIX
 from .errors import ServingError, unknown_adapter
 
-SUFFIX = ".onnx_adapter"
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 """What an adapter may be called. A request names it and a file has that name, so it can hold no path."""
 
@@ -108,7 +108,7 @@ def _check_adapter(path: Path, interface: str, blocks: Mapping[str, Any]) -> Non
     if str(found.get_model_version()) != interface:
         raise ServingError(
             f"{path.name} was exported for another model: its model version is {found.get_model_version()}, "
-            f"the model's oftfx.interface is {interface}; {remedy}"
+            f"the model's {INTERFACE} is {interface}; {remedy}"
         )
     for name, value in parameters.items():
         if name not in blocks:

@@ -13,10 +13,10 @@ from oftfx.errors import ExportError
 from oftfx.formats.registry import format_of
 from oftfx.model.structure import structural_copy
 from oftfx.onnx.adapters import AdapterMode
+from oftfx.onnx.checks.verify import DifferentError, allowed_error, open_session, run_session
 from oftfx.onnx.finish import finish
 from oftfx.onnx.signature import Signature
 from oftfx.onnx.trace import Traced, trace
-from oftfx.onnx.verify import DifferentError, allowed_error, open_session, run_session
 from oftfx.precision import relative_error
 
 
