@@ -13,10 +13,11 @@ import torch.nn as nn
 from oftfx.adapter.fingerprint import fingerprint
 from oftfx.adapter.store import AdapterStore, drop_store, keep_store, located
 from oftfx.errors import AdapterError, FoldError
+from oftfx.folding.journal import Journal
 from oftfx.folding.measure import Measured, measure
 from oftfx.folding.note import forget_fold, note_fold
 from oftfx.folding.policies import Policy
-from oftfx.folding.record import SiteFold
+from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.reference import Reference, ReferenceWeights
 from oftfx.folding.report import FoldReport
 from oftfx.model.huggingface import QuantizerNotes, note_float_layers
@@ -34,6 +35,8 @@ _MEASURED = 8  # batches that both models run: calibrating needs many, an error 
 @dataclass(frozen=True)
 class FoldResult:
     """A folded model and what the fold did. Keeping it keeps the old weights, for `unfold`; ``.model`` alone does not.
+
+    Of a fold in place without ``undo`` nothing is kept.
 
     Attributes:
         model: a plain model, without trainable rotations.
@@ -55,6 +58,7 @@ def fold(
     calibration: Iterable[Mapping[str, Any] | tuple[Any, ...]] | None = None,
     reference: Reference | None = None,
     inplace: bool = False,
+    undo: bool | None = None,
     progress: bool | Callable[[int, int], None] = False,
 ) -> FoldResult:
     """Put rotations into the weights they stand in front of: ``W' = W @ blockdiag(R)^T``.
@@ -81,6 +85,10 @@ def fold(
             Only for adapters that were trained on the float model: one that was trained on a quantized model has learnt
             that model's errors as well, and they are not in these weights.
         inplace: change ``model`` itself; otherwise the result shares every tensor that the fold does not replace.
+        undo: keep what `unfold` needs. By default that of a fold in place is not kept, for it is the old weights: the
+            memory of the whole model again. Interrupted, a fold in place then stays where it is: each site is folded or
+            still rotates, so the model computes what the folded adapters did (up to the rounding asked for), and
+            another fold ends it. With ``undo=True`` an interruption leaves the model as it was.
         progress: True for a progress bar (needs the ``report`` extra), or a function of (sites done, all sites).
 
     Returns:
@@ -102,33 +110,44 @@ def fold(
     hashes = {name: fingerprint(root, name) for name in names}
     batches = _batches(calibration)
     original = None if reference is None else ReferenceWeights(reference)
-    step = FoldRotations(quantized, calibration=batches, reference=original)
+    keeps = not inplace if undo is None else undo
+    journal = Journal(keep=inplace and keeps)
     # The state before is kept as a structure of its own; nothing the user does to the model afterwards reaches it.
     before = structural_copy(root) if not inplace or batches else None
     target = root if inplace else structural_copy(root)
     own = located(target)[1]
-    pushing = FoldIntoProducers(_producers(store, names)) if into == "producer" else None
-    undo = Before.of(target, own, [*([pushing] if pushing else []), step])
+    before_fold = Before.of(target, own, journal)
     try:
         own.activate(target, names)
-        program = Program.of(target)
-        if pushing is not None:
-            PassManager([pushing], verify=batches[0] if batches else None).run(program)
-        with bar("fold") if progress is True else nullcontext(progress or None) as step.progress:
-            PassManager([step]).run(program)
-    except BaseException:  # also an interruption: in place, half a fold must not stay
-        if inplace:
-            undo.restore(target)
+        program, folds = Program.of(target), list[Folds]()
+        if into == "producer":
+            push = FoldIntoProducers(_producers(store, names), journal)
+            folds.append(PassManager([push], verify=batches[0] if batches else None).run(program).found[push.name])
+        with bar("fold") if progress is True else nullcontext(progress or None) as report_progress:
+            step = FoldRotations(
+                quantized, calibration=batches, reference=original, progress=report_progress, journal=journal
+            )
+            folds.append(PassManager([step]).run(program).found[step.name])
+    except BaseException as error:  # also an interruption
+        if journal.keep:
+            before_fold.restore(target)
+        elif not journal.sites:
+            own.activate(target, before_fold.active)
+        else:
+            error.add_note(
+                f"oftfx.fold: {journal.sites} sites were under way or done when this happened; each is folded or still "
+                "rotates. Fold again to end it; undo=True would have brought all back"
+            )
         raise
     for parameter in own.parameters(names):
         parameter.requires_grad_(False)
     drop_store(target)
-    note_float_layers(target, [s.fqn for s in step.sites if s.action == "dequantized"])
+    sites = [_with_reason(s, folds[0].left) for each in folds for s in each.sites]
+    note_float_layers(target, [s.fqn for s in sites if s.action == "dequantized"])
     measured = None if before is None or not batches else _measured(before, target, names, batches)
-    sites = [*pushing.sites, *(_with_reason(s, pushing.reasons) for s in step.sites)] if pushing else step.sites
     report = FoldReport(tuple(sites), names, tuple(n for n in store.adapters if n not in names), measured)
     note_fold(target, report, hashes)
-    return FoldResult(target, report, None if inplace else before, undo if inplace else None)
+    return FoldResult(target, report, before if keeps and not inplace else None, before_fold if journal.keep else None)
 
 
 def unfold(result: FoldResult) -> nn.Module:
@@ -142,7 +161,7 @@ def unfold(result: FoldResult) -> nn.Module:
     if result._before is not None:
         return structural_copy(result._before)
     if result._undo is None:
-        raise FoldError("this FoldResult does not know the state before the fold")
+        raise FoldError("this fold kept nothing of the state before it; fold with undo=True to undo it")
     result._undo.restore(result.model)
     return result.model
 
@@ -155,18 +174,17 @@ class Before:
     active: tuple[str, ...]
     trainable: tuple[nn.Parameter, ...]
     quantizer: QuantizerNotes
-    steps: Sequence[FoldIntoProducers | FoldRotations]
+    journal: Journal
 
     @classmethod
-    def of(cls, model: nn.Module, store: AdapterStore, steps: Sequence[FoldIntoProducers | FoldRotations]) -> Before:
-        """The state now; ``steps`` will know what happened to each site."""
+    def of(cls, model: nn.Module, store: AdapterStore, journal: Journal) -> Before:
+        """The state now; ``journal`` will know what happened to each site."""
         trainable = tuple(p for p in store.parameters(tuple(store.adapters)) if p.requires_grad)
-        return cls(store, store.active, trainable, QuantizerNotes(model), steps)
+        return cls(store, store.active, trainable, QuantizerNotes(model), journal)
 
     def restore(self, model: nn.Module) -> None:
         """Bring it back into the same model."""
-        for done in reversed([u for step in self.steps for u in step.undo]):
-            done.restore(model)
+        self.journal.restore(model)
         keep_store(model, self.store)
         self.store.activate(model, self.active)
         for parameter in self.trainable:

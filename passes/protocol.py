@@ -56,11 +56,19 @@ class Change:
 
 @dataclass(frozen=True)
 class PassResult:
-    """Outcome of a pass: the program to go on with, whether it differs, and what happened to each site."""
+    """Outcome of a pass.
+
+    Attributes:
+        program: the one to go on with.
+        modified: whether it differs.
+        changes: what happened to each site.
+        found: what else the pass has to say, of a type that it documents; of a manager, by the name of the pass.
+    """
 
     program: Program
     modified: bool
     changes: tuple[Change, ...] = ()
+    found: Any = None
 
     @property
     def refusals(self) -> tuple[Change, ...]:
@@ -104,12 +112,14 @@ class PassManager:
                 ``verify``, changes what the model computes.
         """
         self._check_order()
-        modified, changes = False, list[Change]()
+        modified, changes, found = False, list[Change](), dict[str, Any]()
         for step in self.passes:
             result = self._run_one(step, program)
             program, modified = result.program, modified or result.modified
             changes += result.changes
-        return PassResult(program, modified, tuple(changes))
+            if result.found is not None:
+                found[step.name] = result.found
+        return PassResult(program, modified, tuple(changes), found)
 
     def _run_one(self, step: Pass, program: Program) -> PassResult:
         before = program.fingerprint()

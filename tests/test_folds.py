@@ -1,4 +1,5 @@
 import json
+import weakref
 
 import pytest
 import torch
@@ -60,7 +61,7 @@ def test_unfold_restores_bytes_and_rotations(tiny_llama, ids, inplace):
     model = randomize(oftfx.transform(tiny_llama(), {"all-linear": OFT(16, share_input=True)}))
     expected = model(**ids()).logits
     state = {k: v.clone() for k, v in model.state_dict().items()}
-    result = oftfx.fold(model, inplace=inplace)
+    result = oftfx.fold(model, inplace=inplace, undo=True)
     assert (result.model is model) == inplace
     folded = result.model(**ids()).logits
     again = oftfx.unfold(result)
@@ -177,7 +178,7 @@ def test_a_fault_half_way_leaves_the_model_as_it_was():
         model[1].oft.default.skew[0, 0] = torch.nan
     state = {k: v.clone() for k, v in model.state_dict().items()}
     with pytest.raises(FoldError, match="1: the rotated weight is not finite"):
-        oftfx.fold(model, inplace=True)
+        oftfx.fold(model, inplace=True, undo=True)
     assert list(model.state_dict()) == list(state)
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items() if "1.oft" not in k)
     assert oftfx.active_adapters(model) == ("default",)
@@ -217,7 +218,7 @@ def test_two_unfolds_of_one_result_are_independent():
     oftfx.set_adapter(model, None)
     assert torch.equal(second(x), expected)
     assert oftfx.active_adapters(second) == ("default",)
-    again = oftfx.unfold(oftfx.fold(second, inplace=True))
+    again = oftfx.unfold(oftfx.fold(second, inplace=True, undo=True))
     assert again is second
     assert [n for n, p in second.named_parameters() if p.requires_grad] == ["0.oft.default.skew", "1.weight", "1.bias"]
     assert torch.equal(second(x), expected)
@@ -232,10 +233,44 @@ def test_an_interrupted_fold_in_place_is_undone():
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        oftfx.fold(model, inplace=True, progress=stop)
+        oftfx.fold(model, inplace=True, undo=True, progress=stop)
     assert torch.equal(model(x), expected)
     with oftfx.disable_adapters(model):
         assert not torch.equal(model(x), expected)
+
+
+def test_an_interrupted_fold_in_place_without_undo_computes_the_same_and_can_be_ended():
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(12, 5), nn.Linear(5, 4)), {"0": OFT(4), "1": OFT(5)}))
+    x = torch.randn(3, 12)
+    expected = model(x)
+
+    def stop(done, _):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt) as caught:
+        oftfx.fold(model, inplace=True, progress=stop)
+    assert "1 sites were under way or done" in caught.value.__notes__[0]
+    assert not hasattr(model[0], "oft")
+    assert hasattr(model[1], "oft")
+    assert rel(model(x), expected) < 1e-6
+    result = oftfx.fold(model, inplace=True)
+    assert [s.fqn for s in result.report] == ["1"]
+    assert rel(model(x), expected) < 1e-6
+    with pytest.raises(FoldError, match="fold with undo=True to undo it"):
+        oftfx.unfold(result)
+
+
+def test_a_fold_in_place_keeps_no_old_weight():
+    model = randomize(oftfx.transform(nn.Sequential(nn.Linear(12, 5)), {"0": OFT(4)}))
+    old = weakref.ref(model[0].weight)
+    result = oftfx.fold(model, inplace=True)
+    assert old() is None
+    assert result.model is model
+    kept = oftfx.transform(nn.Sequential(nn.Linear(12, 5)), {"0": OFT(4)}, inplace=True)
+    old = weakref.ref(randomize(kept)[0].weight)
+    result = oftfx.fold(kept, inplace=True, undo=True)
+    assert old() is not None
+    assert oftfx.unfold(result)[0].weight is old()
 
 
 def test_bad_calibration_is_refused_and_changes_nothing():
@@ -282,7 +317,7 @@ def test_a_hook_that_would_see_another_input_is_reported():
 def test_unfolding_in_place_restores_the_tie(tiny_llama):
     model = randomize(oftfx.transform(tiny_llama(tie_word_embeddings=True), {"lm_head": OFT(16)}))
     ties = dict(model.all_tied_weights_keys)
-    oftfx.unfold(oftfx.fold(model, inplace=True))
+    oftfx.unfold(oftfx.fold(model, inplace=True, undo=True))
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.config.tie_word_embeddings
     assert model.all_tied_weights_keys == ties

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from dataclasses import replace
 
 import torch.nn as nn
 
 from oftfx.adapter.store import Adapter, find_store, store_of
-from oftfx.errors import AdapterError, OftfxWarning, RuleError
+from oftfx.errors import AdapterError, RuleError, warn
 from oftfx.model.huggingface import allow_training, note_zeros
 from oftfx.model.names import child_name
 from oftfx.passes.insert_rotations import InsertRotations
@@ -65,6 +64,6 @@ def _noted(plan: Plan, result: PassResult) -> Plan:
     notices = {c.site: c.reason for c in result.changes if c.reason}
     for text, sites in Counter(notices.values()).items():
         where = next(s for s, t in notices.items() if t == text)
-        warnings.warn(f"{sites} layers, e.g. {where}: {text}", OftfxWarning, stacklevel=4)
+        warn(f"{sites} layers, e.g. {where}: {text}")
     entries = tuple(replace(e, notes=(*e.notes, notices[e.fqn])) if e.fqn in notices else e for e in plan)
     return replace(plan, entries=entries)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from oftfx.adapter import peft_files
 from oftfx.adapter.store import AdapterStore, located
-from oftfx.errors import AdapterError, OftfxWarning
+from oftfx.errors import AdapterError, warn
 from oftfx.files import write_whole
 from oftfx.placement.find import rotated_sites
 from oftfx.planning.plans import Plan
@@ -68,11 +67,9 @@ def _warn_of_peft(root: nn.Module, plan: Plan) -> None:
     reasons = {e.fqn: peft_files.unusable_reason(e.site, root.get_submodule(e.site.module)) for e in plan}
     if found := {n: r for n, r in reasons.items() if r}:
         name, reason = next(iter(found.items()))
-        warnings.warn(
+        warn(
             f"PEFT cannot use this adapter at {len(found)} sites, e.g. {name}: {reason}; oftfx reads it back. "
-            "layout='oftfx' says so in its name",
-            OftfxWarning,
-            stacklevel=3,
+            "layout='oftfx' says so in its name"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch.nn as nn
 
@@ -26,6 +26,7 @@ class SiteFold:
             float layer), ``"untouched"`` (the rotation was the identity) or ``"into producer"`` (this weight untouched,
             the rows of the layer before it turned).
         update: ``|W_target - W| / |W|``, how far the rotation moved the weight.
+        energy: ``|W_target - W|^2``, the weight of this site in `FoldReport.survival`.
         relative_error: ``|W_folded - W_target| / |W_target|``, Frobenius; 0 where nothing was rounded.
         survival: ``<W_folded - W, W_target - W> / |W_target - W|^2``, the share of the update that arrived.
         bytes_before: size of the stored weight.
@@ -40,14 +41,28 @@ class SiteFold:
     fqn: str
     format: str
     action: str
-    update: float
-    relative_error: float
-    survival: float
-    bytes_before: int
-    bytes_after: int
+    update: float = 0.0
+    energy: float = 0.0
+    relative_error: float = 0.0
+    survival: float = 1.0
+    bytes_before: int = 0
+    bytes_after: int = 0
     note: str = ""
     output_error: float | None = None
     output_survival: float | None = None
+
+
+@dataclass(frozen=True)
+class Folds:
+    """What a pass folded.
+
+    Attributes:
+        sites: one line a site.
+        left: for sites that were left to another pass, the reason.
+    """
+
+    sites: tuple[SiteFold, ...]
+    left: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,9 @@ class FoldReport:
 
     @property
     def survival(self) -> float:
-        """Share of the whole update that arrived: the sites' survival weighted by the energy of their updates."""
-        weights = [s.update**2 * s.bytes_before for s in self.sites]
-        total = sum(weights)
-        return sum(w * s.survival for w, s in zip(weights, self.sites, strict=True)) / total if total else 1.0
+        """Share of the whole update that arrived: ``sum <W_folded - W, U> / sum |U|^2``, ``U = W_target - W``."""
+        total = sum(s.energy for s in self.sites)
+        return sum(s.energy * s.survival for s in self.sites) / total if total else 1.0
 
     @property
     def warnings(self) -> list[str]:

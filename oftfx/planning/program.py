@@ -41,6 +41,10 @@ class Program:
         finder = Finder(model)
         return cls(model, tuple(finder.layers()), recording=recording, refused=finder.refused)
 
+    def renewed(self) -> Program:
+        """The same program of a model that has changed: its sites as they are now."""
+        return replace(self, sites=Program.of(self.model).sites)
+
     def with_(self, **changes: Any) -> Program:
         """A copy with some fields replaced."""
         return replace(self, **changes)

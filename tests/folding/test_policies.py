@@ -138,7 +138,7 @@ def test_unfolding_restores_every_byte(policy, inplace, share):
     model.blocks[0].train()
     before, expected, counts = stored(model), run(model, inputs()), hooks(model)
     names = list(model.state_dict())
-    result = fold(model, policy, inplace=inplace)
+    result = fold(model, policy, inplace=inplace, undo=True)
     assert (result.model is model) == inplace
     folded = run(result.model, inputs())
     assert not any(isinstance(m, oftfx.rotation.module.Rotation) for m in result.model.modules())
@@ -265,7 +265,7 @@ def test_what_is_missing_is_refused_before_anything_changes(case, inplace):
     before, expected, counts = stored(model), run(model, inputs()), hooks(model)
     options = {"calibration": None, "reference": None, **given}
     with pytest.raises(FoldError, match=message):
-        fold(model, policy, inplace=inplace, progress=lambda *a: seen.append(a), **options)
+        fold(model, policy, inplace=inplace, undo=True, progress=lambda *a: seen.append(a), **options)
     assert not seen
     assert_same(stored(model), before)
     assert hooks(model) == counts
@@ -278,9 +278,9 @@ def test_a_calibration_that_fails_half_way_changes_nothing(inplace):
     before, expected, counts = stored(model), run(model, inputs()), hooks(model)
     bad = (torch.full((2, 5, WIDTH), float("nan")),)
     with pytest.raises(FoldError, match=r"blocks\.0\.q: the layer's inputs are not finite on the calibration data"):
-        fold(model, "calibrate", calibration=[*inputs(), bad], inplace=inplace)
+        fold(model, "calibrate", calibration=[*inputs(), bad], inplace=inplace, undo=True)
     with pytest.raises(RuntimeError):
-        fold(model, "calibrate", calibration=[*inputs(), (torch.randn(2, 5, WIDTH + 1),)], inplace=inplace)
+        fold(model, "calibrate", calibration=[*inputs(), (torch.randn(2, 5, WIDTH + 1),)], inplace=inplace, undo=True)
 
     def stop(done, _):
         if done == 7:
@@ -288,7 +288,7 @@ def test_a_calibration_that_fails_half_way_changes_nothing(inplace):
 
     for policy in ("calibrate", EVERY["budget to float"]):
         with pytest.raises(KeyboardInterrupt):
-            fold(model, policy, inplace=inplace, progress=stop)
+            fold(model, policy, inplace=inplace, undo=True, progress=stop)
         assert_same(stored(model), before)
         assert hooks(model) == counts
         assert torch.equal(run(model, inputs()), expected)
@@ -386,7 +386,7 @@ def test_references_that_do_not_fit_are_refused_by_name(tmp_path):
     before, expected = stored(model), run(model, inputs())
     for reference, message in cases:
         with pytest.raises(FoldError, match=message):
-            fold(model, "reference", reference=reference, calibration=None, inplace=True)
+            fold(model, "reference", reference=reference, calibration=None, inplace=True, undo=True)
         assert_same(stored(model), before)
         assert torch.equal(run(model, inputs()), expected)
 
@@ -453,7 +453,7 @@ def test_into_producers_together_with_calibrate(tiny_llama, ids, inplace):
     before = stored(model)
     seen = []
     result = oftfx.fold(
-        model, quantized="calibrate", into="producer", calibration=batches, inplace=inplace,
+        model, quantized="calibrate", into="producer", calibration=batches, inplace=inplace, undo=True,
         progress=lambda *a: seen.append(a),
     )  # fmt: skip
     actions = {s.fqn.split(".")[-1]: s.action for s in result.report}

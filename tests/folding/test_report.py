@@ -13,10 +13,18 @@ from oftfx.folding.measure import Measured
 from oftfx.folding.record import SiteFold
 from oftfx.folding.report import COLUMNS, FoldReport
 from tests.quantized import inputs, original, rotated
+from tests.reference import randomize
 
 
 def site(fqn="a", action="requantized", survival=1.0, **changes):
-    values = {"update": 0.1, "relative_error": 0.05, "survival": survival, "bytes_before": 100, "bytes_after": 100}
+    values = {
+        "update": 0.1,
+        "energy": 2.0,
+        "relative_error": 0.05,
+        "survival": survival,
+        "bytes_before": 100,
+        "bytes_after": 100,
+    }
     return SiteFold(fqn, "bnb4", action, **{**values, **changes})
 
 
@@ -47,15 +55,30 @@ def test_calibrated_sites_are_judged_by_their_outputs_and_get_other_advice():
     assert "quantized='calibrate'" in warning
 
 
-def test_survival_is_weighted_by_the_energy_of_the_updates():
-    sites = (
-        site(survival=0.5, update=0.1, bytes_before=100),
-        site("b", survival=1.0, update=0.2, bytes_before=300),
-        site("c", survival=0.0, update=0.0),
-    )
-    assert FoldReport(sites).survival == pytest.approx((0.5 * 0.01 * 100 + 0.04 * 300) / (0.01 * 100 + 0.04 * 300))
+@pytest.mark.needs("bitsandbytes")
+def test_survival_is_that_of_the_whole_update_by_dense_algebra():
+    """One NF4 layer and one in bfloat16, whose bytes for the same energy differ by four."""
+    from oftfx.formats.bnb4 import make_linear4bit
+    from oftfx.formats.registry import format_of
+
+    torch.manual_seed(3)
+    model = nn.Sequential(make_linear4bit(nn.Linear(64, 32)), nn.Linear(32, 48).bfloat16())
+    model = randomize(oftfx.transform(model, {"*": OFT(16)}), std=0.004)
+    before = [format_of(m).dequantize(m).double() for m in model]
+    chain = [torch.block_diag(*m.oft.default.matrices().detach().double()) for m in model]
+    wanted = [w @ r.T for w, r in zip(before, chain, strict=True)]
+    result = oftfx.fold(model, quantized="requantize")
+    after = [format_of(m).dequantize(m).double() for m in result.model]
+    updates = [w - b for w, b in zip(wanted, before, strict=True)]
+    arrived = sum(float(((a - b) * u).sum()) for a, b, u in zip(after, before, updates, strict=True))
+    assert result.report.survival == pytest.approx(arrived / sum(float((u * u).sum()) for u in updates), rel=1e-3)
+    assert abs(result.report.survival - result.report.sites[1].survival) > 0.01
+    assert [s.energy for s in result.report] == pytest.approx([float((u * u).sum()) for u in updates], rel=1e-3)
+
+
+def test_survival_without_an_update_is_whole():
     assert FoldReport(()).survival == 1.0
-    assert FoldReport((sites[2],)).survival == 1.0
+    assert FoldReport((site(survival=0.0, energy=0.0),)).survival == 1.0
 
 
 def test_an_empty_report():

@@ -215,7 +215,7 @@ def test_the_native_forward_comes_back_where_it_is_fine(kind):
         assert is_exact(folded[0]) == kept
         again = oftfx.unfold(oftfx.fold(model, quantized=policy))
         assert is_exact(again[0])
-    inplace = oftfx.fold(copy.deepcopy(model), quantized="requantize", inplace=True)
+    inplace = oftfx.fold(copy.deepcopy(model), quantized="requantize", inplace=True, undo=True)
     assert is_exact(inplace.model[0]) == faulty
     assert is_exact(oftfx.unfold(inplace)[0])
     assert type(oftfx.fold(model, quantized="float").model[0]) is nn.Linear
