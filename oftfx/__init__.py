@@ -45,7 +45,7 @@ _HOME = {
     "FoldReport": "oftfx.folding.report",
     "export_onnx": "oftfx.onnx.export",
     "export_onnx_adapter": "oftfx.onnx.adapters.file",
-    "export_genai": "oftfx.onnx.decoders.genai",
+    "export_genai": "oftfx.onnx.genai",
     "ExportReport": "oftfx.onnx.export",
     "OftfxError": "oftfx.errors",
 }
@@ -72,8 +72,8 @@ if TYPE_CHECKING:
     from oftfx.formats.registry import register_format
     from oftfx.model.site import Site
     from oftfx.onnx.adapters.file import export_onnx_adapter
-    from oftfx.onnx.decoders.genai import export_genai
     from oftfx.onnx.export import ExportReport, export_onnx
+    from oftfx.onnx.genai import export_genai
     from oftfx.planning.plans import Plan
     from oftfx.planning.program import Program
     from oftfx.planning.rules import Rule

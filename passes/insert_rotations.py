@@ -104,7 +104,7 @@ def _group(entry: SitePlan, known: dict[str, Placement]) -> None:
     if not isinstance(mine, RotateInput) or mine.axis != -1 or not others or mine.group is not None:
         return
     group = next((p.group for p in others if p.group is not None), None)
-    (group or InputGroup(entry.fqn, local=entry.local_input)).add(mine)
+    mine.join(group or InputGroup(entry.fqn, local=entry.local_input))
 
 
 def _make(entry: SitePlan, device: torch.device) -> Rotation:

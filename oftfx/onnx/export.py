@@ -22,11 +22,11 @@ from oftfx.onnx.checks.bisect import first_difference
 from oftfx.onnx.checks.verify import DifferentError, Verification, verify_onnx
 from oftfx.onnx.decoders.decoder import Decoder
 from oftfx.onnx.describe import describe
+from oftfx.onnx.exportable import Exportable, onnx_program
 from oftfx.onnx.finish import finish
 from oftfx.onnx.inputs import DynamicShapes, auto_dynamic_shapes, named_inputs, widened
 from oftfx.onnx.lower import lower_quantized
 from oftfx.onnx.signature import Signature
-from oftfx.onnx.trace import Traced, trace
 from oftfx.passes.freeze_rotations import FreezeRotations
 from oftfx.passes.protocol import PassManager
 from oftfx.planning.program import Program
@@ -137,7 +137,7 @@ def export_onnx(
     with capture_settings(lowered), capture_settings(reference), capture_settings(exact):
         with torch.no_grad():
             outputs = signature.outputs(reference)
-        program = trace(Traced(lowered, signature, mode), outputs, chosen)
+        program = onnx_program(Exportable(lowered, signature, mode), outputs, chosen)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target and under its final name: external data is found by name, and a move is a rename.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:

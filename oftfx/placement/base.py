@@ -77,6 +77,12 @@ class Placement(ABC):
         """The rotations that act now, in order."""
         return [*self.fixed, *(self.rotations[n] for n in self.active if n in self.rotations)]
 
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """``x @ R1 @ R2 ...`` of what acts here, whatever else reads ``x``."""
+        for rotation in self.in_effect():
+            x = rotation(x)
+        return x
+
     def forget(self) -> None:  # noqa: B027  (most keep nothing)
         """Drop what is kept from one forward to the next; also to be called when other rotations take a name."""
 

@@ -75,7 +75,7 @@ class AdapterMode:
         """The prepared model, reading these values of `inputs`."""
         return model
 
-    def finish(self, graph: Any) -> None:
+    def set_defaults(self, graph: Any) -> None:
         """Change the finished graph, an ``onnx_ir.Graph``."""
 
     def cases(self, reference: nn.Module, signature: Signature, inputs: Mapping[str, Tensor]) -> Iterator[Case]:  # noqa: ARG002

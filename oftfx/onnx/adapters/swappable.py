@@ -54,7 +54,7 @@ class Swappable(AdapterMode):
         buffers = {self._buffers[n]: v for n, v in values.items()}
         return lambda **kwargs: torch.func.functional_call(model, buffers, kwargs=kwargs)
 
-    def finish(self, graph: Any) -> None:
+    def set_defaults(self, graph: Any) -> None:
         """Give each input the identity as its default."""
         if self.name == "inputs":
             return

@@ -14,9 +14,9 @@ from oftfx.formats.registry import format_of
 from oftfx.model.structure import structural_copy
 from oftfx.onnx.adapters import AdapterMode
 from oftfx.onnx.checks.verify import DifferentError, allowed_error, open_session, run_session
+from oftfx.onnx.exportable import Exportable, onnx_program
 from oftfx.onnx.finish import finish
 from oftfx.onnx.signature import Signature
-from oftfx.onnx.trace import Traced, trace
 from oftfx.precision import relative_error
 
 
@@ -67,7 +67,7 @@ def first_difference(
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tapped.onnx"
-            finish(trace(Traced(copied, signature, mode, taps), names, opset), path, {}, mode)
+            finish(onnx_program(Exportable(copied, signature, mode, taps), names, opset), path, {}, mode)
             values = run_session(open_session(path), names, {**seen.inputs, **seen.case.given})
     except ExportError as error:
         return f"Where, cannot be told: {error}"

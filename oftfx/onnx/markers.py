@@ -1,7 +1,7 @@
 """Tensors of quantized layers on their way through an export: under their names, in their types, never folded.
 
 The exporter has no tensors of 4-bit integers, and operators cannot carry one as attribute. So a lowered layer holds two
-codes a byte and reads them through a marker, ``oftfx::Stored``, that says what they are. `resolve` replaces the markers
+codes a byte and reads them through a marker, ``oftfx::Marked``, that says what they are. `resolve` replaces the markers
 in the exported program, with the objects of onnx-ir: the initializer gets the type and keeps its bytes.
 """
 
@@ -14,10 +14,10 @@ from torch import Tensor
 
 UINT4, INT4 = 21, 22
 """``onnx.TensorProto.DataType``."""
-_DOMAIN, _NOTE = "oftfx", "oftfx.stored"
+_DOMAIN, _NOTE = "oftfx", "oftfx.marked"
 
 
-def stored(tensor: Tensor, kind: int | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
+def marked(tensor: Tensor, kind: int | None = None, shape: tuple[int, ...] | None = None) -> Tensor:
     """A buffer of a lowered layer, as its operators read it; only while a model is exported.
 
     Args:
@@ -26,7 +26,7 @@ def stored(tensor: Tensor, kind: int | None = None, shape: tuple[int, ...] | Non
         shape: of the elements, where ``kind`` is given.
     """
     return torch.onnx.ops.symbolic(
-        f"{_DOMAIN}::Stored",
+        f"{_DOMAIN}::Marked",
         (tensor,),
         {"kind": kind or 0},
         dtype=kind or tensor.dtype,
@@ -40,7 +40,7 @@ def resolve(model: Any) -> None:
     import onnx_ir as ir
 
     for node in list(model.graph):
-        if node.domain != _DOMAIN or node.op_type != "Stored":
+        if node.domain != _DOMAIN or node.op_type != "Marked":
             continue
         value, out = node.inputs[0], node.outputs[0]
         kind = node.attributes["kind"].as_int()

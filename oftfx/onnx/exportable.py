@@ -16,14 +16,14 @@ from torch import Tensor
 
 from oftfx.errors import ExportError
 from oftfx.onnx.adapters import AdapterMode
-from oftfx.onnx.checks.blame import blame
+from oftfx.onnx.blame import blame
 from oftfx.onnx.signature import Signature
 
 PREFIX = "model."
 """Of every parameter's name in the exported program."""
 
 
-class Traced(nn.Module):
+class Exportable(nn.Module):
     """A model, how it is called, and what its adapters read from the graph's inputs.
 
     Args:
@@ -69,7 +69,7 @@ class Traced(nn.Module):
         return hook
 
 
-def trace(module: Traced, outputs: tuple[str, ...], opset: int) -> Any:
+def onnx_program(module: Exportable, outputs: tuple[str, ...], opset: int) -> Any:
     """The ``torch.onnx.ONNXProgram`` of a model, its parameters under their own names, not optimised.
 
     Raises:
