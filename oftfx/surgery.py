@@ -23,7 +23,7 @@ from oftfx.passes.protocol import PassManager, PassResult
 from oftfx.passes.share_inputs import ShareInputs
 from oftfx.planning.plans import Plan
 from oftfx.planning.program import Program
-from oftfx.planning.read_rules import Rules, read_rules
+from oftfx.planning.read_rules import Rules, asked_for
 from oftfx.planning.rules import Rule
 from oftfx.planning.unreachable import can_look_into, unreachable
 from oftfx.trace.graph_module import ProgramGraph
@@ -167,23 +167,22 @@ def _planned(
         if train or train_bias != "none":
             raise RuleError("train and train_bias are part of a plan; give them to oftfx.plan instead")
         return PassResult(_carry_out(model, rules), True)
-    asked = read_rules(rules)
-    train = [*train, *(getattr(rules, "modules_to_save", None) or ())]
-    if getattr(rules, "peft_type", None) is not None and train_bias == "none":
-        bias: str = rules.bias  # type: ignore[union-attr]
-        train_bias = "oft" if bias == "oft_only" else bias
+    asked = asked_for(rules, train, train_bias)
     program = Program.of(model)
-    match = MatchRules(asked, train=train, train_bias=train_bias)
-    raw = _asked_parameters(program, asked)
-    if not raw:
-        # Rules are checked before the slow part.
-        result = PassManager([match, MeasureCoverage()]).run(program)
-    shares = any(r.spec is not None and (r.spec.share_input or r.spec.into == "producer") for r in asked)
+    match = MatchRules(asked.rules, train=asked.train, train_bias=asked.train_bias)
+    raw = _asked_parameters(program, asked.rules)
+    planned = None if raw else PassManager([match]).run(program)  # rules are checked before the slow part
+    shares = any(spec.share_input or spec.into == "producer" for spec in asked.specs)
     # A transformers model names inputs of its own; what reads the same tensor then rotates in one product.
     if raw or trace or shares or example_inputs is not None or names_inputs(model):
-        recorded = program.with_(recording=record_best(model, example_inputs, look_into=raw))
-        result = PassManager([FindFunctional(), match, ShareInputs(), FindProducers(), MeasureCoverage()]).run(recorded)
-    return result
+        recording = record_best(model, example_inputs, look_into=raw)
+        found = PassManager([FindFunctional()]).run(program.with_(recording=recording))
+        if planned is None or found.modified:  # other sites than the module tree shows
+            planned = PassManager([match]).run(found.program)
+        recorded = planned.program.with_(recording=recording)
+        return PassManager([ShareInputs(), FindProducers(), MeasureCoverage()]).run(recorded)
+    assert planned is not None
+    return PassManager([MeasureCoverage()]).run(planned.program)
 
 
 def _asked_parameters(program: Program, rules: Sequence[Rule]) -> set[nn.Module]:
@@ -191,7 +190,7 @@ def _asked_parameters(program: Program, rules: Sequence[Rule]) -> set[nn.Module]
     found = set()
     for path, holder, _ in unreachable(program):
         rule = next((r for r in rules if r.matches_name(path) or r.matches_name(holder)), None)
-        module = program.model.get_submodule(holder)
+        module = program.index.modules[holder]
         if rule is not None and rule.spec is not None and path not in program.refused and can_look_into(module):
             found.add(module)
     return found
@@ -215,6 +214,6 @@ def _carry_out(model: nn.Module, plan: Plan) -> Program:
             )
         # The plan may come from a float or a meta model; format and dtype are those of the layer that is here.
         placement = entry.placement if entry.placement in found.placements else choose_placement(found, entry.spec)
-        kernel, _ = choose_kernel(model.get_submodule(found.module), entry.spec.kernel)
+        kernel, _ = choose_kernel(program.index.modules[found.module], entry.spec.kernel)
         entries.append(replace(entry, site=found, placement=placement, kernel=kernel))
     return program.with_(plan=replace(plan, entries=tuple(entries)))

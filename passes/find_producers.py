@@ -44,7 +44,7 @@ class FindProducers(Pass):
         entries, changes, faults = [], list[Change](), []
         search = None
         if recording is not None and recording.rung != "tree":
-            search = _Search(recording.graph, dict(program.model.named_modules()), program.sites)
+            search = _Search(recording.graph, program.index.modules, program.sites)
         for entry in plan:
             try:
                 if search is None:

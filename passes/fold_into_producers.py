@@ -13,8 +13,8 @@ from oftfx.folding.probe import has_own_forward
 from oftfx.folding.record import Folds, SiteFold, Undo
 from oftfx.folding.turned import share, size
 from oftfx.formats.base import WeightFormat, WeightState
-from oftfx.formats.registry import format_of
 from oftfx.model.huggingface import untie
+from oftfx.model.index import ModelIndex
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.placement.base import Placement
 from oftfx.placement.find import rotated_sites
@@ -46,9 +46,9 @@ class FoldIntoProducers(Pass):
     def run(self, program: Program) -> PassResult:
         """Fold, site by site."""
         lines, left = list[SiteFold](), dict[str, str]()
-        for fqn, placement in list(rotated_sites(program.model)):
+        for fqn, placement in list(rotated_sites(program.index)):
             producer = self.producers.get(fqn, "not recorded")
-            done = producer if isinstance(producer, str) else self._push(program.model, fqn, placement, producer)
+            done = producer if isinstance(producer, str) else self._push(program.index, fqn, placement, producer)
             if isinstance(done, str):
                 left[fqn] = done
             else:
@@ -58,7 +58,7 @@ class FoldIntoProducers(Pass):
         return PassResult(program, bool(lines), tuple(changes), Folds(tuple(lines), left))
 
     @torch.no_grad()
-    def _push(self, model: nn.Module, fqn: str, placement: Placement, producer: Producer) -> SiteFold | str:
+    def _push(self, index: ModelIndex, fqn: str, placement: Placement, producer: Producer) -> SiteFold | str:
         """Push one site; or why not."""
         chain = product_of(placement.in_effect())
         if len(chain) != 1:
@@ -66,8 +66,8 @@ class FoldIntoProducers(Pass):
         blocks = _by_start(chain[0], producer)
         if blocks is None:
             return f"grouped heads have different rotations; train with OFT(into='producer') ({producer.fqn})"
-        module = model.get_submodule(producer.fqn)
-        weight_format = format_of(module)
+        module = index.modules[producer.fqn]
+        weight_format = index.format_of(module)
         if weight_format is None or not weight_format.lossless:
             stored = "by no known format" if weight_format is None else f"as {weight_format.name}"
             return f"its producer {producer.fqn} is stored {stored}, where turned rows would be rounded"
@@ -75,9 +75,8 @@ class FoldIntoProducers(Pass):
             return f"its producer {producer.fqn} ({type(module).__name__}) has a forward of its own"
         own = placement.weight_format()
         nbytes = own.nbytes(placement.module) if own is not None else 0
-        names = {m: n for n, m in model.named_modules()}
         if own is not None:
-            self.journal.note(Undo.of(names[placement.module], placement, own))
+            self.journal.note(Undo.of(index.path(placement.module), placement, own))
         self.journal.note(UndoProducer.of(producer.fqn, module, weight_format))
         before = weight_format.dequantize(module)
         after = _turn_rows(before, blocks)
@@ -87,7 +86,7 @@ class FoldIntoProducers(Pass):
             turned = _turn_rows(bias.detach().to(after.dtype).unsqueeze(1), blocks).squeeze(1)
             module._parameters["bias"] = nn.Parameter(turned.to(bias.dtype), requires_grad=bias.requires_grad)
         placement.drop()
-        if (untied := untie(model, f"{producer.fqn}.weight")) is not None:
+        if (untied := untie(index.model, f"{producer.fqn}.weight")) is not None:
             self.journal.note(untied)
         moved = size(after - before)
         note = f"its rotation is in {len(blocks) * chain[0].shape[1]} rows of {producer.fqn}"

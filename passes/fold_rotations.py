@@ -94,10 +94,10 @@ class FoldRotations(Pass):
                 not compute ``x @ W^T``.
         """
         model, sites = program.model, {s.fqn: s for s in program.sites}
-        todo = [_Todo(fqn, p, _format(fqn, p), self._policy(sites, fqn)) for fqn, p in rotated_sites(model)]
+        todo = [_Todo(fqn, p, _format(fqn, p), self._policy(sites, fqn)) for fqn, p in rotated_sites(program.index)]
         for one in todo:  # before anything changes
             self._check(one)
-        bench = Workbench(model, self.journal)
+        bench = Workbench(program.index, self.journal)
         some_ran = any(t.placement.ran for t in todo)
         remarks = {t.fqn: _NEVER_RAN if some_ran and not t.placement.ran else _later_hooks(t.placement) for t in todo}
         done: dict[str, SiteFold] = {}

@@ -25,7 +25,7 @@ class FreezeRotations(Pass):
         """Freeze every site, in the model of ``program`` itself."""
         freezer = Freezer()
         changes = []
-        for fqn, placement in list(rotated_sites(program.model)):
+        for fqn, placement in list(rotated_sites(program.index)):
             changes.append(Change(fqn, "frozen" if placement.in_effect() else "rotation removed: inactive"))
             freezer.freeze(placement)
         return PassResult(program, bool(changes), tuple(changes))

@@ -7,6 +7,7 @@ import torch
 from oftfx.errors import AdapterError, PassError
 from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_named
+from oftfx.model.index import ModelIndex
 from oftfx.model.sites import weight_device
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.placement.attach import attach
@@ -47,8 +48,8 @@ class InsertRotations(Pass):
         """
         plan = program.plan
         assert plan is not None
-        modules = dict(program.model.named_modules())
-        known = dict(rotated_sites(program.model))
+        modules = program.index.modules
+        known = dict(rotated_sites(program.index))
         for entry in plan:
             self._check(entry, known.get(entry.fqn))
         owned: dict[str, Rotation] = {}
@@ -73,7 +74,7 @@ class InsertRotations(Pass):
             changes.append(Change(entry.fqn, "rotated", notice or ""))
         for entry in plan:
             _group(entry, known)
-        return PassResult(program, bool(changes), tuple(changes))
+        return PassResult(program.with_(index=ModelIndex(program.model)), bool(changes), tuple(changes))
 
     def _check(self, entry: SitePlan, found: Placement | None) -> None:
         if found is None:
@@ -91,7 +92,7 @@ class InsertRotations(Pass):
     def check(self, result: Program) -> None:
         """Every planned site has the rotation."""
         assert result.plan is not None
-        known = dict(rotated_sites(result.model))
+        known = dict(rotated_sites(result.index))
         for entry in result.plan:
             if entry.fqn not in known or self.adapter not in known[entry.fqn].rotations:
                 raise PassError(f"{entry.fqn} has no rotation of adapter {self.adapter!r}")

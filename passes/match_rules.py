@@ -31,6 +31,7 @@ class MatchRules(Pass):
 
     name = "match_rules"
     preserves = "exact"
+    after = ("find_functional",)  # which makes sites of weights that only a recording shows
 
     def __init__(self, rules: Sequence[Rule], *, train: Sequence[str] = (), train_bias: str = "none") -> None:
         self.rules, self.train, self.train_bias = tuple(rules), tuple(train), train_bias
@@ -41,7 +42,7 @@ class MatchRules(Pass):
         Raises:
             RuleError: a rule matches nothing, or a block size does not divide; with all such sites at once.
         """
-        modules = dict(program.model.named_modules())
+        modules = program.index.modules
         hits = [0] * len(self.rules)
         wins = [0] * len(self.rules)
         entries, skipped, faults = [], [], []
@@ -149,7 +150,7 @@ class MatchRules(Pass):
         if self.train_bias not in ("none", "all", "oft"):
             raise RuleError(f"train_bias: got {self.train_bias!r}, expected 'none', 'all' or 'oft'")
         if self.train_bias == "all":
-            names.update((n, None) for n, _ in program.model.named_parameters() if n.endswith("bias"))
+            names.update((n, None) for n, *_ in program.index.names.values() if n.endswith("bias"))
         elif self.train_bias == "oft":
             names.update((f"{e.fqn}.bias", None) for e in entries if modules[e.fqn]._parameters.get("bias") is not None)
         return tuple(names)

@@ -113,22 +113,23 @@ class PassManager:
         """
         self._check_order()
         modified, changes, found = False, list[Change](), dict[str, Any]()
+        before = program.fingerprint() if self.passes else ()
         for step in self.passes:
-            result = self._run_one(step, program)
+            result, before = self._run_one(step, program, before)
             program, modified = result.program, modified or result.modified
             changes += result.changes
             if result.found is not None:
                 found[step.name] = result.found
         return PassResult(program, modified, tuple(changes), found)
 
-    def _run_one(self, step: Pass, program: Program) -> PassResult:
-        before = program.fingerprint()
+    def _run_one(self, step: Pass, program: Program, before: tuple[Any, ...]) -> tuple[PassResult, tuple[Any, ...]]:
         inputs = None if step.preserves == "lossy" else self.verify
         expected = [] if inputs is None else outputs_of(program.model, inputs)
         result = step.run(program)
         if not isinstance(result, PassResult):
             raise PassError(f"pass {step.name}: run() returned {type(result).__name__}, expected a PassResult")
-        if (result.program.fingerprint() != before) != result.modified:
+        after = result.program.fingerprint()
+        if (after != before) != result.modified:
             raise PassError(
                 f"pass {step.name}: says modified={result.modified}, but the program "
                 f"{'did not change' if result.modified else 'changed'}"
@@ -139,7 +140,7 @@ class PassManager:
             raise PassError(f"pass {step.name}: post-condition failed: {error}") from error
         if inputs is not None:
             _compare(step, expected, outputs_of(result.program.model, inputs))
-        return result
+        return result, after
 
     def _check_order(self) -> None:
         names = [p.name for p in self.passes]

@@ -38,7 +38,7 @@ class ShareInputs(Pass):
         assert plan is not None
         if recording is None:
             return PassResult(program, False)
-        inputs = _inputs_by_site(recording.graph, dict(program.model.named_modules()))
+        inputs = _inputs_by_site(recording.graph, program.index.modules)
         groups: dict[tuple[str, tuple[fx.Node, ...]], list[SitePlan]] = defaultdict(list)
         for entry in plan:
             values = inputs.get(entry.site.module) if entry.placement == "activation" else None

@@ -10,6 +10,7 @@ import torch.nn as nn
 from oftfx.adapter.store import Adapter, find_store, store_of
 from oftfx.errors import AdapterError, RuleError, warn
 from oftfx.model.huggingface import allow_training, note_zeros
+from oftfx.model.index import ModelIndex
 from oftfx.model.names import child_name
 from oftfx.passes.insert_rotations import InsertRotations
 from oftfx.passes.protocol import PassManager, PassResult
@@ -21,9 +22,10 @@ from oftfx.planning.program import Program
 def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool) -> Adapter:
     """Insert a planned adapter into ``model``, inactive, and enter it in the model's store."""
     assert program.plan is not None
-    check_insertable(model, program.plan)
+    index = ModelIndex(model)
+    check_insertable(index, program.plan)
     first = find_store(model) is None
-    result = PassManager([InsertRotations(adapter, activate=False)]).run(program.with_(model=model))
+    result = PassManager([InsertRotations(adapter, activate=False)]).run(program.with_(index=index))
     store = store_of(model)
     if first:
         store.freeze_base(model)
@@ -32,7 +34,7 @@ def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool)
     return store.add(model, Adapter(adapter, _noted(program.plan, result)), trainable=trainable)
 
 
-def check_insertable(model: nn.Module, plan: Plan) -> None:
+def check_insertable(index: ModelIndex, plan: Plan) -> None:
     """Find what would make an insertion fail half way.
 
     Raises:
@@ -44,18 +46,17 @@ def check_insertable(model: nn.Module, plan: Plan) -> None:
         raise RuleError(f"the plan rotates {twice} twice")
     for entry in plan:
         child_at = child_name(entry.site.parameter)
-        child = model.get_submodule(entry.site.module)._modules.get(child_at)
+        child = index.modules[entry.site.module]._modules.get(child_at)
         if child is not None and not isinstance(child, SiteRotations):
             raise AdapterError(
                 f"{entry.fqn} has a child {child_at!r} of its own ({type(child).__name__}), where a rotation would go"
             )
-    parameters = dict(model.named_parameters(remove_duplicate=False))
     for name in plan.train:
-        if name not in parameters:
-            raise RuleError(f"the plan trains {name}, which {type(model).__name__} does not have as a parameter")
-        if not parameters[name].is_floating_point():
+        if name not in index.parameters:
+            raise RuleError(f"the plan trains {name}, which {type(index.model).__name__} does not have as a parameter")
+        if not index.parameters[name].is_floating_point():
             raise AdapterError(
-                f"{name} is stored as {parameters[name].dtype} and cannot train; name float modules only"
+                f"{name} is stored as {index.parameters[name].dtype} and cannot train; name float modules only"
             )
 
 

@@ -31,7 +31,7 @@ def fold_float(site: Turned, bench: Workbench) -> SiteFold:
     placement.drop()
     if probed is not None:
         _check_probe(site.fqn, module, *probed)
-    path = bench.paths[module]
+    path = bench.index.path(module)
     untied = untie(bench.model, f"{path}.{placement.parameter}" if path else placement.parameter)
     if untied is not None:
         bench.journal.note(untied)

@@ -9,6 +9,7 @@ import torch.nn as nn
 from oftfx.folding.journal import Journal
 from oftfx.folding.record import Undo
 from oftfx.formats.base import WeightFormat
+from oftfx.model.index import ModelIndex
 from oftfx.model.structure import HOOKS, replace_module
 from oftfx.placement.base import Placement
 from oftfx.placement.frozen import Freezer
@@ -18,26 +19,24 @@ class Workbench:
     """One model under way from rotated to folded.
 
     Args:
-        model: is changed.
+        index: of the model, which is changed.
         journal: notes what was there.
 
     Attributes:
-        paths: the first path of each module.
         freezer: makes rotations that stay.
     """
 
-    def __init__(self, model: nn.Module, journal: Journal) -> None:
-        self.model, self.journal = model, journal
+    def __init__(self, index: ModelIndex, journal: Journal) -> None:
+        self.index, self.model, self.journal = index, index.model, journal
         self.freezer = Freezer()
-        self.paths = {m: n for n, m in model.named_modules()}
-        self._shared = _shared(model)
+        self._shared = _shared(index)
         self._replacements: list[tuple[Placement, nn.Module]] = []
 
     def note(self, placement: Placement, weight_format: WeightFormat) -> None:
         """Remember a site that is about to change."""
         self.journal.sites += 1
         if self.journal.keep:
-            self.journal.note(Undo.of(self.paths[placement.module], placement, weight_format))
+            self.journal.note(Undo.of(self.index.path(placement.module), placement, weight_format))
 
     def remark(self, placement: Placement) -> str:
         """For the report, of a weight that another module has as well."""
@@ -61,9 +60,7 @@ class Workbench:
         self._replacements.clear()
 
 
-def _shared(model: nn.Module) -> set[int]:
-    """Weights that several modules have."""
-    counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    modules = Counter(m for _, m in model.named_modules(remove_duplicate=False))
-    aliases = {id(p) for m, n in modules.items() if n > 1 for p in m._parameters.values() if p is not None}
-    return {i for i, n in counts.items() if n > 1 and i not in aliases}
+def _shared(index: ModelIndex) -> set[int]:
+    """Weights that several modules have; a module with several paths is one."""
+    counts = Counter(id(p) for m in index.paths for p in m._parameters.values() if p is not None)
+    return {i for i, n in counts.items() if n > 1}

@@ -46,7 +46,7 @@ class Dense(WeightFormat):
 
     def geometry(self, module: nn.Module) -> Geometry:
         """From the weight itself: attributes of subclasses are not always kept up to date."""
-        rows, length = matrix_shape(self.layout(module), tuple(self._weight(module).shape))
+        rows, length = self.layout(module).shape(tuple(self._weight(module).shape))
         kind = kind_of(module)
         assert kind is not None
         return Geometry(kind, length, rows, placements_of(kind, module))
@@ -131,7 +131,7 @@ class DenseParameter(Dense):
         """From the parameter; of experts, one expert's."""
         shape = tuple(self._weight(module).shape)
         experts = shape[0] if self._layout.stored.startswith("experts") else 0
-        rows, length = matrix_shape(self._layout.with_each(False), shape)
+        rows, length = self._layout.with_each(False).shape(shape)
         return Geometry(self._kind, length, rows // max(experts, 1), self._placements, experts)
 
 
@@ -168,10 +168,3 @@ def placements_of(kind: str, module: nn.Module) -> tuple[str, ...]:
         pointwise = kind == "conv_transpose" or math.prod(module.kernel_size) == 1  # type: ignore[arg-type]
         return ("weight", "activation") if pointwise else ("weight",)
     return ("activation", "weight")
-
-
-def matrix_shape(layout: Layout, shape: tuple[int, ...]) -> tuple[int, int]:
-    """``(rows, n)`` of a tensor of ``shape`` read by ``layout``."""
-    with torch.device("meta"):
-        rows, length = layout.matrix(torch.empty(shape)).shape
-    return rows, length

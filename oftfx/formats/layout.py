@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -53,6 +54,18 @@ class Layout:
             return tensor.flatten(1).unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         rows = tensor if self.stored == "experts" else tensor.transpose(1, 2)  # (experts, out, in)
         return rows.transpose(0, 1).flatten(1) if self.each else rows.flatten(0, 1)
+
+    def shape(self, stored: tuple[int, ...]) -> tuple[int, int]:
+        """``(rows, n)`` of the matrix for the shape of a stored tensor."""
+        first, *rest = stored
+        if self.stored == "rows":
+            return first, math.prod(rest)
+        if self.stored == "columns":
+            return rest[0], first
+        if self.stored == "transposed":
+            return self.groups * math.prod(rest), first // self.groups
+        out, length = rest if self.stored == "experts" else reversed(rest)
+        return (out, first * length) if self.each else (first * out, length)
 
     def restore(self, matrix: Tensor, shape: tuple[int, ...]) -> Tensor:
         """The stored tensor of ``shape`` for a matrix; inverse of `matrix`."""

@@ -10,8 +10,10 @@ import torch.nn as nn
 
 from oftfx.errors import RuleError
 from oftfx.formats.base import WeightFormat
+from oftfx.formats.dense import DenseParameter
 from oftfx.formats.layout import Layout
 from oftfx.formats.registry import format_of
+from oftfx.model.index import ModelIndex
 from oftfx.model.site import Site
 from oftfx.model.structure import is_own_module
 from oftfx.rotation.spec import OFT
@@ -20,18 +22,12 @@ EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
 
 
 class Finder:
-    """Finds sites and knows the names of a model."""
+    """Finds sites in an indexed model."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.head = output_head(model)
+    def __init__(self, index: ModelIndex) -> None:
+        self.index = index
+        self.head = output_head(index.model)
         self.refused: dict[str, str] = {}
-        self.paths: dict[nn.Module, list[str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            self.paths.setdefault(module, []).append(path)
-        self.names: dict[int, list[str]] = {}
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            self.names.setdefault(id(parameter), []).append(name)
 
     def site(
         self, module: nn.Module, weight_format: WeightFormat, parameter: str = "weight", reader: str | None = None
@@ -39,9 +35,9 @@ class Finder:
         """The site of one weight."""
         shape = weight_format.geometry(module)
         weight = module._parameters.get(parameter)
-        path, *others = self.paths[module]
-        own = {f"{p}.{parameter}" if p else parameter for p in self.paths[module]}
-        tied = tuple(n for n in self.names.get(id(weight), ()) if n not in own) if weight is not None else ()
+        path, *others = self.index.paths[module]
+        own = {f"{p}.{parameter}" if p else parameter for p in self.index.paths[module]}
+        tied = tuple(n for n in self.index.names.get(id(weight), ()) if n not in own) if weight is not None else ()
         whole = parameter == "weight" and path != ""
         names = [p if whole else f"{p}.{parameter}" if p else parameter for p in (path, *others)]
         # Naming a module reaches the parameters that it uses by itself.
@@ -66,10 +62,10 @@ class Finder:
 
     def layers(self) -> Iterator[Site]:
         """Every site that the module tree alone shows, in its order, each once."""
-        for module, (path, *_) in self.paths.items():
+        for module, (path, *_) in self.index.paths.items():
             if is_own_module(module):
                 continue
-            weight_format = format_of(module)
+            weight_format = self.index.format_of(module)
             if isinstance(module, nn.Embedding) and module.sparse:
                 self.refused[path] = (
                     "an embedding with sparse=True: gradients of a rotation are dense. Make it dense first "
@@ -83,20 +79,16 @@ class Finder:
                 yield from self._experts(module)
 
     def _attention(self, module: nn.MultiheadAttention, path: str) -> Iterator[Site]:
-        from oftfx.formats.dense import DenseParameter
-
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
             found = DenseParameter(name, Layout(), "linear")
             if found.matches(module):
                 yield self.site(module, found, name)
         out = module.out_proj
         found = DenseParameter("weight", Layout(), "linear")
-        if format_of(out) is None and found.matches(out):
+        if self.index.format_of(out) is None and found.matches(out):
             yield self.site(out, found, reader=path)
 
     def _experts(self, module: nn.Module) -> Iterator[Site]:
-        from oftfx.formats.dense import DenseParameter
-
         layout = Layout("experts_columns" if module.is_transposed else "experts")
         for name in EXPERT_PARAMETERS:
             # The first product reads the module's own input, which is much cheaper to rotate than all experts.
@@ -113,8 +105,6 @@ def is_experts(module: nn.Module) -> bool:
 
 def format_at(module: nn.Module, site: Site, *, each: bool = False) -> WeightFormat:
     """The format that reads the weight of a site in ``module``; ``each``: with one rotation for every expert."""
-    from oftfx.formats.dense import DenseParameter
-
     found = format_of(module) if site.is_layer else None
     return found or DenseParameter(site.parameter, site.layout.with_each(each), site.kind, site.placements)
 

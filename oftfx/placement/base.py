@@ -148,11 +148,3 @@ def owner_of(hook: Any) -> Placement | None:
     """The placement that a registered hook belongs to, or None."""
     owner = getattr(hook, "__self__", hook)
     return owner if isinstance(owner, Placement) else None
-
-
-def paths(modules: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, str]:
-    """The first path of each module."""
-    found: dict[nn.Module, str] = {}
-    for path, module in modules:
-        found.setdefault(module, path)
-    return found

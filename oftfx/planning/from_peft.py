@@ -69,6 +69,12 @@ def rules_from_config(config: Any) -> tuple[Rule, ...]:
     return (Rule(selected, spec_from_config(values)),)
 
 
+def trained_by_config(config: Any) -> tuple[tuple[str, ...], str]:
+    """What an ``OFTConfig`` trains besides rotations: names of modules, and which biases, in our word."""
+    bias = config.bias
+    return tuple(config.modules_to_save or ()), "oft" if bias == "oft_only" else bias
+
+
 def configured_sites(config: Mapping[str, Any], sites: Iterable[str]) -> set[str]:
     """Those of the model's sites that a configuration names one by one or by regular expression; all of them are in a
     complete file. Of ``"all-linear"`` PEFT decides by the layers' classes, so nothing is expected.

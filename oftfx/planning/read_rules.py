@@ -3,15 +3,49 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from oftfx.errors import RuleError
-from oftfx.planning.from_peft import rules_from_config
+from oftfx.planning.from_peft import rules_from_config, trained_by_config
 from oftfx.planning.rules import Rule
 from oftfx.rotation.spec import OFT
 
 Rules = Rule | Sequence[Rule] | Mapping[Any, "OFT | None"] | str | Path
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asks for, whatever it was said with.
+
+    Attributes:
+        rules: the first that matches a site wins.
+        train: names or globs of further modules that train whole.
+        train_bias: the biases that do: ``"none"``, ``"all"`` or ``"oft"``.
+    """
+
+    rules: tuple[Rule, ...]
+    train: tuple[str, ...] = ()
+    train_bias: str = "none"
+
+    @property
+    def specs(self) -> tuple[OFT, ...]:
+        """Of the rules that rotate."""
+        return tuple(r.spec for r in self.rules if r.spec is not None)
+
+
+def asked_for(rules: Rules | Any, train: Sequence[str] = (), train_bias: str = "none") -> Asked:
+    """Rules with what trains besides; a PEFT ``OFTConfig`` says that too (``modules_to_save``, ``bias``).
+
+    Raises:
+        RuleError: see `read_rules`.
+    """
+    found = read_rules(rules)
+    if getattr(rules, "peft_type", None) is None:
+        return Asked(found, tuple(train), train_bias)
+    own, bias = trained_by_config(rules)
+    return Asked(found, (*train, *own), bias if train_bias == "none" else train_bias)
 
 
 def read_rules(rules: Rules | Any) -> tuple[Rule, ...]:

@@ -19,7 +19,7 @@ def unreachable(program: Program) -> Iterator[tuple[str, str, str]]:
     """``(path, path of the module, reason)`` of every matrix that cannot be rotated."""
     weights = {s.weight_name for s in program.sites}
     holders = {s.module for s in program.sites}
-    for fqn, module in program.model.named_modules():
+    for fqn, module in program.index.modules.items():
         if is_own_module(module):
             continue
         matrices = [n for n, p in module._parameters.items() if p is not None and is_matrix(p)]

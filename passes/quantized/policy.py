@@ -45,9 +45,9 @@ class QuantizedPolicy(Pass):
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:
         """Treat every quantized site; float ones stay rotated."""
-        bench = Workbench(program.model, Journal(keep=False))
+        bench = Workbench(program.index, Journal(keep=False))
         lines = []
-        for fqn, placement in list(rotated_sites(program.model)):
+        for fqn, placement in list(rotated_sites(program.index)):
             weight_format = placement.weight_format()
             if weight_format is None or weight_format.lossless:
                 continue
