@@ -67,6 +67,15 @@ def test_every_error_and_warning_is_explained():
     assert set(explained) == names
 
 
+def test_every_message_that_is_explained_is_one():
+    files = [p for folder in ("oftfx", "passes") for p in (ROOT / folder).rglob("*.py")]
+    sources = "\n".join(re.sub(r'"\s*\n\s*f?"', "", p.read_text()) for p in files)  # literals over several lines
+    rows = re.findall(r"^\| (`.*?) \|", TEXTS[Path("tools/docs/pages/guides/troubleshooting.md")], flags=re.MULTILINE)
+    messages = {part.strip() for row in rows for code in re.findall(r"`(.+?)`", row) for part in code.split("...")}
+    assert len(messages) > 40
+    assert {m for m in messages if m not in sources} == set()
+
+
 def test_every_format_is_listed():
     from oftfx.formats import formats
 
