@@ -37,17 +37,17 @@ base = Network()
 
 # --8<-- [start:plan]
 rules = [
-    Rule("stem", OFT(9)),  # 3 channels x 3 x 3 = 27 elements of a patch: the block size has to divide that
-    Rule(nn.Conv2d, OFT(8)),  # 16 / 2 groups x 3 x 3 = 72 elements; 16 of the 1x1 convolution
-    Rule("head", OFT(16), optional=True),
+    Rule("stem", OFT(9)),  # a patch has 3 channels x 3 x 3 = 27 elements
+    Rule(nn.Conv2d, OFT(8)),  # 16 / 2 groups x 3 x 3 = 72, and 16 of the 1x1
+    Rule("head", OFT(16)),
 ]
 plan = oftfx.plan(base, rules, example_inputs=(images[:2],))
 print(plan)
 # --8<-- [end:plan]
 
 # --8<-- [start:train]
-model = oftfx.transform(base, plan, inplace=False)
-model.eval()  # the statistics of BatchNorm belong to no adapter and must not move
+model = oftfx.transform(base, plan)
+model.eval()  # the statistics of BatchNorm belong to no adapter: they stay
 optimizer = torch.optim.AdamW(oftfx.adapter_parameters(model), lr=1e-1)
 for _ in range(100):
     loss = F.cross_entropy(model(images), labels)

@@ -6,14 +6,15 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import oftfx
 
-small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-base = LlamaForCausalLM(LlamaConfig(vocab_size=256, **small))
-batch = {"input_ids": torch.randint(256, (4, 32)), "attention_mask": torch.ones(4, 32, dtype=torch.long)}
-print(oftfx.plan(base, "all-linear"))  # what would be rotated, what shares an input, what is left out and why
-model = oftfx.transform(base, {"*_proj": oftfx.OFT(16, share_input=True)})  # base itself is not changed
+sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4}
+base = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=2, **sizes))
+tokens = torch.randint(256, (4, 32))
+batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+print(oftfx.plan(base, "all-linear"))  # what would be rotated, what not, and why
+model = oftfx.transform(base, {"*_proj": oftfx.OFT(16, share_input=True)})
 optimizer = torch.optim.AdamW(oftfx.adapter_parameters(model), lr=1e-2)
 for _ in range(10):
-    model(**batch, labels=batch["input_ids"]).loss.backward()
+    model(**batch, labels=tokens).loss.backward()
     optimizer.step()
     optimizer.zero_grad()
 oftfx.save_adapter(model, "adapter")  # a directory that PEFT loads

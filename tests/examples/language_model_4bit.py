@@ -21,8 +21,16 @@ batches = [{"input_ids": t, "attention_mask": torch.ones_like(t)} for t in token
 held_out = {"input_ids": tokens[16:], "attention_mask": torch.ones_like(tokens[16:])}
 
 # --8<-- [start:load]
-four_bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
-base = AutoModelForCausalLM.from_pretrained("float", quantization_config=four_bits, dtype=torch.float32)
+four_bits = BitsAndBytesConfig(
+    load_in_4bit=True,
+    bnb_4bit_quant_type="nf4",
+    bnb_4bit_compute_dtype=torch.float32,
+)
+base = AutoModelForCausalLM.from_pretrained(
+    "float",  # a directory or the name of a model
+    quantization_config=four_bits,
+    dtype=torch.float32,
+)
 # --8<-- [end:load]
 
 # --8<-- [start:plan]
@@ -30,7 +38,7 @@ print(oftfx.plan(base, {"all-linear": OFT(32)}))
 # --8<-- [end:plan]
 
 # --8<-- [start:transform]
-model = oftfx.transform(base, {"all-linear": OFT(32)})  # before base has run: see "Troubleshooting"
+model = oftfx.transform(base, {"all-linear": OFT(32)})
 # --8<-- [end:transform]
 
 # --8<-- [start:train]
@@ -46,7 +54,7 @@ model.eval()
 # --8<-- [end:train]
 
 # --8<-- [start:save]
-oftfx.save_adapter(model, "adapter")  # adapter_config.json and adapter_model.safetensors, which PEFT reads
+oftfx.save_adapter(model, "adapter")  # in PEFT's files
 # --8<-- [end:save]
 
 
@@ -63,19 +71,19 @@ gain = without - loss_of(model)
 for policy in ("keep", "float", "requantize", "calibrate"):
     folded = oftfx.fold(model, quantized=policy, calibration=batches)
     kept = (without - loss_of(folded.model)) / gain
-    print(f"{policy:10}  keeps {kept:6.1%} of the gain, error of the logits {folded.report.output_error:.1e}")
+    print(f"{policy:10} keeps {kept:6.1%}, error {folded.report.output_error:.1e}")
 # --8<-- [end:fold]
 
 # --8<-- [start:report]
 result = oftfx.fold(model, quantized="calibrate", calibration=batches)
-print(result.report)  # warnings first, then what was done, errors, bytes, perplexity before and after
+print(result.report)  # warnings, actions, errors, bytes, perplexity before and after
 for site in result.report:
-    print(site.fqn, site.action, f"{site.output_error:.2%}", f"{site.output_survival:.1%}")
+    print(site.fqn, site.action, site.output_error, site.output_survival)
 # --8<-- [end:report]
 
 # --8<-- [start:export]
 inputs = held_out
-exact = oftfx.fold(model)  # quantized="keep": NF4 weights as they are, one rotation in front of each
+exact = oftfx.fold(model)  # "keep": NF4 weights as they are, rotations in front
 print(oftfx.export_onnx(exact.model, "model.onnx", inputs))
 # --8<-- [end:export]
 

@@ -13,7 +13,8 @@ inputs = {"input_ids": torch.randint(96, (2, 8))}
 
 # --8<-- [start:add]
 model = oftfx.transform(base, {"*_proj": OFT(16)}, adapter="news")
-oftfx.add_adapter(model, "code", {"*.mlp.*": OFT(8)})  # other sites, other block size; does not act yet
+# Other sites, other block size; it does not act yet.
+oftfx.add_adapter(model, "code", {"*.mlp.*": OFT(8)})
 # --8<-- [end:add]
 for name in ("news", "code"):
     for parameter in oftfx.adapter_parameters(model, name):

@@ -23,14 +23,15 @@ feed = {name: value.numpy() for name, value in batch.items()}
 # --8<-- [start:export]
 oftfx.export_onnx(model, "tenants.onnx", batch, adapters="swappable")
 for name in oftfx.adapters(model):
-    oftfx.export_onnx_adapter(model, f"{name}.onnx_adapter", adapter=name, graph="tenants.onnx")
+    file = f"{name}.onnx_adapter"
+    oftfx.export_onnx_adapter(model, file, adapter=name, graph="tenants.onnx")
 # --8<-- [end:export]
 
 # --8<-- [start:run]
 quiet = onnxruntime.SessionOptions()
 quiet.log_severity_level = 3  # it warns of every input that has a default
-session = onnxruntime.InferenceSession("tenants.onnx", quiet, providers=["CPUExecutionProvider"])
-loaded = {}  # keep these: a LoraAdapter that is garbage-collected stops acting, without an error
+session = onnxruntime.InferenceSession("tenants.onnx", quiet)
+loaded = {}  # keep these: one that is garbage-collected stops acting, without an error
 for name in ("news", "code"):
     loaded[name] = onnxruntime.LoraAdapter()
     loaded[name].Load(f"{name}.onnx_adapter")
@@ -48,14 +49,14 @@ def answer(adapter: str | None) -> np.ndarray:
 
 # --8<-- [start:mixed]
 oftfx.export_onnx(model, "mixed.onnx", batch, adapters="mixed")
-mixed = onnxruntime.InferenceSession("mixed.onnx", providers=["CPUExecutionProvider"])
-rows = np.array([2, 0])  # 0 is the base model, then the order of oftfx.adapters(model): 1 news, 2 code
+mixed = onnxruntime.InferenceSession("mixed.onnx")
+rows = np.array([2, 0])  # 0: the base model, 1: news, 2: code, as in oftfx.adapters
 logits = mixed.run(["logits"], {**feed, "adapter_index": rows})[0]
 # --8<-- [end:mixed]
 
 # --8<-- [start:decode]
 oftfx.export_onnx(model, "decoder.onnx", cache=True, adapters="swappable")
-decoder = onnxruntime.InferenceSession("decoder.onnx", quiet, providers=["CPUExecutionProvider"])
+decoder = onnxruntime.InferenceSession("decoder.onnx", quiet)
 options = onnxruntime.RunOptions()
 options.add_active_adapter(loaded["news"])
 tokens = greedy(decoder, feed["input_ids"], 6, run_options=options)

@@ -19,18 +19,25 @@ def sites(rules: object) -> list[str]:
 
 
 # --8<-- [start:short]
-everything = sites("all-linear")  # every linear layer but the output head, OFT() with its defaults
-globs = sites({"*.self_attn.*": OFT(16), "*.mlp.*": OFT(32, share_input=True)})  # `*` also crosses dots
+# Every linear layer but the output head, with the defaults of OFT:
+everything = sites("all-linear")
+# Globs for the whole path; `*` also crosses dots:
+globs = sites({"*.self_attn.*": OFT(16), "*.mlp.*": OFT(32, share_input=True)})
 # --8<-- [end:short]
 
 # --8<-- [start:long]
 some = sites(
     [
-        Rule("model.layers.0.*", None),  # None excludes: the first layer stays as it is
-        Rule(r"re:.*\.(q|k|v)_proj", OFT(16)),  # a regular expression, for the whole path
-        Rule(lambda site: site.out_features == 128, OFT(blocks=4)),  # anything that a Site knows
-        Rule(torch.nn.Embedding, OFT(8)),  # a class: its output is rotated
-        Rule("*.vision.*", OFT(16), optional=True),  # without `optional`, matching nothing is an error
+        # None excludes: the first layer stays as it is.
+        Rule("model.layers.0.*", None),
+        # A regular expression, for the whole path.
+        Rule(r"re:.*\.(q|k|v)_proj", OFT(16)),
+        # A function of the Site.
+        Rule(lambda site: site.out_features == 128, OFT(blocks=4)),
+        # A class of modules.
+        Rule(torch.nn.Embedding, OFT(8)),
+        # It may match nothing; without `optional` that is an error.
+        Rule("*.vision.*", OFT(16), optional=True),
     ]
 )
 # --8<-- [end:long]

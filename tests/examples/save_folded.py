@@ -17,8 +17,8 @@ for parameter in oftfx.adapter_parameters(model):
 inputs = {"input_ids": torch.randint(96, (2, 16))}
 
 # --8<-- [start:save]
-result = oftfx.fold(model)  # "keep": the NF4 weights stay, rotations stay in front of them
-result.save("folded")  # the checkpoint, the rotations, and a note of what was done
+result = oftfx.fold(model)  # "keep": NF4 weights as they are, rotations in front
+result.save("folded")  # checkpoint, rotations, a note of what was done
 again = oftfx.load_folded("folded")
 # --8<-- [end:save]
 

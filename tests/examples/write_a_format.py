@@ -1,4 +1,4 @@
-"""A weight format of one's own: a layer with int8 codes and one scale a row, rotated, folded and exported."""
+"""A weight format of one's own: a layer with int8 codes and one scale a row, rotated and folded."""
 
 import torch
 import torch.nn as nn
@@ -7,7 +7,16 @@ import torch.nn.functional as F
 import oftfx
 
 # --8<-- [start:format]
-from oftfx.formats import Codes, Geometry, Grid, Integers, Partition, ScalarFormat, format_of, register_format
+from oftfx.formats import (
+    Codes,
+    Geometry,
+    Grid,
+    Integers,
+    Partition,
+    ScalarFormat,
+    format_of,
+    register_format,
+)
 
 
 class RowsLinear(nn.Module):
@@ -53,7 +62,8 @@ class Rows(ScalarFormat):
 
     def pack(self, coded: Codes, like: nn.Module) -> dict[str, torch.Tensor]:
         """The same in the layer's own storage."""
-        return {"codes": coded.codes.to(torch.int8), "scale": coded.scale.to(like.scale.dtype)}
+        scale = coded.scale.to(like.scale.dtype)
+        return {"codes": coded.codes.to(torch.int8), "scale": scale}
 
     def read(self, module: nn.Module) -> dict[str, torch.Tensor]:
         """References to what holds the weight now."""
