@@ -13,10 +13,13 @@ with torch.device("meta"):  # a plan needs no weights
     model = LlamaForCausalLM(LlamaConfig(vocab_size=96, **small))
 
 
+# --8<-- [start:sites]
 def sites(rules: object) -> list[str]:
     """Paths of the layers that a set of rules rotates."""
     return [entry.fqn for entry in oftfx.plan(model, rules)]
 
+
+# --8<-- [end:sites]
 
 # --8<-- [start:short]
 # Every linear layer but the output head, with the defaults of OFT:

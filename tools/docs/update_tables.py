@@ -18,8 +18,12 @@ _TABLE = re.compile(r"(<!-- (?!end\b)([\w ]+) -->\n).*?(<!-- end -->)", re.DOTAL
 
 def markdown(columns, rows):
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    text = "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
-    return re.sub(r"(\d) (%|ms|/)", "\\1\N{NO-BREAK SPACE}\\2", text)
+    return unbroken("\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)]))
+
+
+def unbroken(text):
+    """No line ends between a figure and its unit."""
+    return re.sub(r"(\d) (%|ms|MiB|/)", "\\1\N{NO-BREAK SPACE}\\2", text)
 
 
 def _quickstart_results():
@@ -72,7 +76,7 @@ def policies():
 def headline():
     """The honest sentence."""
     gains = _gains()
-    return (
+    return unbroken(
         f"In the quickstart (SmolLM2-135M on NF4, a well trained adapter), rounding the rotated weights to the nearest "
         f"codes (`requantize`) keeps\n{gains['requantize']} % of the adapter's gain, rounding by calibration "
         f"(`calibrate`) {gains['calibrate']} %; `keep` and `float` keep {gains['keep']} %."
@@ -204,7 +208,7 @@ def onnx():
 def hot_swap():
     """What one session did with many adapters."""
     found = json.loads((ROOT / "tools/results/onnx.json").read_text())["hot_swap"]
-    return (
+    return unbroken(
         f"One session of the swappable file answered {found['requests']:,} requests of 1x16 tokens that chose one of "
         f"{found['adapters']} adapters at random:\neach answer within {found['worst_relative_error']:.1e} of its own "
         f"torch model (two adapters differ by {found['least_difference_of_two_adapters']:.2f} at least), "
