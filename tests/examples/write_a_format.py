@@ -20,16 +20,20 @@ from oftfx.formats import (
 
 
 class RowsLinear(nn.Module):
-    """The layer that somebody's package makes: ``W = codes * scale`` with one scale a row."""
+    """A layer of somebody's package: ``W = codes * scale``, one scale a row."""
 
-    def __init__(self, codes: torch.Tensor, scale: torch.Tensor) -> None:
+    def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
+        weight = linear.weight.detach()
+        scale = weight.abs().amax(1) / 127
+        codes = (weight / scale.unsqueeze(1)).round().to(torch.int8)
         self.register_buffer("codes", codes)  # int8 (out, in)
         self.register_buffer("scale", scale)  # float32 (out,)
-        self.bias = None
+        self.bias = linear.bias
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.codes.to(x.dtype) * self.scale.to(x.dtype).unsqueeze(1))
+        weight = self.codes.to(x.dtype) * self.scale.to(x.dtype).unsqueeze(1)
+        return F.linear(x, weight, self.bias)
 
 
 class Rows(ScalarFormat):
@@ -79,9 +83,7 @@ class Rows(ScalarFormat):
 
     def make_tiny(self, in_features: int, out_features: int, *, bias: bool = True) -> nn.Module:
         """A small layer with random weights, for the conformance suite."""
-        weight = torch.randn(out_features, in_features)
-        scale = weight.abs().amax(1) / 127
-        return RowsLinear((weight / scale.unsqueeze(1)).round().to(torch.int8), scale)
+        return RowsLinear(nn.Linear(in_features, out_features, bias=bias))
 
 
 register_format(Rows())  # asked before the built-in formats
