@@ -1,4 +1,8 @@
-"""Write the tables of the README from the figures in tools/results: .venv/bin/python tools/update_readme.py"""
+"""Write the tables of the README and of the site's pages from the figures in tools/results.
+
+.venv/bin/python tools/docs/update_tables.py. A table stands between ``<!-- NAME -->`` and ``<!-- end -->``; a page may
+show any of them, and each stands somewhere.
+"""
 
 import json
 import re
@@ -7,16 +11,76 @@ from pathlib import Path
 from oftfx.demo import ocr_job
 from oftfx.demo.job import COLUMNS, table_rows
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
+PAGES = (ROOT / "README.md", *sorted((ROOT / "tools/docs/pages").rglob("*.md")))
+_TABLE = re.compile(r"(<!-- (?!end\b)([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def markdown(columns, rows):
     lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return "\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)])
+    return unbroken("\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)]))
+
+
+def unbroken(text):
+    """No line ends between a figure and its unit."""
+    return re.sub(r"(\d) (%|ms|MiB|/)", "\\1\N{NO-BREAK SPACE}\\2", text)
+
+
+def _quickstart_results():
+    return json.loads((ROOT / "tools/results/quickstart.json").read_text())
 
 
 def quickstart():
-    return markdown(COLUMNS, table_rows(json.loads((ROOT / "tools/results/quickstart.json").read_text())))
+    return markdown(COLUMNS, table_rows(_quickstart_results()))
+
+
+FOLD_POLICIES = (
+    (
+        '`"keep"`',
+        "keep",
+        "stays bit for bit, a fixed rotation stays in front",
+        "the default; where the last bit of quality counts",
+    ),
+    ('`"float"`', "float", "becomes a float weight", "before exporting or quantizing anew; larger"),
+    ('`"requantize"`', "requantize", "takes the nearest codes", "no data, fast; loses small updates, and says so"),
+    (
+        '`"calibrate"`',
+        "calibrate",
+        "takes the codes that keep the layer's outputs on `calibration`",
+        "nothing in front and no larger: the one to deploy, if its loss is acceptable",
+    ),
+    (
+        '`"reference"`',
+        "",
+        "is made anew from the original float weights",
+        "adapters trained on the **float** model only",
+    ),
+    ("`oftfx.Budget(...)`", "", "takes the first policy whose error is small enough", "layer by layer"),
+    ("a function", "", "of the `Site`, to any of these", "rules of one's own"),
+)
+"""Value, key in the quickstart's figures, what it does, when."""
+
+
+def _gains():
+    """The share of the quickstart's gain that each fold keeps, as text."""
+    rows = {r[0]: dict(zip(COLUMNS, r, strict=True)) for r in table_rows(_quickstart_results())}
+    return {policy: rows[f"folded: {policy}"]["gain kept %"] for policy in ("keep", "float", "requantize", "calibrate")}
+
+
+def policies():
+    """What a fold does with quantized weights, with what it kept in the quickstart."""
+    gains, header = _gains(), ("`quantized=`", "the quantized weight", "gain kept", "use it")
+    return markdown(header, [(p, what, f"{gains[k]} %" if k else "", use) for p, k, what, use in FOLD_POLICIES])
+
+
+def headline():
+    """The honest sentence."""
+    gains = _gains()
+    return unbroken(
+        f"In the quickstart (SmolLM2-135M on NF4, a well trained adapter), rounding the rotated weights to the nearest "
+        f"codes (`requantize`) keeps\n{gains['requantize']} % of the adapter's gain, rounding by calibration "
+        f"(`calibrate`) {gains['calibrate']} %; `keep` and `float` keep {gains['keep']} %."
+    )
 
 
 def speed():
@@ -144,7 +208,7 @@ def onnx():
 def hot_swap():
     """What one session did with many adapters."""
     found = json.loads((ROOT / "tools/results/onnx.json").read_text())["hot_swap"]
-    return (
+    return unbroken(
         f"One session of the swappable file answered {found['requests']:,} requests of 1x16 tokens that chose one of "
         f"{found['adapters']} adapters at random:\neach answer within {found['worst_relative_error']:.1e} of its own "
         f"torch model (two adapters differ by {found['least_difference_of_two_adapters']:.2f} at least), "
@@ -155,6 +219,8 @@ def hot_swap():
 
 def tables():
     return {
+        "headline": headline(),
+        "policies": policies(),
         "hot swap": hot_swap(),
         "quickstart": quickstart(),
         "fold smollm2": fold_quality("SmolLM2-135M"),
@@ -169,14 +235,17 @@ def tables():
     }
 
 
-def filled(text):
-    for name, table in tables().items():
-        pattern = rf"(<!-- {name} -->\n).*?(<!-- end -->)"
-        text, count = re.subn(pattern, lambda m, t=table: m.group(1) + t + "\n" + m.group(2), text, flags=re.DOTALL)
-        assert count == 1, name
-    return text
+def filled(text, found):
+    """The text of a page with today's tables."""
+    return _TABLE.sub(lambda m: f"{m[1]}{found[m[2]]}\n{m[3]}", text)
+
+
+def shown(text):
+    """Names of the tables in a page."""
+    return {m[2] for m in _TABLE.finditer(text)}
 
 
 if __name__ == "__main__":
-    path = ROOT / "README.md"
-    path.write_text(filled(path.read_text()))
+    found = tables()
+    for page in PAGES:
+        page.write_text(filled(page.read_text(), found))

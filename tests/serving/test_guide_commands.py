@@ -1,4 +1,4 @@
-"""The commands of the README's section on serving, as printed but for the ports."""
+"""The commands of the guide to servers, as printed but for the ports."""
 
 import json
 import os
@@ -19,13 +19,14 @@ from tests.serving.servers import ROOT, Server, environment, free_ports
 
 pytestmark = pytest.mark.needs("onnx", "onnxruntime", "onnxscript", "transformers", "typer", "rich")
 
-SECTION = (ROOT / "README.md").read_text().split("\n## Serving\n")[1].split("\n## ")[0]
-(SHELL,) = re.findall(r"```sh\n(.*?)```", SECTION, flags=re.DOTALL)
+GUIDE = (ROOT / "tools/docs/pages/guides/servers.md").read_text()
+(SHELL,) = re.findall(r"```sh\n(.*?)```", GUIDE, flags=re.DOTALL)
+EXAMPLE = (ROOT / "tests/examples/serve_adapters.py").read_text()
 
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """The README's three lines of Python, on a model with two adapters."""
+    """The guide's three lines of Python, on a model with two adapters."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
@@ -38,9 +39,10 @@ def exported(tmp_path_factory):
             nn.init.normal_(parameter, std=0.1)
     oftfx.set_adapter(model, "a1")
     batch = {"input_ids": torch.randint(64, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
-    folder = tmp_path_factory.mktemp("readme")
-    code = "\n".join(line[4:] for line in SECTION.splitlines() if line.startswith("    oftfx."))
-    assert code.count("\n") == 2
+    folder = tmp_path_factory.mktemp("guide")
+    assert '--8<-- "tests/examples/serve_adapters.py:export"' in GUIDE
+    _, code, _ = re.split(r"# --8<-- \[(?:start|end):export\]\n", EXAMPLE)
+    assert code.count("\n") == 3
     before = Path.cwd()
     os.chdir(folder)
     try:
@@ -65,7 +67,7 @@ def test_commands(kind, ports, exported):
     http, grpc = free_ports()
     free = {str(ports[0]): str(http), str(ports[1]): str(grpc)}
     moved = re.compile("|".join(free))
-    more = ["--http-port", str(http), "--grpc-port", str(grpc)]  # the README's are the defaults
+    more = ["--http-port", str(http), "--grpc-port", str(grpc)]  # the guide's are the defaults
     command = [sys.executable, "-m", "oftfx.cli", *shlex.split(write)[1:], *more]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     start = moved.sub(lambda m: free[m.group()], start)
