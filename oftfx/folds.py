@@ -134,6 +134,7 @@ def fold(
         elif not journal.sites:
             own.activate(target, before_fold.active)
         else:
+            own.forget_folded(target)
             error.add_note(
                 f"oftfx.fold: {journal.sites} sites were under way or done when this happened; each is folded or still "
                 "rotates. Fold again to end it; undo=True would have brought all back"

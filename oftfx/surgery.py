@@ -115,7 +115,7 @@ def transform(
 
 def add_adapter(
     model: nn.Module,
-    name: str,
+    adapter: str,
     rules: Rules | Plan,
     *,
     example_inputs: ExampleInputs = None,
@@ -127,7 +127,7 @@ def add_adapter(
 
     Args:
         model: a transformed model.
-        name: its name.
+        adapter: its name.
         rules: see `oftfx.plan`.
         example_inputs: see `oftfx.plan`.
         train: see `oftfx.plan`.
@@ -141,15 +141,15 @@ def add_adapter(
         AdapterError: the model was never transformed, or has an adapter of that name.
         RuleError: see `oftfx.plan`.
     """
-    check_name(name)
+    check_name(adapter)
     root, store = switchable(model)
-    if name in store.adapters:
-        raise AdapterError(f"the model already has an adapter {name!r}; it has {', '.join(store.adapters)}")
+    if adapter in store.adapters:
+        raise AdapterError(f"the model already has an adapter {adapter!r}; it has {', '.join(store.adapters)}")
     with disable_adapters(root):  # a recording would show rotations of their own in front of sites that read the same
         planned = _planned(root, rules, example_inputs, train, train_bias, trace=False)
     if not planned.program.plan:
         raise RuleError("no site is left to rotate: every rule is optional or excludes what it matches")
-    insert(root, planned.program, name, trainable=trainable)
+    insert(root, planned.program, adapter, trainable=trainable)
     store.activate(root, store.active)
     return planned.program.plan
 

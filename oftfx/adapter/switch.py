@@ -14,7 +14,7 @@ from oftfx.placement.find import rotated_sites
 from oftfx.planning.plans import Plan
 
 
-def set_adapter(model: nn.Module, name: str | Sequence[str] | None) -> None:
+def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
     """Choose which adapters act: one, several in a row (``x -> R1 -> R2 -> W``), or None for the base model.
 
     Which parameters require gradients does not change.
@@ -23,7 +23,7 @@ def set_adapter(model: nn.Module, name: str | Sequence[str] | None) -> None:
         AdapterError: an unknown name, or one named twice.
     """
     root, store = switchable(model)
-    names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
+    names = () if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter)
     store.require(*names)
     if len(set(names)) != len(names):
         raise AdapterError(f"an adapter is named twice in {list(names)}")
@@ -46,17 +46,17 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
         return ()
 
 
-def remove_adapter(model: nn.Module, name: str) -> None:
+def remove_adapter(model: nn.Module, adapter: str) -> None:
     """Take an adapter out of a model, in place.
 
     Raises:
         AdapterError: an unknown name.
     """
     root, store = switchable(model)
-    store.require(name)
-    store.remove(root, name)
+    store.require(adapter)
+    store.remove(root, adapter)
     for _, placement in list(rotated_sites(root)):
-        placement.drop(name)
+        placement.drop(adapter)
 
 
 @contextmanager
