@@ -174,14 +174,13 @@ def _planned(
     planned = None if raw else PassManager([match]).run(program)  # rules are checked before the slow part
     shares = any(spec.share_input or spec.into == "producer" for spec in asked.specs)
     # A transformers model names inputs of its own; what reads the same tensor then rotates in one product.
-    if raw or trace or shares or example_inputs is not None or names_inputs(model):
+    if planned is None or trace or shares or example_inputs is not None or names_inputs(model):
         recording = record_best(model, example_inputs, look_into=raw)
         found = PassManager([FindFunctional()]).run(program.with_(recording=recording))
         if planned is None or found.modified:  # other sites than the module tree shows
             planned = PassManager([match]).run(found.program)
         recorded = planned.program.with_(recording=recording)
         return PassManager([ShareInputs(), FindProducers(), MeasureCoverage()]).run(recorded)
-    assert planned is not None
     return PassManager([MeasureCoverage()]).run(planned.program)
 
 

@@ -39,8 +39,7 @@ class FindProducers(Pass):
         Raises:
             RuleError: a spec asks for ``into="producer"`` and that is not possible.
         """
-        plan, recording = program.plan, program.recording
-        assert plan is not None
+        plan, recording = program.planned, program.recording
         entries, changes, faults = [], list[Change](), []
         search = None
         if recording is not None and recording.rung != "tree":

@@ -46,8 +46,7 @@ class InsertRotations(Pass):
         Raises:
             AdapterError: a site has this adapter already, or another one that acts in another place.
         """
-        plan = program.plan
-        assert plan is not None
+        plan = program.planned
         modules = program.index.modules
         known = dict(rotated_sites(program.index))
         for entry in plan:
@@ -91,9 +90,8 @@ class InsertRotations(Pass):
 
     def check(self, result: Program) -> None:
         """Every planned site has the rotation."""
-        assert result.plan is not None
         known = dict(rotated_sites(result.index))
-        for entry in result.plan:
+        for entry in result.planned:
             if entry.fqn not in known or self.adapter not in known[entry.fqn].rotations:
                 raise PassError(f"{entry.fqn} has no rotation of adapter {self.adapter!r}")
 

@@ -18,6 +18,7 @@ from oftfx.planning.program import Program
 from oftfx.planning.rules import Rule
 from oftfx.planning.site_plan import SitePlan, Skipped
 from oftfx.planning.unreachable import unreachable
+from oftfx.rotation.spec import OFT
 
 
 class MatchRules(Pass):
@@ -61,7 +62,7 @@ class MatchRules(Pass):
                 skipped.append(Skipped(site.fqn, site.module_class, f"excluded by {rule.label!r}"))
                 continue
             try:
-                entries.append(_entry(site, rule, modules[site.module]))
+                entries.append(_entry(site, rule, rule.spec, modules[site.module]))
             except RuleError as fault:
                 faults.append(str(fault))
         if faults:
@@ -85,7 +86,7 @@ class MatchRules(Pass):
 
     def check(self, result: Program) -> None:
         """There is a plan."""
-        assert result.plan is not None
+        _ = result.planned
 
     def _reached_without_site(
         self, program: Program, modules: dict[str, nn.Module], hits: list[int], wins: list[int]
@@ -156,26 +157,24 @@ class MatchRules(Pass):
         return tuple(names)
 
 
-def _entry(site: Site, rule: Rule, module: nn.Module) -> SitePlan:
-    assert rule.spec is not None
-    placement = choose_placement(site, rule.spec)
-    blocks, block_size = rule.spec.geometry(site.in_features, site.fqn)
+def _entry(site: Site, rule: Rule, spec: OFT, module: nn.Module) -> SitePlan:
+    placement = choose_placement(site, spec)
+    blocks, block_size = spec.geometry(site.in_features, site.fqn)
     notes = []
-    asked = rule.spec.block_size if rule.spec.blocks is None else rule.spec.blocks
-    if asked not in (block_size, blocks):
-        notes.append(f"size {asked} does not divide {site.in_features}; the nearest that does is used")
+    if spec.asked not in (block_size, blocks):
+        notes.append(f"size {spec.asked} does not divide {site.in_features}; the nearest that does is used")
     if block_size == 1:
         notes.append("blocks of one element: nothing to train; choose a size that divides")
     if site.tied:
         notes.append(f"weight shared with {', '.join(site.tied)}; folding gives this layer a weight of its own")
-    kernel, note = choose_kernel(module, rule.spec.kernel) if site.is_layer else ("native", "")
+    kernel, note = choose_kernel(module, spec.kernel) if site.is_layer else ("native", "")
     if note:
         notes.append(note)
-    if rule.spec.experts == "each" and site.experts:
+    if spec.experts == "each" and site.experts:
         blocks *= site.experts
     return SitePlan(
         site,
-        rule.spec,
+        spec,
         blocks,
         block_size,
         rule.label,

@@ -23,8 +23,7 @@ class MeasureCoverage(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Measure."""
-        plan = program.plan
-        assert plan is not None
+        plan = program.planned
         planned = {e.site.weight_name for e in plan}
         sizes = _matrices(program.index)
         reached = {i for i, (names, _, _) in sizes.items() if planned & set(names)}

@@ -34,8 +34,7 @@ class ShareInputs(Pass):
 
     def run(self, program: Program) -> PassResult:
         """Fill in ``same_input`` and, where the spec has ``share_input``, ``owner``."""
-        plan, recording = program.plan, program.recording
-        assert plan is not None
+        plan, recording = program.planned, program.recording
         if recording is None:
             return PassResult(program, False)
         inputs = _inputs_by_site(recording.graph, program.index.modules)

@@ -21,9 +21,8 @@ from oftfx.planning.program import Program
 
 def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool) -> Adapter:
     """Insert a planned adapter into ``model``, inactive, and enter it in the model's store."""
-    assert program.plan is not None
     index = ModelIndex(model)
-    check_insertable(index, program.plan)
+    check_insertable(index, program.planned)
     first = find_store(model) is None
     result = PassManager([InsertRotations(adapter, activate=False)]).run(program.with_(index=index))
     store = store_of(model)
@@ -31,7 +30,7 @@ def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool)
         store.freeze_base(model)
         allow_training(model)
         note_zeros(model)
-    return store.add(model, Adapter(adapter, _noted(program.plan, result)), trainable=trainable)
+    return store.add(model, Adapter(adapter, _noted(program.planned, result)), trainable=trainable)
 
 
 def check_insertable(index: ModelIndex, plan: Plan) -> None:

@@ -129,10 +129,8 @@ _SHARED = ("block_size", "blocks", "parameterization", "terms", "block_share", "
 
 
 def _peft_block_size(spec: OFT, in_features: int) -> int:
-    if spec.blocks is not None:
-        return in_features // nearest_divisor(in_features, spec.blocks)
-    assert spec.block_size is not None
-    return nearest_divisor(in_features, spec.block_size)
+    found = nearest_divisor(in_features, spec.asked)
+    return found if spec.blocks is None else in_features // found
 
 
 def _targets(plan: Plan, root: nn.Module) -> list[str]:

@@ -40,6 +40,26 @@ class Geometry:
     experts: int = 0
 
 
+def parameter_of(module: nn.Module, name: str) -> nn.Parameter:
+    """A parameter that a layer is known to have.
+
+    Raises:
+        FormatError: it has none of that name.
+    """
+    found = module._parameters.get(name)
+    if found is None:
+        raise FormatError(f"{type(module).__name__} has no parameter {name!r}")
+    return found
+
+
+def buffer_of(module: nn.Module, name: str) -> Tensor:
+    """The same for a buffer."""
+    found = module._buffers.get(name)
+    if found is None:
+        raise FormatError(f"{type(module).__name__} has no buffer {name!r}")
+    return found
+
+
 class WeightFormat(ABC):
     """One way to store a weight. Subclass, then `register_format`; the conformance suite tests it from then on.
 

@@ -10,7 +10,8 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from oftfx.formats.base import Geometry, WeightFormat, WeightState
+from oftfx.errors import FormatError
+from oftfx.formats.base import Geometry, WeightFormat, WeightState, parameter_of
 from oftfx.formats.layout import Layout
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -48,7 +49,8 @@ class Dense(WeightFormat):
         """From the weight itself: attributes of subclasses are not always kept up to date."""
         rows, length = self.layout(module).shape(tuple(self._weight(module).shape))
         kind = kind_of(module)
-        assert kind is not None
+        if kind is None:
+            raise FormatError(f"a {type(module).__name__} is no layer that format 'dense' knows")
         return Geometry(kind, length, rows, placements_of(kind, module))
 
     def dtype(self, module: nn.Module) -> torch.dtype:
@@ -96,9 +98,7 @@ class Dense(WeightFormat):
         return nn.Linear(in_features, out_features, bias=bias)
 
     def _weight(self, module: nn.Module) -> nn.Parameter:
-        weight = module._parameters[self.parameter]
-        assert weight is not None
-        return weight
+        return parameter_of(module, self.parameter)
 
 
 class DenseParameter(Dense):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from oftfx.errors import FormatError
 from oftfx.formats.base import WeightFormat
 from oftfx.formats.registry import format_of
 
@@ -32,7 +33,8 @@ class ExactForward:
     def __call__(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
         """``x (..., in)`` to ``(..., out)``; given by position or by either name that forwards have for it."""
         x = input if x is None else x
-        assert x is not None
+        if x is None:
+            raise TypeError(f"a {type(self.module).__name__} was called without its input")
         bias: Tensor | None = getattr(self.module, "bias", None)
         trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if trains and not torch.compiler.is_compiling():
@@ -89,7 +91,8 @@ def is_exact(module: nn.Module) -> bool:
 def use_exact(module: nn.Module) -> None:
     """Let a layer multiply exactly from now on."""
     weight_format = format_of(module)
-    assert weight_format is not None
+    if weight_format is None:
+        raise FormatError(f"no known format reads this {type(module).__name__}, so it cannot multiply exactly")
     if not is_exact(module):
         module.__dict__["forward"] = ExactForward(module, weight_format)
 

@@ -18,7 +18,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FormatError, MissingExtraError
-from oftfx.formats.base import Geometry, WeightState
+from oftfx.formats.base import Geometry, WeightState, parameter_of
 from oftfx.formats.dense import FLOATS
 from oftfx.formats.packing.float8_codes import from_bytes, power_of_two, to_bytes
 from oftfx.formats.scalar import ScalarFormat
@@ -146,15 +146,11 @@ def make_fp8_linear(
 
 
 def _weight(module: nn.Module) -> Tensor:
-    weight = module._parameters["weight"]
-    assert weight is not None
-    return weight
+    return parameter_of(module, "weight")
 
 
 def _scale(module: nn.Module) -> Tensor:
-    scale = module._parameters["weight_scale_inv"]
-    assert scale is not None
-    return scale
+    return parameter_of(module, "weight_scale_inv")
 
 
 def _block(module: Any) -> tuple[int, int]:

@@ -72,8 +72,8 @@ class Hqq(ScalarFormat):
         meta = dict(_plain_meta(like))
         old = _packed(like, meta)
         packed = _repacked(coded.codes.reshape(_grouped_shape(meta)), meta["packing"], old.dtype)
-        assert coded.zero is not None
-        for key, value in (("scale", coded.scale), ("zero", coded.zero)):
+        zero = torch.zeros_like(coded.scale) if coded.zero is None else coded.zero
+        for key, value in (("scale", coded.scale), ("zero", zero)):
             meta[key] = value.reshape(meta[key].shape).to(meta[key].dtype)
         if meta.get("view_as_float"):
             packed = packed.view(meta["compute_dtype"])

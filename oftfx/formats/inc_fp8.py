@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FormatError, MissingExtraError
-from oftfx.formats.base import Geometry, WeightState
+from oftfx.formats.base import Geometry, WeightState, parameter_of
 from oftfx.formats.dense import FLOATS
 from oftfx.formats.packing.float8_codes import FLOAT8, from_bytes, power_of_two, to_bytes
 from oftfx.formats.scalar import ScalarFormat
@@ -140,9 +140,7 @@ def make_patched_linear(
 
 
 def _weight(module: nn.Module) -> Tensor:
-    weight = module._parameters["weight"]
-    assert weight is not None
-    return weight
+    return parameter_of(module, "weight")
 
 
 def _scales(layer: Any) -> Tensor:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch.nn as nn
 
+from oftfx.errors import PassError
 from oftfx.model.index import ModelIndex
 from oftfx.model.site import Site
 from oftfx.model.sites import Finder
@@ -45,6 +46,17 @@ class Program:
     def model(self) -> nn.Module:
         """The module itself."""
         return self.index.model
+
+    @property
+    def planned(self) -> Plan:
+        """The plan.
+
+        Raises:
+            PassError: there is none yet.
+        """
+        if self.plan is None:
+            raise PassError("there is no plan yet; run MatchRules first")
+        return self.plan
 
     def renewed(self) -> Program:
         """The same program of a model whose modules have changed: its sites as they are now."""

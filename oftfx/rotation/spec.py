@@ -89,6 +89,11 @@ class OFT:
         if not fine:
             raise RuleError(f"OFT: {field}={getattr(self, field)!r} is not {expected}")
 
+    @property
+    def asked(self) -> int:
+        """The size of blocks, or their number, whichever was given."""
+        return next(v for v in (self.blocks, self.block_size) if v is not None)
+
     def geometry(self, in_features: int, where: str) -> tuple[int, int]:
         """``(blocks, block_size)`` for an axis of ``in_features``.
 
@@ -99,8 +104,7 @@ class OFT:
         Raises:
             RuleError: the size does not divide ``in_features``; the message lists the divisors.
         """
-        asked = self.block_size if self.blocks is None else self.blocks
-        assert asked is not None
+        asked = self.asked
         if in_features % asked or asked > in_features:
             if self.on_indivisible == "error":
                 what = "block_size" if self.blocks is None else "blocks"

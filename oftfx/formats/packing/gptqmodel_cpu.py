@@ -26,6 +26,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FormatError
+from oftfx.formats.base import buffer_of
 from oftfx.formats.packing.zero_points import Stored
 
 _UNTOUCHED: dict[str, Any] = {"linear_mode": None, "_cpu_transformed": False, "_cpu_transform_dtype": None}
@@ -55,11 +56,7 @@ def scale_dtype(module: nn.Module) -> torch.dtype:
 
 def unpacked(module: nn.Module) -> Stored:
     """The weight of a repacked layer, columns in their own order. Scales that were rounded stay so."""
-    buffers = module._buffers
-    qweight, qzeros, scales = buffers["qweight"], buffers["qzeros"], buffers["scales"]
-    assert qweight is not None
-    assert qzeros is not None
-    assert scales is not None
+    qweight, qzeros, scales = (buffer_of(module, name) for name in ("qweight", "qzeros", "scales"))
     if qzeros.is_floating_point():
         codes = _aten_codes(qweight, 2 * qweight.shape[1])
         # A scale of 0 has lost its zero; the weight is 0 with any.

@@ -55,7 +55,8 @@ class RowRotation(FrozenRotation):
     def forward(self, x: Tensor) -> Tensor:
         """``x (batch, ..., n)``; the rows of the batch are on its first axis."""
         rows = self._choice.rows
-        assert rows is not None
+        if rows is None:
+            raise ExportError(f"{self._site}: nothing has chosen an adapter; a mixed model runs in its exporter only")
         if x.dim() < 2 or x.shape[0] != rows.shape[0]:
             raise ExportError(
                 f"{self._site}: its input has the shape {tuple(x.shape)}, in which the rows of the batch cannot be "

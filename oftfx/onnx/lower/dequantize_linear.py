@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oftfx.grids import Float8, Integers
-from oftfx.onnx.lower.stand_in import FloatProduct
+from oftfx.onnx.lower.stand_in import FloatProduct, UnfitError
 from oftfx.onnx.lower.weight import Weight, are_codes, narrowed, packed
 from oftfx.onnx.markers import INT4, UINT4, marked
 
@@ -16,31 +16,22 @@ _OPENVINO_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 class DequantizeLinear(FloatProduct):
     """``(q - zero) * scale`` with one scale for all, for a row, or (from opset 21) for a block of a row.
 
-    Symmetric integers are signed and have no zeros.
+    For tiles: integers of 3 to 8 bits with zeros of the same type, and float8. Symmetric integers are signed and have
+    no zeros.
     """
 
     qweight: Tensor
     scales: Tensor
     zeros: Tensor | None
 
-    @classmethod
-    def fits(cls, weight: Weight, dialect: str) -> bool:
-        """Tiles; integers of 3 to 8 bits with zeros of the same type; float8.
-
-        OpenVINO takes no rows that end within a block, reads 4-bit weights with an odd number of columns wrong, and
-        leaves out a rounding to bfloat16.
-        """
-        if weight.partition.kind != "tiles":
-            return False
-        if dialect == "openvino" and (weight.rounds_coarsely or _is_ragged(weight)):
-            return False
-        if isinstance(weight.levels, Float8):
-            return dialect != "openvino" or weight.levels.dtype in _OPENVINO_FLOAT8
-        integers = isinstance(weight.levels, Integers) and 3 <= weight.bits <= 8
-        return integers and dialect != "openvino" and _coded(weight) is not None
-
     def __init__(self, weight: Weight, dialect: str) -> None:
         super().__init__(weight, dialect)
+        if weight.partition.kind != "tiles":
+            raise UnfitError
+        # OpenVINO takes no rows that end within a block, reads 4-bit weights with an odd number of columns wrong, and
+        # leaves out a rounding to bfloat16.
+        if dialect == "openvino" and (weight.rounds_coarsely or _is_ragged(weight)):
+            raise UnfitError
         self.rounded = weight.rounded
         high, wide = weight.partition.tile
         self.groups = -(-self.in_features // wide)
@@ -50,16 +41,18 @@ class DequantizeLinear(FloatProduct):
         self.register_buffer("zeros", None)
         self.kind: int | None = None
         if isinstance(weight.levels, Float8):
+            if dialect == "openvino" and weight.levels.dtype not in _OPENVINO_FLOAT8:
+                raise UnfitError
             self.register_buffer("qweight", weight.codes.contiguous().view(weight.levels.dtype))
+        elif dialect == "openvino":
+            raise UnfitError
         else:
             self._hold_integers(weight)
         small = self.kind is not None
         self.opset = 21 if small or self.block_size else 19
 
     def _hold_integers(self, weight: Weight) -> None:
-        coded = _coded(weight)
-        assert coded is not None
-        codes, zeros = coded
+        codes, zeros = _coded(weight)
         if zeros is not None and not self.per_row:
             zeros = zeros[0, 0]
         elif zeros is not None and not self.block_size:
@@ -103,16 +96,16 @@ def _is_ragged(weight: Weight) -> bool:
     return weight.shape[1] % weight.partition.tile[1] != 0
 
 
-def _coded(weight: Weight) -> tuple[Tensor, Tensor | None] | None:
-    """Codes ``(out, in)`` and zeros ``(out, groups of a row)``: signed and none, or unsigned and some.
-
-    None where the zeros are no integers, or not of the type of the codes.
-    """
+def _coded(weight: Weight) -> tuple[Tensor, Tensor | None]:
+    """Codes ``(out, in)`` and zeros ``(out, groups of a row)``: signed and none, or unsigned and some."""
     levels, zero = weight.levels, weight.zero
-    assert isinstance(levels, Integers)
+    if not isinstance(levels, Integers) or not 3 <= weight.bits <= 8:
+        raise UnfitError
     storage = 4 if weight.bits <= 4 else 8
     half = 2 ** (storage - 1)
     if not isinstance(zero, Tensor) and zero == int(zero) and -half <= levels.low - zero and levels.high - zero < half:
         return weight.codes - int(zero), None
-    codes, zeros = weight.unsigned()
-    return (codes, zeros.to(torch.int16)) if are_codes(zeros, storage) else None
+    codes, zeros = weight.unsigned(levels)
+    if not are_codes(zeros, storage):
+        raise UnfitError
+    return codes, zeros.to(torch.int16)

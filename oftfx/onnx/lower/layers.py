@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import NamedTuple
 
 import torch.nn as nn
@@ -19,7 +20,7 @@ from oftfx.onnx.lower.dequantize_linear import DequantizeLinear
 from oftfx.onnx.lower.look_up import LookUp, WholeValues
 from oftfx.onnx.lower.matmul_bnb4 import MatMulBnb4
 from oftfx.onnx.lower.matmul_nbits import MatMulNBits
-from oftfx.onnx.lower.stand_in import StandIn
+from oftfx.onnx.lower.stand_in import StandIn, UnfitError
 from oftfx.onnx.lower.weight import weight_of
 from oftfx.placement.find import placements_on
 
@@ -83,11 +84,11 @@ def _stand_in(fqn: str, module: nn.Module, weight_format: WeightFormat, dialect:
             return AdditiveCodebooks(sums), sums_deviation(sums)
         if isinstance(weight_format, ScalarFormat):
             weight = weight_of(module, weight_format)
-            chosen = next((c for c in OPERATORS[dialect] if c.fits(weight, dialect)), None)
-            if chosen is not None:
-                new = chosen(weight, dialect)
-                # What rounds in the graph as the layer does is the layer's own weight.
-                return new, 0.0 if getattr(new, "rounded", None) is not None else weight.deviation
+            for operator in OPERATORS[dialect]:
+                with suppress(UnfitError):
+                    new = operator(weight, dialect)
+                    # What rounds in the graph as the layer does is the layer's own weight.
+                    return new, 0.0 if getattr(new, "rounded", None) is not None else weight.deviation
     except (FormatError, ExportError) as error:
         raise ExportError(f"{fqn}: {error}; {remedy}") from error
     raise ExportError(f"{fqn}: format {weight_format.name} has no operator in dialect {dialect!r}; {remedy}")

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oftfx.grids import Float8, Integers, Partition
-from oftfx.onnx.lower.stand_in import FloatProduct
+from oftfx.onnx.lower.stand_in import FloatProduct, UnfitError
 from oftfx.onnx.lower.weight import Weight, are_codes, narrowed, packed
 from oftfx.onnx.markers import marked
 
@@ -27,13 +27,10 @@ class LookUp(FloatProduct):
     scales: Tensor
     zeros: Tensor | None
 
-    @classmethod
-    def fits(cls, weight: Weight, dialect: str) -> bool:
-        """Everything of up to 8 bits, but that OpenVINO leaves out a rounding to bfloat16."""
-        return weight.bits <= 8 and not (dialect == "openvino" and weight.rounds_coarsely)
-
     def __init__(self, weight: Weight, dialect: str) -> None:
         super().__init__(weight, dialect)
+        if weight.bits > 8 or (dialect == "openvino" and weight.rounds_coarsely):  # which leaves that rounding out
+            raise UnfitError
         self.rounded = weight.rounded
         self.partition = weight.partition
         zeros = weight.zero if isinstance(weight.zero, Tensor) else torch.full((1,), weight.zero)
@@ -61,13 +58,13 @@ class LookUp(FloatProduct):
     def weight(self) -> Tensor:
         """Element by element."""
         shape = (self.out_features, self.in_features)
-        if self.levels is None:
+        table = self.levels
+        if table is None:
             levels = marked(self.qweight).to(torch.float32)
         else:
-            levels = looked_up(self.qweight, self.levels, shape[0] * shape[1]).reshape(shape)
-        if self.zeros is not None and self.packs_zeros:
-            assert self.levels is not None
-            levels = levels - self._expanded(looked_up(self.zeros, self.levels, self.groups))
+            levels = looked_up(self.qweight, table, shape[0] * shape[1]).reshape(shape)
+        if self.zeros is not None and table is not None and self.packs_zeros:
+            levels = levels - self._expanded(looked_up(self.zeros, table, self.groups))
         elif self.zeros is not None:
             levels = levels - self._expanded(marked(self.zeros).to(torch.float32))
         return levels * self._expanded(marked(self.scales).to(torch.float32))
@@ -86,20 +83,17 @@ class WholeValues(FloatProduct):
     qweight: Tensor
     levels: Tensor
 
-    @classmethod
-    def fits(cls, weight: Weight, dialect: str) -> bool:
-        """One scale and zero for all, and a rounding that has to be in the table."""
-        return dialect == "openvino" and weight.rounds_coarsely and len(weight.scale) == 1 and weight.bits <= 8
-
     def __init__(self, weight: Weight, dialect: str) -> None:
         super().__init__(weight, dialect)
+        one = len(weight.scale) == 1 and weight.bits <= 8
+        if dialect != "openvino" or not weight.rounds_coarsely or weight.rounded is None or not one:
+            raise UnfitError
         low = weight.levels.low if isinstance(weight.levels, Integers) else 0
         codes = (weight.codes - low).to(torch.uint8) if low else weight.codes.to(torch.uint8)
         bits = next(b for b in (1, 2, 4, 8) if b >= weight.bits)
         every = torch.arange(2**bits, dtype=torch.int16) + low
         decoded = weight.levels.decode(every if isinstance(weight.levels, Integers) else every.to(torch.uint8))
         values = (decoded - weight.zero) * weight.scale
-        assert weight.rounded is not None
         self.register_buffer("qweight", packed(codes.reshape(-1), bits, high_first=True))
         self.register_buffer("levels", _rows(values.to(weight.rounded).float(), bits))
 

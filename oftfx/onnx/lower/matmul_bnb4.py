@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oftfx.grids import Table
-from oftfx.onnx.lower.stand_in import StandIn
+from oftfx.onnx.lower.stand_in import StandIn, UnfitError
 from oftfx.onnx.lower.weight import Weight, narrowed, packed
 from oftfx.onnx.markers import marked
 
@@ -27,26 +27,22 @@ _CLOSE = 2e-7  # of float32's rounding of a table
 class MatMulBnb4(StandIn):
     """bitsandbytes' own bytes, scales without double quantization, a bias added after it.
 
-    Also takes tables that are a multiple of bitsandbytes' own, in any order of codes.
+    For runs of the flattened weight, in one of the operator's tables; also tables that are a multiple of bitsandbytes'
+    own, in any order of codes.
     """
 
     weight: Tensor
     absmax: Tensor
 
-    @classmethod
-    def fits(cls, weight: Weight, dialect: str) -> bool:  # noqa: ARG003
-        """Runs of the flattened weight, in one of the operator's tables."""
-        cut, kind = weight.partition, _table(weight)
-        runs = cut.kind == "flat" or (cut.kind == "tiles" and cut.tile[0] == 1 and cut.columns % cut.tile[1] == 0)
-        return runs and kind is not None and _block(cut.tile[1]) is not None and not weight.rounds_coarsely
-
     def __init__(self, weight: Weight, dialect: str) -> None:
         super().__init__(weight, dialect)
-        block, found = _block(weight.partition.tile[1]), _table(weight)
-        assert block is not None
-        assert found is not None
-        self.quant_type, order, factor = found
-        self.block_size, self.repeats = block, weight.partition.tile[1] // block
+        cut = weight.partition
+        runs = cut.kind == "flat" or (cut.kind == "tiles" and cut.tile[0] == 1 and cut.columns % cut.tile[1] == 0)
+        if not runs or weight.rounds_coarsely:
+            raise UnfitError
+        self.quant_type, order, factor = _table(weight)
+        self.block_size = _block(cut.tile[1])
+        self.repeats = cut.tile[1] // self.block_size
         codes = order.to(weight.codes.device)[weight.codes.int()].reshape(-1)
         self.register_buffer("weight", packed(codes, 4, high_first=True))
         self.register_buffer("absmax", narrowed(weight.scale * factor))
@@ -75,14 +71,17 @@ class MatMulBnb4(StandIn):
         return y.to(x.dtype)
 
 
-def _block(size: int) -> int | None:
-    return next((b for b in _BLOCKS if size % b == 0), None)
+def _block(size: int) -> int:
+    for block in _BLOCKS:
+        if size % block == 0:
+            return block
+    raise UnfitError
 
 
-def _table(weight: Weight) -> tuple[int, Tensor, float] | None:
+def _table(weight: Weight) -> tuple[int, Tensor, float]:
     """The operator's table, the code in it of each code of the layer, and the factor between the two."""
     if not isinstance(weight.levels, Table) or (weight.zero is not None and bool(torch.as_tensor(weight.zero).any())):
-        return None
+        raise UnfitError
     values = weight.levels.values.double()
     largest = float(values.abs().max())
     for kind, table in enumerate(_TABLES):
@@ -95,4 +94,4 @@ def _table(weight: Weight) -> tuple[int, Tensor, float] | None:
         same = torch.arange(len(values)) if len(values) == len(table) else nearest
         order = torch.where(distance.gather(1, same.unsqueeze(1)).squeeze(1) <= _CLOSE, same, nearest)
         return kind, order.to(torch.uint8), largest
-    return None
+    raise UnfitError

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from oftfx.grids import Integers
-from oftfx.onnx.lower.stand_in import StandIn
+from oftfx.onnx.lower.stand_in import StandIn, UnfitError
 from oftfx.onnx.lower.weight import Weight, are_codes, narrowed, packed
 from oftfx.onnx.markers import marked
 
@@ -25,28 +25,15 @@ class MatMulNBits(StandIn):
     zeros: Tensor | None
     computes_zeros = True  # OpenVINO takes zeros that are stored in float32, one a block, and no others
 
-    @classmethod
-    def fits(cls, weight: Weight, dialect: str) -> bool:
-        """Integers above one bit in groups along the rows, with zeros that the storage has (or floats, to 4 bits).
-
-        Where OpenVINO would have to be given several copies of a float zero, a table is smaller.
-        """
-        if not isinstance(weight.levels, Integers) or not 2 <= weight.bits <= 8 or weight.rounds_coarsely:
-            return False
-        block = _block(weight) if weight.partition.kind == "tiles" else None
-        coded = None if block is None else _coded(weight)
-        if block is None or coded is None:
-            return False
-        floats = coded[1] is not None and coded[1].is_floating_point()
-        return not (floats and dialect == "openvino" and _repeats(weight, block) > 1)
-
     def __init__(self, weight: Weight, dialect: str) -> None:
         super().__init__(weight, dialect)
-        coded, block = _coded(weight), _block(weight)
-        assert coded is not None
-        assert block is not None
-        codes, zeros, self.bits = coded
-        self.block_size, self.blocks = block, -(-self.in_features // block)
+        if not 2 <= weight.bits <= 8 or weight.rounds_coarsely or weight.partition.kind != "tiles":
+            raise UnfitError
+        codes, zeros, self.bits = _coded(weight)
+        block = self.block_size = _block(weight)
+        self.blocks = -(-self.in_features // block)
+        if zeros is not None and zeros.is_floating_point() and dialect == "openvino" and _repeats(weight, block) > 1:
+            raise UnfitError  # several copies of a float zero: a table is smaller
         codes = torch.nn.functional.pad(codes, (0, -self.in_features % block)).unflatten(1, (-1, block))
         self.register_buffer("qweight", packed(codes, self.bits))
         self.repeats = _repeats(weight, block)
@@ -84,12 +71,14 @@ class MatMulNBits(StandIn):
         return repeated if repeated.shape[1] == self.blocks else repeated[:, : self.blocks]
 
 
-def _block(weight: Weight) -> int | None:
-    """The operator's block: what adds least to the length of a row, then the largest; None where none will do."""
+def _block(weight: Weight) -> int:
+    """The operator's block: what adds least to the length of a row, then the largest."""
     columns, wide = weight.shape[1], weight.partition.tile[1]
     sizes = [_SMALLEST << i for i in range((_LARGEST // _SMALLEST).bit_length())]
     known = [s for s in sizes if wide >= columns or wide % s == 0]
-    return min(known, key=lambda s: (-(-columns // s) * s, -s), default=None)
+    if not known:
+        raise UnfitError
+    return min(known, key=lambda s: (-(-columns // s) * s, -s))
 
 
 def _repeats(weight: Weight, block: int) -> int:
@@ -97,20 +86,20 @@ def _repeats(weight: Weight, block: int) -> int:
     return -(-columns // block) if wide >= columns else wide // block
 
 
-def _coded(weight: Weight) -> tuple[Tensor, Tensor | None, int] | None:
-    """Unsigned codes ``(out, in)``, zeros ``(out, groups of a row)`` or None for the middle, and the bits of storage.
-
-    None where no zeros of the operator will do.
-    """
+def _coded(weight: Weight) -> tuple[Tensor, Tensor | None, int]:
+    """Unsigned codes ``(out, in)``, zeros ``(out, groups of a row)`` or None for the middle, and the bits stored."""
     levels, zero = weight.levels, weight.zero
-    assert isinstance(levels, Integers)
+    if not isinstance(levels, Integers):
+        raise UnfitError
     bits = next(b for b in (2, 4, 8) if b >= weight.bits)
     top, middle = 2**bits - 1, 2 ** (bits - 1)
     if not isinstance(zero, Tensor):
         shift = middle - zero
         if shift == int(shift) and levels.low + shift >= 0 and levels.high + shift <= top:
             return weight.codes + int(shift), None, bits
-    codes, zeros = weight.unsigned()
+    codes, zeros = weight.unsigned(levels)
     if are_codes(zeros, bits):
         return codes, zeros.to(torch.int16), bits
-    return (codes, zeros, bits) if bits < 8 else None
+    if bits == 8:  # float zeros go with fewer bits only
+        raise UnfitError
+    return codes, zeros, bits

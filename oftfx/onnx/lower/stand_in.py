@@ -12,8 +12,19 @@ from oftfx.onnx.lower.weight import Weight
 from oftfx.onnx.markers import marked
 
 
+class UnfitError(Exception):
+    """A weight that an operator does not take, or would compute wrong in a runtime of the dialect."""
+
+
 class StandIn(nn.Module):
     """``y = x[..., columns] @ W^T + bias`` in operators of ONNX; torch never runs it.
+
+    Args:
+        weight: what the layer stores.
+        dialect: whose runtimes have to compute it right.
+
+    Raises:
+        UnfitError: this is no operator for that weight.
 
     Attributes:
         opset: the least opset of the standard operators that it takes.
@@ -28,11 +39,6 @@ class StandIn(nn.Module):
         self.out_features, self.in_features = weight.shape
         columns = None if weight.columns is None else weight.columns.to(torch.int32)
         self.register_buffer("columns", columns)
-
-    @classmethod
-    @abstractmethod
-    def fits(cls, weight: Weight, dialect: str) -> bool:
-        """Whether the operator takes this weight, and computes it right in the runtimes of the dialect."""
 
     def forward(self, x: Tensor) -> Tensor:
         """``x (..., in)`` to ``(..., out)``, in the dtype of ``x``."""

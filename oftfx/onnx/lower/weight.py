@@ -60,11 +60,10 @@ class Weight:
         """Whether the rounding must be part of the graph."""
         return self.deviation > TOLERATED
 
-    def unsigned(self) -> tuple[Tensor, Tensor]:
+    def unsigned(self, levels: Integers) -> tuple[Tensor, Tensor]:
         """Codes ``(out, in)`` from 0 and, counted from there, zeros ``(out, groups of a row)``; integers in tiles."""
-        assert isinstance(self.levels, Integers)
         zero = self.zero if isinstance(self.zero, Tensor) else torch.full_like(self.scale, self.zero)
-        return self.codes - self.levels.low, self.by_row(zero - self.levels.low)
+        return self.codes - levels.low, self.by_row(zero - levels.low)
 
     def by_row(self, values: Tensor) -> Tensor:
         """``(out, groups of a row)`` of one value a group; for tiles."""
