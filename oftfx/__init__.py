@@ -13,36 +13,36 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from oftfx.version import __version__
 
 _HOME = {
-    "OFT": "oftfx.spec",
-    "Rule": "oftfx.rules",
-    "Plan": "oftfx.plans",
-    "Site": "oftfx.program",
-    "Program": "oftfx.program",
+    "OFT": "oftfx.rotation.spec",
+    "Rule": "oftfx.planning.rules",
+    "Plan": "oftfx.planning.plans",
+    "Site": "oftfx.model.site",
+    "Program": "oftfx.planning.program",
     "Rotation": "oftfx.rotation.module",
     "WeightFormat": "oftfx.formats",
     "register_format": "oftfx.formats",
     "plan": "oftfx.surgery",
     "transform": "oftfx.surgery",
-    "graph": "oftfx.surgery",
-    "add_adapter": "oftfx.adapter.switch",
+    "graph": "oftfx.trace.graphs",
+    "add_adapter": "oftfx.surgery",
     "set_adapter": "oftfx.adapter.switch",
     "remove_adapter": "oftfx.adapter.switch",
     "adapters": "oftfx.adapter.switch",
     "active_adapters": "oftfx.adapter.switch",
     "disable_adapters": "oftfx.adapter.switch",
     "adapter_parameters": "oftfx.adapter.switch",
-    "save_adapter": "oftfx.adapter.save_load",
-    "load_adapter": "oftfx.adapter.save_load",
-    "fold": "oftfx.folding",
-    "unfold": "oftfx.folding",
-    "Budget": "oftfx.policies",
-    "save_rotations": "oftfx.kept",
-    "load_rotations": "oftfx.kept",
-    "FoldResult": "oftfx.folding",
-    "FoldReport": "oftfx.report.fold_report",
+    "save_adapter": "oftfx.adapter.save",
+    "load_adapter": "oftfx.adapter.load",
+    "fold": "oftfx.folds",
+    "unfold": "oftfx.folds",
+    "Budget": "oftfx.folding.policies",
+    "save_rotations": "oftfx.adapter.kept",
+    "load_rotations": "oftfx.adapter.kept",
+    "FoldResult": "oftfx.folds",
+    "FoldReport": "oftfx.folding.report",
     "export_onnx": "oftfx.onnx.export",
     "export_onnx_adapter": "oftfx.onnx.adapters.file",
     "export_genai": "oftfx.onnx.genai",
@@ -53,31 +53,34 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from oftfx.adapter.save_load import load_adapter, save_adapter
+    from oftfx.adapter.kept import load_rotations, save_rotations
+    from oftfx.adapter.load import load_adapter
+    from oftfx.adapter.save import save_adapter
     from oftfx.adapter.switch import (
         active_adapters,
         adapter_parameters,
         adapters,
-        add_adapter,
         disable_adapters,
         remove_adapter,
         set_adapter,
     )
     from oftfx.errors import OftfxError
-    from oftfx.folding import FoldResult, fold, unfold
-    from oftfx.formats import WeightFormat, register_format
-    from oftfx.kept import load_rotations, save_rotations
+    from oftfx.folding.policies import Budget
+    from oftfx.folding.report import FoldReport
+    from oftfx.folds import FoldResult, fold, unfold
+    from oftfx.formats.base import WeightFormat
+    from oftfx.formats.registry import register_format
+    from oftfx.model.site import Site
     from oftfx.onnx.adapters.file import export_onnx_adapter
     from oftfx.onnx.export import ExportReport, export_onnx
     from oftfx.onnx.genai import export_genai
-    from oftfx.plans import Plan
-    from oftfx.policies import Budget
-    from oftfx.program import Program, Site
-    from oftfx.report.fold_report import FoldReport
+    from oftfx.planning.plans import Plan
+    from oftfx.planning.program import Program
+    from oftfx.planning.rules import Rule
     from oftfx.rotation.module import Rotation
-    from oftfx.rules import Rule
-    from oftfx.spec import OFT
-    from oftfx.surgery import graph, plan, transform
+    from oftfx.rotation.spec import OFT
+    from oftfx.surgery import add_adapter, plan, transform
+    from oftfx.trace.graphs import graph
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+
 
 class OftfxError(Exception):
     """Base of every error that oftfx raises on purpose.
@@ -12,6 +15,17 @@ class OftfxError(Exception):
 
 class OftfxWarning(UserWarning):
     """Something was done that a user should know of."""
+
+
+def warn(message: str) -> None:
+    """Warn at the line of the user's that called us, however deep inside we are."""
+    level, frame = 2, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, OftfxWarning, stacklevel=level)
+
+
+_INSIDE = ("oftfx", "torch", "contextlib")
 
 
 class RuleError(OftfxError, ValueError):

@@ -12,13 +12,15 @@ import torch.fx as fx
 import torch.nn as nn
 import torch.nn.functional as F
 
-from oftfx.layout import Layout
-from oftfx.passes.formats.dense import DenseParameter
+from oftfx.formats.dense import DenseParameter
+from oftfx.formats.layout import Layout
+from oftfx.model.index import ModelIndex
+from oftfx.model.site import Site
+from oftfx.model.sites import Finder
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.program import Program
-from oftfx.sites import Finder, Site
+from oftfx.planning.program import Program
+from oftfx.planning.unreachable import is_matrix
 from oftfx.trace.operand import first_operand, operand
-from oftfx.unreachable import is_matrix
 
 _LINEAR = (F.linear, torch._C._nn.linear)
 _ADDMM = (torch.addmm, torch.baddbmm)
@@ -61,8 +63,8 @@ class FindFunctional(Pass):
         recording = program.recording
         if recording is None or recording.rung == "tree":
             return PassResult(program, False)
-        finder = Finder(program.model)
-        parameters = dict(program.model.named_parameters(remove_duplicate=False))
+        finder = Finder(program.index)
+        parameters = program.index.parameters
         sites = {s.weight_name: s for s in program.sites}
         refused, changes = dict(program.refused), list[Change]()
         reads: dict[str, list[fx.Node]] = defaultdict(list)
@@ -70,7 +72,7 @@ class FindFunctional(Pass):
             if node.op == "get_attr" and node.target in parameters and is_matrix(parameters[str(node.target)]):
                 reads[str(node.target)].append(node)
         for name, nodes in reads.items():
-            names = finder.names[id(parameters[name])]
+            names = program.index.names[id(parameters[name])]
             known = sites.get(name)
             if known is not None and not known.is_layer and len(names) == 1:
                 continue  # attention and experts are known by their class, and read their weights by themselves
@@ -88,7 +90,7 @@ class FindFunctional(Pass):
             sites[name] = site
             changes.append(Change(site.fqn, f"read by {site.reader or site.module}"))
         found = tuple(sites.values())
-        result = program.with_(sites=_in_order(found, program.model), refused=refused)
+        result = program.with_(sites=_in_order(found, program.index), refused=refused)
         return PassResult(result, bool(changes), tuple(changes))
 
 
@@ -200,10 +202,11 @@ def _picks_one(user: fx.Node) -> bool:
     return weight.meta["val"].dim() == 3 and isinstance(index, (int, fx.Node))  # type: ignore[union-attr]
 
 
-def _in_order(sites: tuple[Site, ...], model: nn.Module) -> tuple[Site, ...]:
+def _in_order(sites: tuple[Site, ...], index: ModelIndex) -> tuple[Site, ...]:
     """In the order of the module tree; a quantized layer need not have a parameter called weight."""
     order: dict[str, int] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        for name in (*module._parameters, "weight"):
-            order.setdefault(f"{path}.{name}" if path else name, len(order))
+    for module, paths in index.paths.items():
+        for path in paths:
+            for name in (*module._parameters, "weight"):
+                order.setdefault(f"{path}.{name}" if path else name, len(order))
     return tuple(sorted(sites, key=lambda s: order.get(s.weight_name, -1)))

@@ -12,10 +12,10 @@ import torch.fx as fx
 import torch.nn as nn
 
 from oftfx.errors import RuleError
+from oftfx.model.site import Site
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.plans import Producer, SitePlan
-from oftfx.program import Program
-from oftfx.sites import Site
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import Producer, SitePlan
 from oftfx.trace.labels import Labels, LostError, name_of, source_of, start, step
 from oftfx.trace.operand import first_operand
 
@@ -44,7 +44,7 @@ class FindProducers(Pass):
         entries, changes, faults = [], list[Change](), []
         search = None
         if recording is not None and recording.rung != "tree":
-            search = _Search(recording.graph, dict(program.model.named_modules()), program.sites)
+            search = _Search(recording.graph, program.index.modules, program.sites)
         for entry in plan:
             try:
                 if search is None:

@@ -8,15 +8,19 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
-from oftfx.fold_record import SiteFold, Undo
-from oftfx.formats import WeightFormat, WeightState, format_of
-from oftfx.passes.freeze_rotations import product_of
+from oftfx.folding.journal import Journal
+from oftfx.folding.probe import has_own_forward
+from oftfx.folding.record import Folds, SiteFold, Undo
+from oftfx.folding.turned import share, size
+from oftfx.formats.base import WeightFormat, WeightState
+from oftfx.model.huggingface import untie
+from oftfx.model.index import ModelIndex
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.placement import Placement, rotated_sites
-from oftfx.plans import Producer
-from oftfx.probe import has_own_forward
-from oftfx.program import Program
-from oftfx.untie import Untied, untie
+from oftfx.placement.base import Placement
+from oftfx.placement.find import rotated_sites
+from oftfx.placement.frozen import product_of
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import Producer
 
 
 class FoldIntoProducers(Pass):
@@ -25,58 +29,55 @@ class FoldIntoProducers(Pass):
     The site's own weight is not touched. The rows of the producer's weight and bias are turned in float32 (float64 for
     float64) and rounded once. Blocks that turn the same rows (grouped heads) have to be equal.
 
+    What was done is in the result's ``found``, a `Folds`; ``left`` says of every other site why it was not.
+
     Args:
         producers: for each site its producer, or why it has none; see `FindProducers`.
-
-    Attributes:
-        sites: one `SiteFold` a folded site, after ``run``.
-        reasons: for every other site why it was not, after ``run``.
-        undo: what it takes to bring each back, after ``run``.
+        journal: notes what was there before each change.
     """
 
     name = "fold_into_producers"
     preserves = "rounding"
     after = ("insert_rotations",)
 
-    def __init__(self, producers: Mapping[str, Producer | str]) -> None:
-        self.producers = producers
-        self.sites: list[SiteFold] = []
-        self.reasons: dict[str, str] = {}
-        self.undo: list[Undo | UndoProducer | Untied] = []
+    def __init__(self, producers: Mapping[str, Producer | str], journal: Journal | None = None) -> None:
+        self.producers, self.journal = producers, journal or Journal(keep=False)
 
     def run(self, program: Program) -> PassResult:
         """Fold, site by site."""
-        changes = []
-        for fqn, placement in list(rotated_sites(program.model)):
+        lines, left = list[SiteFold](), dict[str, str]()
+        for fqn, placement in list(rotated_sites(program.index)):
             producer = self.producers.get(fqn, "not recorded")
-            reason = producer if isinstance(producer, str) else self._push(program.model, fqn, placement, producer)
-            if reason:
-                self.reasons[fqn] = reason
-            changes.append(Change(fqn, "fold into producer", reason, refused=bool(reason)))
-        return PassResult(program, bool(self.sites), tuple(changes))
+            done = producer if isinstance(producer, str) else self._push(program.index, fqn, placement, producer)
+            if isinstance(done, str):
+                left[fqn] = done
+            else:
+                lines.append(done)
+        changes = [Change(s.fqn, "fold into producer") for s in lines]
+        changes += [Change(fqn, "fold into producer", reason, refused=True) for fqn, reason in left.items()]
+        return PassResult(program, bool(lines), tuple(changes), Folds(tuple(lines), left))
 
     @torch.no_grad()
-    def _push(self, model: nn.Module, fqn: str, placement: Placement, producer: Producer) -> str:
-        """Push one site; why not, or an empty text."""
+    def _push(self, index: ModelIndex, fqn: str, placement: Placement, producer: Producer) -> SiteFold | str:
+        """Push one site; or why not."""
         chain = product_of(placement.in_effect())
         if len(chain) != 1:
             return "several rotations of different block sizes act here" if chain else "no rotation acts here"
         blocks = _by_start(chain[0], producer)
         if blocks is None:
             return f"grouped heads have different rotations; train with OFT(into='producer') ({producer.fqn})"
-        module = model.get_submodule(producer.fqn)
-        weight_format = format_of(module)
+        module = index.modules[producer.fqn]
+        weight_format = index.format_of(module)
         if weight_format is None or not weight_format.lossless:
             stored = "by no known format" if weight_format is None else f"as {weight_format.name}"
             return f"its producer {producer.fqn} is stored {stored}, where turned rows would be rounded"
         if has_own_forward(module):
             return f"its producer {producer.fqn} ({type(module).__name__}) has a forward of its own"
         own = placement.weight_format()
-        size = own.nbytes(placement.module) if own is not None else 0
-        names = {m: n for n, m in model.named_modules()}
+        nbytes = own.nbytes(placement.module) if own is not None else 0
         if own is not None:
-            self.undo.append(Undo.of(names[placement.module], placement, own))
-        self.undo.append(UndoProducer.of(producer.fqn, module, weight_format))
+            self.journal.note(Undo.of(index.path(placement.module), placement, own))
+        self.journal.note(UndoProducer.of(producer.fqn, module, weight_format))
         before = weight_format.dequantize(module)
         after = _turn_rows(before, blocks)
         weight_format.write(module, weight_format.requantize(after, module))
@@ -85,12 +86,20 @@ class FoldIntoProducers(Pass):
             turned = _turn_rows(bias.detach().to(after.dtype).unsqueeze(1), blocks).squeeze(1)
             module._parameters["bias"] = nn.Parameter(turned.to(bias.dtype), requires_grad=bias.requires_grad)
         placement.drop()
-        if (untied := untie(model, f"{producer.fqn}.weight")) is not None:
-            self.undo.append(untied)
-        update = float(torch.linalg.vector_norm(after - before) / torch.linalg.vector_norm(before))
+        if (untied := untie(index.model, f"{producer.fqn}.weight")) is not None:
+            self.journal.note(untied)
+        moved = size(after - before)
         note = f"its rotation is in {len(blocks) * chain[0].shape[1]} rows of {producer.fqn}"
-        self.sites.append(SiteFold(fqn, own.name if own else "", "into producer", update, 0.0, 1.0, size, size, note))
-        return ""
+        return SiteFold(
+            fqn,
+            own.name if own else "",
+            "into producer",
+            update=share(moved, size(before)),
+            energy=moved**2,
+            bytes_before=nbytes,
+            bytes_after=nbytes,
+            note=note,
+        )
 
 
 def _by_start(blocks: torch.Tensor, producer: Producer) -> dict[int, torch.Tensor] | None:

@@ -2,34 +2,51 @@
 
 from __future__ import annotations
 
-import warnings
-from collections import Counter
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-import torch.nn as nn
 
-from oftfx.errors import FoldError, OftfxWarning, PassError
-from oftfx.fold_record import SiteFold, Undo
-from oftfx.formats import WeightFormat
-from oftfx.lockstep import Inputs, Lockstep
-from oftfx.moments import Moments
-from oftfx.passes.fold_site import SiteFolder
+from oftfx.errors import FoldError, PassError, warn
+from oftfx.folding.float_weight import fold_float
+from oftfx.folding.journal import Journal
+from oftfx.folding.policies import Budget, Policy, check_policy, choices
+from oftfx.folding.record import Folds, SiteFold
+from oftfx.folding.reference import ReferenceWeights
+from oftfx.folding.turned import Turned, untouched
+from oftfx.folding.workbench import Workbench
+from oftfx.formats.base import WeightFormat
+from oftfx.model.running import Inputs
+from oftfx.model.site import Site
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.placement import Placement, RotateInput, rotated_sites
-from oftfx.policies import Budget, Policy, check_policy, choices
-from oftfx.program import Program
-from oftfx.reference import ReferenceWeights
+from oftfx.passes.quantized.calibrate import Calibrate, in_running_order
+from oftfx.passes.quantized.dequantize import Dequantize
+from oftfx.passes.quantized.from_reference import FromReference
+from oftfx.passes.quantized.keep import Keep
+from oftfx.passes.quantized.policy import QuantizedPolicy
+from oftfx.passes.quantized.requantize import Requantize
+from oftfx.placement.base import Placement
+from oftfx.placement.find import rotated_sites
+from oftfx.placement.input import RotateInput
+from oftfx.planning.program import Program
 from oftfx.rotation.module import Rotation
-from oftfx.sites import Site
-from oftfx.untie import Untied
 
+_POLICIES: Mapping[str, type[QuantizedPolicy]] = {
+    "keep": Keep,
+    "float": Dequantize,
+    "requantize": Requantize,
+    "calibrate": Calibrate,
+}
 _NEVER_RAN = (
     "this layer has never been called while others have, so its rotation may not be part of what the model computed "
     "(its weight may be used by other code); compare folded and unfolded outputs, or exclude it by a rule"
 )
 _NOT_REACHED = "no calibration input reached this layer, or only zeros, so its weights are rounded to the nearest codes"
+_NO_REFERENCE = (
+    "policy 'reference' needs reference=, the original float model, its checkpoint directory, or a function from "
+    "module path to weight"
+)
 
 
 class FoldRotations(Pass):
@@ -40,17 +57,14 @@ class FoldRotations(Pass):
     touched.
 
     Sites that are calibrated come last, in the order in which the model runs them: each sees what the layers before it
-    have become. See `oftfx.lockstep`.
+    have become. See `oftfx.folding.lockstep`. What was done is in the result's ``found``, a `Folds`.
 
     Args:
         quantized: a policy, or a function from `Site` to one.
         calibration: inputs of the model, for error-compensated rounding.
         reference: original float weights, for that policy.
         progress: called with (sites done, all sites) after each.
-
-    Attributes:
-        sites: one `SiteFold` a site, after ``run``.
-        undo: what it takes to bring each site back, after ``run``.
+        journal: notes what was there before each change.
     """
 
     name = "fold_rotations"
@@ -64,14 +78,14 @@ class FoldRotations(Pass):
         calibration: Sequence[Inputs] = (),
         reference: ReferenceWeights | None = None,
         progress: Callable[[int, int], None] | None = None,
+        journal: Journal | None = None,
     ) -> None:
         if not callable(quantized) or isinstance(quantized, Budget):
             check_policy(quantized, "quantized")
         self.quantized, self.calibration, self.reference = quantized, tuple(calibration), reference
-        self.progress = progress
-        self.sites: list[SiteFold] = []
-        self.undo: list[Undo | Untied] = []
+        self.progress, self.journal = progress, journal or Journal(keep=False)
 
+    @torch.no_grad()
     def run(self, program: Program) -> PassResult:
         """Fold, site by site.
 
@@ -80,51 +94,65 @@ class FoldRotations(Pass):
                 not compute ``x @ W^T``.
         """
         model, sites = program.model, {s.fqn: s for s in program.sites}
-        todo = [_Todo(fqn, p, self._format(fqn, p), self._policy(sites, fqn)) for fqn, p in rotated_sites(model)]
+        todo = [_Todo(fqn, p, _format(fqn, p), self._policy(sites, fqn)) for fqn, p in rotated_sites(program.index)]
         for one in todo:  # before anything changes
             self._check(one)
-        folder = SiteFolder(model, _shared(model), self.undo, self.reference)
+        bench = Workbench(program.index, self.journal)
         some_ran = any(t.placement.ran for t in todo)
         remarks = {t.fqn: _NEVER_RAN if some_ran and not t.placement.ran else _later_hooks(t.placement) for t in todo}
         done: dict[str, SiteFold] = {}
 
         def fold(one: _Todo, moments: torch.Tensor | None = None, remark: str = "") -> None:
-            path = folder.paths[one.placement.module]
-            self.undo.append(Undo.of(path, one.placement, one.format))
-            result = folder.fold(one.fqn, one.placement, one.format, one.policy, moments)
-            rounded = result.action in ("requantized", "from reference")
-            remark = "; ".join(r for r in (remark if rounded else "", remarks[one.fqn]) if r)
+            bench.note(one.placement, one.format)
+            result = self._fold(one, bench, moments)
+            was_rounded = result.action in ("requantized", "from reference")
+            remark = "; ".join(r for r in (remark if was_rounded else "", remarks[one.fqn]) if r)
             if remark:
                 result = replace(result, note="; ".join(n for n in (result.note, remark) if n))
-                warnings.warn(f"{one.fqn}: {remark}", OftfxWarning, stacklevel=4)
+                warn(f"{one.fqn}: {remark}")
             done[one.fqn] = result
             if self.progress is not None:
                 self.progress(len(done), len(todo))
 
-        later = [t for t in todo if self._is_calibrated(t)]
+        later = {t.placement.module: t for t in todo if self._is_calibrated(t)}
         for one in todo:
-            if one not in later:
+            if one.placement.module not in later:
                 fold(one)
-        self._calibrate(model, later, fold)
-        folder.finish()
-        self.sites = [done[t.fqn] for t in todo]
-        changes = tuple(Change(s.fqn, s.action, s.note) for s in self.sites)
-        return PassResult(program.with_(sites=Program.of(model).sites), bool(todo), changes)
+        in_running_order(
+            model,
+            list(later),
+            self.calibration,
+            lambda module, moments: fold(later[module], moments, "" if moments is not None else _NOT_REACHED),
+        )
+        bench.finish()
+        lines = tuple(done[t.fqn] for t in todo)
+        changes = tuple(Change(s.fqn, s.action, s.note) for s in lines)
+        return PassResult(program.renewed(), bool(todo), changes, Folds(lines))
 
-    def _calibrate(self, model: nn.Module, todo: Sequence[_Todo], fold: Callable[..., None]) -> None:
-        if not todo:
-            return
-        by_module, moments = {t.placement.module: t for t in todo}, Moments()
+    def _fold(self, one: _Todo, bench: Workbench, moments: torch.Tensor | None) -> SiteFold:
+        site = Turned.of(one.fqn, one.placement, one.format, bench.remark(one.placement))
+        if site is None:
+            return untouched(one.fqn, one.placement, one.format)
+        if one.format.lossless:
+            return fold_float(site, bench)
+        options = choices(one.policy)
+        for option in options[:-1]:
+            if option == "calibrate" and moments is None:
+                continue
+            bound = one.policy.error if isinstance(one.policy, Budget) else math.inf
+            if (done := self._of(option).fold(site, bench, moments, bound)) is not None:
+                return done
+        last = self._of(options[-1]).fold(site, bench, moments, math.inf)
+        if last is None:
+            raise FoldError(f"{one.fqn}: policy {options[-1]!r} was to be taken as it is and has folded nothing")
+        return last
 
-        def show(module: nn.Module, inputs: list[torch.Tensor]) -> None:
-            seen = moments.of(inputs)
-            if seen.any():
-                fold(by_module[module], seen)
-            else:  # no rows (an expert that got no tokens), or zeros only: every rounding would look perfect
-                fold(by_module[module], None, _NOT_REACHED)
-
-        for module in Lockstep(model, list(by_module)).run(self.calibration, show):
-            fold(by_module[module], None, _NOT_REACHED)
+    def _of(self, policy: str) -> QuantizedPolicy:
+        if policy == "reference":
+            if self.reference is None:
+                raise FoldError(_NO_REFERENCE)
+            return FromReference(self.reference)
+        return _POLICIES[policy]()
 
     def _is_calibrated(self, one: _Todo) -> bool:
         if one.format.lossless or not self.calibration:
@@ -141,16 +169,7 @@ class FoldRotations(Pass):
                 "sequences of real text, say)"
             )
         if "reference" in choices(one.policy) and self.reference is None:
-            raise FoldError(
-                f"{one.fqn}: policy 'reference' needs reference=, the original float model, its checkpoint directory, "
-                "or a function from module path to weight"
-            )
-
-    def _format(self, fqn: str, placement: Placement) -> WeightFormat:
-        found = placement.weight_format()
-        if found is None:
-            raise FoldError(_unreadable(fqn, placement))
-        return found
+            raise FoldError(f"{one.fqn}: {_NO_REFERENCE}")
 
     def check(self, result: Program) -> None:
         """No trainable rotation is left."""
@@ -175,16 +194,11 @@ class _Todo:
     policy: str | Budget
 
 
-def _shared(model: nn.Module) -> set[int]:
-    """Weights that several modules have."""
-    counts = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    aliases = {id(p) for m in _several_names(model) for p in m._parameters.values() if p is not None}
-    return {i for i, n in counts.items() if n > 1 and i not in aliases}
-
-
-def _several_names(model: nn.Module) -> list[nn.Module]:
-    counts = Counter(m for _, m in model.named_modules(remove_duplicate=False))
-    return [m for m, n in counts.items() if n > 1]
+def _format(fqn: str, placement: Placement) -> WeightFormat:
+    found = placement.weight_format()
+    if found is None:
+        raise FoldError(_unreadable(fqn, placement))
+    return found
 
 
 def _later_hooks(placement: Placement) -> str:

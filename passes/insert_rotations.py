@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import torch
-import torch.nn as nn
 
 from oftfx.errors import AdapterError, PassError
-from oftfx.formats import format_named
-from oftfx.kernel import use_exact
+from oftfx.formats.exact import use_exact
+from oftfx.formats.registry import format_named
+from oftfx.model.index import ModelIndex
+from oftfx.model.sites import weight_device
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.placement import Placement, RotateInput, RotateOutput, RotateWeight, rotated_sites
+from oftfx.placement.attach import attach
+from oftfx.placement.base import Placement
+from oftfx.placement.find import rotated_sites
 from oftfx.placement.group import InputGroup
-from oftfx.plans import SitePlan
-from oftfx.program import Program
+from oftfx.placement.input import RotateInput
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import SitePlan
 from oftfx.rotation.module import Rotation
-from oftfx.sites import Site, format_at, weight_device
 
 
 class InsertRotations(Pass):
@@ -45,8 +48,8 @@ class InsertRotations(Pass):
         """
         plan = program.plan
         assert plan is not None
-        modules = dict(program.model.named_modules())
-        known = dict(rotated_sites(program.model))
+        modules = program.index.modules
+        known = dict(rotated_sites(program.index))
         for entry in plan:
             self._check(entry, known.get(entry.fqn))
         owned: dict[str, Rotation] = {}
@@ -71,7 +74,7 @@ class InsertRotations(Pass):
             changes.append(Change(entry.fqn, "rotated", notice or ""))
         for entry in plan:
             _group(entry, known)
-        return PassResult(program, bool(changes), tuple(changes))
+        return PassResult(program.with_(index=ModelIndex(program.model)), bool(changes), tuple(changes))
 
     def _check(self, entry: SitePlan, found: Placement | None) -> None:
         if found is None:
@@ -89,7 +92,7 @@ class InsertRotations(Pass):
     def check(self, result: Program) -> None:
         """Every planned site has the rotation."""
         assert result.plan is not None
-        known = dict(rotated_sites(result.model))
+        known = dict(rotated_sites(result.index))
         for entry in result.plan:
             if entry.fqn not in known or self.adapter not in known[entry.fqn].rotations:
                 raise PassError(f"{entry.fqn} has no rotation of adapter {self.adapter!r}")
@@ -102,29 +105,7 @@ def _group(entry: SitePlan, known: dict[str, Placement]) -> None:
     if not isinstance(mine, RotateInput) or mine.axis != -1 or not others or mine.group is not None:
         return
     group = next((p.group for p in others if p.group is not None), None)
-    (group or InputGroup(entry.fqn, local=entry.local_input)).add(mine)
-
-
-def attach(modules: dict[str, nn.Module], site: Site, placement: str, *, each: bool = False) -> Placement:
-    """A new placement of a site, its hooks registered."""
-    module = modules[site.module]
-    stored = None if site.is_layer else format_at(module, site, each=each)
-    result: Placement
-    if site.layout.side == "output" and placement == "activation":
-        result = RotateOutput(site.fqn, module, parameter=site.parameter, format=stored)
-    elif placement == "weight":
-        reader = None if site.reader is None else modules[site.reader]
-        result = RotateWeight(site.fqn, module, parameter=site.parameter, format=stored, reader=reader)
-    else:
-        axis, groups = (-1, 1) if site.kind in ("linear", "conv1d_gpt2", "experts") else channels(module)
-        result = RotateInput(site.fqn, module, parameter=site.parameter, format=stored, axis=axis, groups=groups)
-    result.register()
-    return result
-
-
-def channels(module: nn.Module) -> tuple[int, int]:
-    """Axis of a convolution's input channels, counted from the end, and its groups."""
-    return -1 - len(module.kernel_size), module.groups  # type: ignore[arg-type, return-value]
+    mine.join(group or InputGroup(entry.fqn, local=entry.local_input))
 
 
 def _make(entry: SitePlan, device: torch.device) -> Rotation:

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 import torch.nn as nn
 
 from oftfx.errors import RuleError
-from oftfx.kernel import choose_kernel
+from oftfx.formats.exact import choose_kernel
+from oftfx.model.site import Site
+from oftfx.model.sites import choose_placement
+from oftfx.model.structure import is_own_module
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.plans import Plan, SitePlan, Skipped
-from oftfx.program import Program
-from oftfx.rules import Rule
-from oftfx.sites import Site, choose_placement
-from oftfx.structure import is_own_module
-from oftfx.unreachable import unreachable
+from oftfx.planning.plans import Plan
+from oftfx.planning.program import Program
+from oftfx.planning.rules import Rule
+from oftfx.planning.site_plan import SitePlan, Skipped
+from oftfx.planning.unreachable import unreachable
 
 
 class MatchRules(Pass):
@@ -29,6 +31,7 @@ class MatchRules(Pass):
 
     name = "match_rules"
     preserves = "exact"
+    after = ("find_functional",)  # which makes sites of weights that only a recording shows
 
     def __init__(self, rules: Sequence[Rule], *, train: Sequence[str] = (), train_bias: str = "none") -> None:
         self.rules, self.train, self.train_bias = tuple(rules), tuple(train), train_bias
@@ -39,7 +42,7 @@ class MatchRules(Pass):
         Raises:
             RuleError: a rule matches nothing, or a block size does not divide; with all such sites at once.
         """
-        modules = dict(program.model.named_modules())
+        modules = program.index.modules
         hits = [0] * len(self.rules)
         wins = [0] * len(self.rules)
         entries, skipped, faults = [], [], []
@@ -147,7 +150,7 @@ class MatchRules(Pass):
         if self.train_bias not in ("none", "all", "oft"):
             raise RuleError(f"train_bias: got {self.train_bias!r}, expected 'none', 'all' or 'oft'")
         if self.train_bias == "all":
-            names.update((n, None) for n, _ in program.model.named_parameters() if n.endswith("bias"))
+            names.update((n, None) for n, *_ in program.index.names.values() if n.endswith("bias"))
         elif self.train_bias == "oft":
             names.update((f"{e.fqn}.bias", None) for e in entries if modules[e.fqn]._parameters.get("bias") is not None)
         return tuple(names)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch.nn as nn
-
-from oftfx.coverage import Coverage, Unreached
-from oftfx.formats import format_of
+from oftfx.model.index import ModelIndex
+from oftfx.model.structure import is_own_module
 from oftfx.passes.protocol import Pass, PassResult
-from oftfx.program import Program
-from oftfx.structure import is_own_module
-from oftfx.unreachable import is_matrix
+from oftfx.planning.coverage import Coverage, Unreached
+from oftfx.planning.program import Program
+from oftfx.planning.unreachable import is_matrix
 
 _Matrix = tuple[list[str], tuple[int, ...], int]
 
@@ -28,7 +26,7 @@ class MeasureCoverage(Pass):
         plan = program.plan
         assert plan is not None
         planned = {e.site.weight_name for e in plan}
-        sizes = _matrices(program.model)
+        sizes = _matrices(program.index)
         reached = {i for i, (names, _, _) in sizes.items() if planned & set(names)}
         coverage = Coverage(
             sum(sizes[i][2] for i in reached),
@@ -39,20 +37,21 @@ class MeasureCoverage(Pass):
         return PassResult(program.with_(plan=result), result != plan)
 
 
-def _matrices(model: nn.Module) -> dict[int, _Matrix]:
+def _matrices(index: ModelIndex) -> dict[int, _Matrix]:
     """``{id: (names, shape, bytes)}`` of every weight matrix; a packed one goes by its layer and real size."""
     found: dict[int, _Matrix] = {}
-    for fqn, module in model.named_modules(remove_duplicate=False):
+    for module, paths in index.paths.items():
         if is_own_module(module):
             continue
-        weight_format = format_of(module)
+        weight_format = index.format_of(module)
         if weight_format is not None and not weight_format.lossless:
             shape = weight_format.geometry(module)
-            entry: _Matrix = ([], (shape.out_features, shape.in_features), weight_format.nbytes(module))
-            found.setdefault(id(module), entry)[0].append(f"{fqn}.weight")
+            names = [f"{path}.weight" for path in paths]
+            found[id(module)] = (names, (shape.out_features, shape.in_features), weight_format.nbytes(module))
             continue
         for name, parameter in module._parameters.items():
             if parameter is not None and is_matrix(parameter) and not name.endswith("bias"):
-                entry = ([], tuple(parameter.shape), parameter.numel() * parameter.element_size())
-                found.setdefault(id(parameter), entry)[0].append(f"{fqn}.{name}" if fqn else name)
+                entry: _Matrix = ([], tuple(parameter.shape), parameter.numel() * parameter.element_size())
+                mine = found.setdefault(id(parameter), entry)[0]
+                mine += [f"{path}.{name}" if path else name for path in paths]
     return found

@@ -30,19 +30,11 @@ from typing import Any, ClassVar, Literal
 import torch
 
 from oftfx.errors import PassError
-from oftfx.modes import outputs_of
-from oftfx.program import Program
+from oftfx.model.running import outputs_of
+from oftfx.planning.program import Program
+from oftfx.precision import BOUNDS, relative_error
 
 Preserves = Literal["exact", "rounding", "lossy"]
-
-# Largest relative error of a whole model, by what a pass promises and the dtype of the output.
-# Measured on SmolLM2 after folding 210 sites: float32 2e-6, bfloat16 5e-3.
-BOUNDS: dict[torch.dtype, float] = {
-    torch.float64: 1e-12,
-    torch.float32: 1e-5,
-    torch.float16: 5e-3,
-    torch.bfloat16: 1e-2,
-}
 
 
 @dataclass(frozen=True)
@@ -64,11 +56,19 @@ class Change:
 
 @dataclass(frozen=True)
 class PassResult:
-    """Outcome of a pass: the program to go on with, whether it differs, and what happened to each site."""
+    """Outcome of a pass.
+
+    Attributes:
+        program: the one to go on with.
+        modified: whether it differs.
+        changes: what happened to each site.
+        found: what else the pass has to say, of a type that it documents; of a manager, by the name of the pass.
+    """
 
     program: Program
     modified: bool
     changes: tuple[Change, ...] = ()
+    found: Any = None
 
     @property
     def refusals(self) -> tuple[Change, ...]:
@@ -112,21 +112,24 @@ class PassManager:
                 ``verify``, changes what the model computes.
         """
         self._check_order()
-        modified, changes = False, list[Change]()
+        modified, changes, found = False, list[Change](), dict[str, Any]()
+        before = program.fingerprint() if self.passes else ()
         for step in self.passes:
-            result = self._run_one(step, program)
+            result, before = self._run_one(step, program, before)
             program, modified = result.program, modified or result.modified
             changes += result.changes
-        return PassResult(program, modified, tuple(changes))
+            if result.found is not None:
+                found[step.name] = result.found
+        return PassResult(program, modified, tuple(changes), found)
 
-    def _run_one(self, step: Pass, program: Program) -> PassResult:
-        before = program.fingerprint()
+    def _run_one(self, step: Pass, program: Program, before: tuple[Any, ...]) -> tuple[PassResult, tuple[Any, ...]]:
         inputs = None if step.preserves == "lossy" else self.verify
         expected = [] if inputs is None else outputs_of(program.model, inputs)
         result = step.run(program)
         if not isinstance(result, PassResult):
             raise PassError(f"pass {step.name}: run() returned {type(result).__name__}, expected a PassResult")
-        if (result.program.fingerprint() != before) != result.modified:
+        after = result.program.fingerprint()
+        if (after != before) != result.modified:
             raise PassError(
                 f"pass {step.name}: says modified={result.modified}, but the program "
                 f"{'did not change' if result.modified else 'changed'}"
@@ -137,7 +140,7 @@ class PassManager:
             raise PassError(f"pass {step.name}: post-condition failed: {error}") from error
         if inputs is not None:
             _compare(step, expected, outputs_of(result.program.model, inputs))
-        return result
+        return result, after
 
     def _check_order(self) -> None:
         names = [p.name for p in self.passes]
@@ -160,10 +163,3 @@ def _compare(step: Pass, expected: list[torch.Tensor], got: list[torch.Tensor]) 
                     f"pass {step.name}: output {index} differs by a relative {error:.3g}, "
                     f"more than rounding ({BOUNDS[old.dtype]:g} for {old.dtype})"
                 )
-
-
-def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
-    """``|got - expected| / |expected|``, Frobenius, in float64."""
-    difference = torch.linalg.vector_norm(got.detach().double() - expected.detach().double())
-    scale = torch.linalg.vector_norm(expected.detach().double())
-    return float(difference / scale) if scale > 0 else float(difference)

@@ -10,8 +10,8 @@ import torch.fx as fx
 import torch.nn as nn
 
 from oftfx.passes.protocol import Change, Pass, PassResult
-from oftfx.plans import SitePlan, TraceInfo
-from oftfx.program import Program
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import SitePlan, TraceInfo
 from oftfx.trace.operand import first_operand
 
 # Functions and layers that hand a value on unchanged, as far as a rotation of its last axis goes.
@@ -38,7 +38,7 @@ class ShareInputs(Pass):
         assert plan is not None
         if recording is None:
             return PassResult(program, False)
-        inputs = _inputs_by_site(recording.graph, dict(program.model.named_modules()))
+        inputs = _inputs_by_site(recording.graph, program.index.modules)
         groups: dict[tuple[str, tuple[fx.Node, ...]], list[SitePlan]] = defaultdict(list)
         for entry in plan:
             values = inputs.get(entry.site.module) if entry.placement == "activation" else None

@@ -6,9 +6,9 @@ import torch
 
 import oftfx
 from oftfx import OFT
-from oftfx.formats import format_of, formats
+from oftfx.formats.registry import format_of, formats
 from tests.ecosystem.network import Network
-from tests.passes.formats.scalar_checks import same_bytes
+from tests.formats.scalar_checks import same_bytes
 from tests.reference import dense_rotation, randomize
 
 WIDTH = 64
@@ -19,7 +19,7 @@ NAMES = [f"blocks.{i}.{n}" for i in range(2) for n in ("q", "k", "v", "o", "up")
 def quantize(linear, kind="bnb4"):
     """A layer of one of the formats, with the weights of a float one."""
     if kind == "bnb4":
-        from oftfx.passes.formats.bnb4 import make_linear4bit
+        from oftfx.formats.bnb4 import make_linear4bit
 
         return make_linear4bit(linear)
     weight_format = formats()[kind]

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import oftfx
-from oftfx.formats import formats
+from oftfx.formats.registry import formats
 
 ROOT = Path(__file__).parents[1]
 

@@ -5,7 +5,7 @@
 
 An OFT adapter is trained on every base (and one on the float model), then folded by every policy. Trained adapters and
 finished rows are kept in the folder, so an interrupted run goes on. Writes tools/results/fold_quality.json, from which
-tools/update_readme.py makes the README's tables. A full run takes about an hour on two cores.
+tools/docs/update_tables.py makes the documentation's tables. A full run takes about an hour on two cores.
 """
 
 from __future__ import annotations

@@ -28,7 +28,7 @@ from torch import Tensor
 import oftfx
 from oftfx import OFT
 from oftfx.demo import smollm
-from oftfx.report.rich_table import render
+from oftfx.terminal import render
 from tests.serving.servers import Server, free_ports
 from tools.serving_load import load, summary
 

@@ -22,8 +22,8 @@ import torch
 import oftfx
 from oftfx import OFT
 from oftfx.demo import smollm
-from oftfx.onnx.decoder import cache_name
-from oftfx.report.rich_table import render
+from oftfx.onnx.decoders.decoder import cache_name
+from oftfx.terminal import render
 
 warnings.simplefilter("ignore")
 

@@ -14,7 +14,7 @@ import peft
 import torch
 
 import oftfx
-from oftfx.report.rich_table import render
+from oftfx.terminal import render
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the references are the tests' own
 from tools.peft_cases import CASES

@@ -19,7 +19,7 @@ from torch import Tensor
 import oftfx
 from oftfx.demo import smollm, text
 from oftfx.demo.train import minimise
-from oftfx.structure import replace_module
+from oftfx.model.structure import replace_module
 
 LENGTH, BATCH, CALIBRATION, HELD_OUT = 128, 4, 64, 40
 FORMATS = ("NF4", "HQQ 4-bit", "GPTQ 4-bit", "AWQ 4-bit")
@@ -28,10 +28,10 @@ FORMATS = ("NF4", "HQQ 4-bit", "GPTQ 4-bit", "AWQ 4-bit")
 
 def quantizer(name: str) -> Callable[[nn.Linear], nn.Module]:
     """What makes a layer of that base from a float one."""
-    from oftfx.passes.formats.awq import make_awq
-    from oftfx.passes.formats.bnb4 import make_linear4bit
-    from oftfx.passes.formats.gptq import make_gptq
-    from oftfx.passes.formats.hqq import make_hqq
+    from oftfx.formats.awq import make_awq
+    from oftfx.formats.bnb4 import make_linear4bit
+    from oftfx.formats.gptq import make_gptq
+    from oftfx.formats.hqq import make_hqq
 
     return {
         "NF4": make_linear4bit,

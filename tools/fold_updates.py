@@ -11,7 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import oftfx
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 from tools.fold_models import Encoder
 
 UPDATE = 0.01
@@ -22,7 +22,7 @@ def layers() -> dict[str, Callable[[nn.Linear], nn.Module]]:
     """Each format's quantizer, by what tables call it."""
     from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, IntxWeightOnlyConfig, PerGroup
 
-    from oftfx.passes.formats import aqlm, awq, bnb4, bnb8, eetq, gptq, hf_fp8, hqq, inc_fp8, inc_woq, torchao
+    from oftfx.formats import aqlm, awq, bnb4, bnb8, eetq, gptq, hf_fp8, hqq, inc_fp8, inc_woq, torchao
 
     int4 = IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(64))
     return {

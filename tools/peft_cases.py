@@ -42,7 +42,7 @@ class Case:
         spec: ours, with the same meaning.
         target: path of the adapted layer.
         std: of the random skews.
-        brief: whether the README shows the row too.
+        brief: whether the documentation shows the row too.
     """
 
     name: str

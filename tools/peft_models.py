@@ -51,7 +51,7 @@ def gpt2_layer():
 
 
 def nf4_layer():
-    from oftfx.passes.formats.bnb4 import make_linear4bit
+    from oftfx.formats.bnb4 import make_linear4bit
 
     torch.manual_seed(0)
     linear = nn.Linear(256, 256, bias=False)

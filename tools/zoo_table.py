@@ -1,7 +1,7 @@
 """Check every architecture of tests/zoo and write the figures: .venv/bin/python -m tools.zoo_table [NAME ...]
 
-One row an architecture goes to tools/results/zoo.json, which tools/update_readme.py turns into a table. With names,
-only those are run and shown, and nothing is written.
+One row an architecture goes to tools/results/zoo.json, which tools/docs/update_tables.py turns into a table. With
+names, only those are run and shown, and nothing is written.
 """
 
 from __future__ import annotations

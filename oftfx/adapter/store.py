@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import difflib
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn as nn
 
 from oftfx.errors import AdapterError
-from oftfx.placement import rotated_sites
-from oftfx.plans import Plan
+from oftfx.placement.find import rotated_sites
+from oftfx.planning.plans import Plan
 from oftfx.rotation.module import Rotation
 
 ATTRIBUTE = "_oftfx_adapters"
@@ -71,6 +71,13 @@ class AdapterStore:
         self.activate(root, tuple(n for n in self.active if n != name))
         del self.adapters[name]
         del self.trained[name]
+
+    def forget_folded(self, root: nn.Module) -> None:
+        """After a fold that ended half way: the sites that it has folded are the adapters' no more."""
+        rotated = dict(rotated_sites(root))
+        for name, adapter in self.adapters.items():
+            left = tuple(e for e in adapter.plan if e.fqn in rotated and name in rotated[e.fqn].rotations)
+            self.adapters[name] = replace(adapter, plan=replace(adapter.plan, entries=left))
 
     def activate(self, root: nn.Module, names: tuple[str, ...]) -> None:
         """Let exactly these adapters act, in this order; of parameters trained whole, the last named one's count."""

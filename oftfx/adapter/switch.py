@@ -8,58 +8,13 @@ from contextlib import contextmanager
 import torch.fx as fx
 import torch.nn as nn
 
-from oftfx.adapter.store import AdapterStore, check_name, located
-from oftfx.errors import AdapterError, RuleError
-from oftfx.placement import rotated_sites
-from oftfx.plans import Plan
-from oftfx.rules import Rules
-from oftfx.trace.inputs import ExampleInputs
+from oftfx.adapter.store import AdapterStore, located
+from oftfx.errors import AdapterError
+from oftfx.placement.find import rotated_sites
+from oftfx.planning.plans import Plan
 
 
-def add_adapter(
-    model: nn.Module,
-    name: str,
-    rules: Rules | Plan,
-    *,
-    example_inputs: ExampleInputs = None,
-    train: Sequence[str] = (),
-    train_bias: str = "none",
-    trainable: bool = True,
-) -> Plan:
-    """Add a further adapter to a transformed model, in place; it does not act until `set_adapter` names it.
-
-    Args:
-        model: a transformed model.
-        name: its name.
-        rules: see `oftfx.plan`.
-        example_inputs: see `oftfx.plan`.
-        train: see `oftfx.plan`.
-        train_bias: see `oftfx.plan`.
-        trainable: whether its parameters require gradients.
-
-    Returns:
-        The plan that was carried out.
-
-    Raises:
-        AdapterError: the model was never transformed, or has an adapter of that name.
-        RuleError: see `oftfx.plan`.
-    """
-    from oftfx.surgery import _planned, insert
-
-    check_name(name)
-    root, store = _switchable(model)
-    if name in store.adapters:
-        raise AdapterError(f"the model already has an adapter {name!r}; it has {', '.join(store.adapters)}")
-    with disable_adapters(root):  # a recording would show rotations of their own in front of sites that read the same
-        planned = _planned(root, rules, example_inputs, train, train_bias, trace=False)
-    if not planned.program.plan:
-        raise RuleError("no site is left to rotate: every rule is optional or excludes what it matches")
-    insert(root, planned.program, name, trainable=trainable)
-    store.activate(root, store.active)
-    return planned.program.plan
-
-
-def set_adapter(model: nn.Module, name: str | Sequence[str] | None) -> None:
+def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
     """Choose which adapters act: one, several in a row (``x -> R1 -> R2 -> W``), or None for the base model.
 
     Which parameters require gradients does not change.
@@ -67,8 +22,8 @@ def set_adapter(model: nn.Module, name: str | Sequence[str] | None) -> None:
     Raises:
         AdapterError: an unknown name, or one named twice.
     """
-    root, store = _switchable(model)
-    names = () if name is None else (name,) if isinstance(name, str) else tuple(name)
+    root, store = switchable(model)
+    names = () if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter)
     store.require(*names)
     if len(set(names)) != len(names):
         raise AdapterError(f"an adapter is named twice in {list(names)}")
@@ -91,23 +46,23 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
         return ()
 
 
-def remove_adapter(model: nn.Module, name: str) -> None:
+def remove_adapter(model: nn.Module, adapter: str) -> None:
     """Take an adapter out of a model, in place.
 
     Raises:
         AdapterError: an unknown name.
     """
-    root, store = _switchable(model)
-    store.require(name)
-    store.remove(root, name)
+    root, store = switchable(model)
+    store.require(adapter)
+    store.remove(root, adapter)
     for _, placement in list(rotated_sites(root)):
-        placement.drop(name)
+        placement.drop(adapter)
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """The base model, inside a ``with``: no rotation acts, parameters trained whole have their base values."""
-    root, store = _switchable(model)
+    root, store = switchable(model)
     active = store.active
     store.activate(root, ())
     try:
@@ -132,7 +87,12 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.
     return list(found.values())
 
 
-def _switchable(model: nn.Module) -> tuple[nn.Module, AdapterStore]:
+def switchable(model: nn.Module) -> tuple[nn.Module, AdapterStore]:
+    """The root of a transformed model and its store, where its adapters can be switched.
+
+    Raises:
+        AdapterError: a recorded graph, or a model without adapters.
+    """
     if isinstance(model, fx.GraphModule):
         raise AdapterError(
             "a recorded graph computes with the adapters it was recorded with; switch them in the model (graph.eager) "

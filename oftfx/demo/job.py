@@ -17,7 +17,7 @@ import oftfx
 from oftfx.demo import figures, smollm, text
 from oftfx.demo import perplexity as ppl
 from oftfx.demo.train import train
-from oftfx.report.rich_table import render
+from oftfx.terminal import render
 
 LENGTH, BATCH, RATE = 128, 4, 2.5e-4
 FOLDS = ("keep", "float", "requantize", "calibrate")
@@ -229,7 +229,7 @@ def _dense_bytes(model: nn.Module) -> int:
 
 def _bytes(model: nn.Module) -> int:
     """Every stored tensor once; of quantized sites codes and scales."""
-    from oftfx.formats import format_of
+    from oftfx.formats.registry import format_of
 
     total, counted = 0, set()
     for module in model.modules():

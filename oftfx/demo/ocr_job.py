@@ -20,7 +20,7 @@ from torch import Tensor
 import oftfx
 from oftfx.demo import figures, ocr, words
 from oftfx.demo.train import minimise
-from oftfx.report.rich_table import render
+from oftfx.terminal import render
 
 RULES = {
     # 36 divides every 3x3 kernel but the first: a block turns the 3x3 patches of four channels.

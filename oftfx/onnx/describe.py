@@ -8,10 +8,12 @@ import torch.nn as nn
 
 from oftfx.adapter.fingerprint import fingerprint
 from oftfx.adapter.store import find_store
-from oftfx.fold_note import fold_notes
+from oftfx.folding.note import fold_notes
 from oftfx.onnx.adapters import AdapterMode
-from oftfx.onnx.adapters.interface import interface_of
-from oftfx.placement import rotated_sites
+from oftfx.onnx.adapters.model_number import interface_of
+from oftfx.placement.find import rotated_sites
+from oftfx.serving.copied.runtime.contract import INTERFACE, MODEL
+from oftfx.version import __version__
 
 
 def describe(model: nn.Module, mode: AdapterMode) -> dict[str, str]:
@@ -22,13 +24,11 @@ def describe(model: nn.Module, mode: AdapterMode) -> dict[str, str]:
     format, and how large the error is. ``oftfx.interface`` identifies what adapters of the file fit; see
     `interface_of`.
     """
-    from oftfx import __version__
-
     folds = fold_notes(model)
     entries = {
         "oftfx.version": __version__,
-        "oftfx.model": type(model).__name__,
-        "oftfx.interface": str(interface_of(model, mode.slots.names if mode.slots is not None else {})),
+        MODEL: type(model).__name__,
+        INTERFACE: str(interface_of(model, mode.slots.names if mode.slots is not None else {})),
         "oftfx.state": "unfolded" if mode.active else "folded" if folds else "plain",
         **mode.metadata(),
     }

@@ -14,22 +14,22 @@ import torch.nn as nn
 
 from oftfx.adapter.store import drop_store, unwrapped
 from oftfx.errors import ExportError, MissingExtraError
-from oftfx.formats import format_of
-from oftfx.kernel import use_exact
+from oftfx.formats.exact import use_exact
+from oftfx.formats.registry import format_of
+from oftfx.model.structure import structural_copy
 from oftfx.onnx.adapters import MODES
-from oftfx.onnx.bisect import first_difference
-from oftfx.onnx.decoder import Decoder
+from oftfx.onnx.checks.bisect import first_difference
+from oftfx.onnx.checks.verify import DifferentError, Verification, verify_onnx
+from oftfx.onnx.decoders.decoder import Decoder
 from oftfx.onnx.describe import describe
+from oftfx.onnx.exportable import Exportable, onnx_program
 from oftfx.onnx.finish import finish
 from oftfx.onnx.inputs import DynamicShapes, auto_dynamic_shapes, named_inputs, widened
 from oftfx.onnx.lower import lower_quantized
 from oftfx.onnx.signature import Signature
-from oftfx.onnx.trace import Traced, trace
-from oftfx.onnx.verify import DifferentError, Verification, verify_onnx
 from oftfx.passes.freeze_rotations import FreezeRotations
 from oftfx.passes.protocol import PassManager
-from oftfx.program import Program
-from oftfx.structure import structural_copy
+from oftfx.planning.program import Program
 from oftfx.trace.inputs import ExampleInputs, capture_settings
 
 Dialect = Literal["ort", "standard", "openvino"]
@@ -98,8 +98,8 @@ def export_onnx(
             ``"mixed"``: all adapters of the model are in the file, and the input ``adapter_index`` int64 ``(batch,)``
             chooses one for each row; 0 is the base model, then they follow in the order of `oftfx.adapters`.
         cache: of a causal language model, also take and give its cache, so that one graph reads a prompt and decodes;
-            see `oftfx.onnx.decoder.Decoder` for the names and `oftfx.export_genai` for a directory that ONNX Runtime
-            GenAI runs.
+            see `oftfx.onnx.decoders.decoder.Decoder` for the names and `oftfx.export_genai` for a directory that ONNX
+            Runtime GenAI runs.
         dynamic_shapes: ``"auto"``: batches and sequences, by the inputs' names and lengths; see
             `oftfx.onnx.inputs.auto_dynamic_shapes`. Or ``{input: {axis: name}}``; or None for fixed shapes.
         dialect: ``"ort"`` may use ONNX Runtime's own operators; ``"standard"`` only those of the ONNX standard;
@@ -137,7 +137,7 @@ def export_onnx(
     with capture_settings(lowered), capture_settings(reference), capture_settings(exact):
         with torch.no_grad():
             outputs = signature.outputs(reference)
-        program = trace(Traced(lowered, signature, mode), outputs, chosen)
+        program = onnx_program(Exportable(lowered, signature, mode), outputs, chosen)
         path.parent.mkdir(parents=True, exist_ok=True)
         # Beside the target and under its final name: external data is found by name, and a move is a rename.
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:

@@ -31,7 +31,7 @@ def finish(program: Any, path: Path, metadata: Mapping[str, str], mode: AdapterM
 
     model = program.model
     optimize(model)
-    mode.finish(model.graph)
+    mode.set_defaults(model.graph)
     for graph in (model.graph, *(f.graph for f in model.functions.values())):
         # The exporter leaves stack traces with local paths in every node: most of a small file.
         graph.metadata_props.clear()

@@ -17,8 +17,9 @@ from oftfx.errors import ExportError
 from oftfx.files import write_whole
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks
 from oftfx.onnx.adapters.file import export_onnx_adapter
-from oftfx.onnx.decoder import PAST, PRESENT, Decoder
+from oftfx.onnx.decoders.decoder import PAST, PRESENT, Decoder
 from oftfx.onnx.export import ExportReport, exact_copy, export_onnx
+from oftfx.serving.copied.runtime.contract import SUFFIX
 
 GRAPH, CONFIG = "model.onnx", "genai_config.json"
 
@@ -73,7 +74,7 @@ def export_genai(
             model, made / GRAPH, _inputs(model), adapters=adapters, cache=True, opset=opset, verify=verify
         )
         for name in store.adapters if store is not None else ():
-            export_onnx_adapter(model, made / f"{name}.onnx_adapter", adapter=name, graph=made / GRAPH)
+            export_onnx_adapter(model, made / f"{name}{SUFFIX}", adapter=name, graph=made / GRAPH)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         # Without its settings a directory does not load, so half of another model is never taken for a whole one.

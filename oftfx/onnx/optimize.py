@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from oftfx.onnx.stored import keeps, resolve
+from oftfx.onnx.markers import keeps, resolve
 
 RULES = [
     "add_0_rule",

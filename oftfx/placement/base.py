@@ -10,17 +10,11 @@ import torch
 import torch.nn as nn
 
 from oftfx.errors import OftfxError
-from oftfx.formats import WeightFormat, format_of
-from oftfx.kernel import use_native
+from oftfx.formats.base import WeightFormat
+from oftfx.formats.exact import use_native
+from oftfx.formats.registry import format_of
+from oftfx.model.names import child_name
 from oftfx.rotation.module import FrozenRotation, Rotation
-
-CHILD = "oft"
-"""Name of the child module of a layer that holds its rotations; see `child_name`."""
-
-
-def child_name(parameter: str) -> str:
-    """``"oft"`` for the weight of a layer, ``"oft_<name>"`` for any other parameter of a module."""
-    return CHILD if parameter == "weight" else f"{CHILD}_{parameter}"
 
 
 class SiteRotations(nn.Module):
@@ -82,6 +76,12 @@ class Placement(ABC):
     def in_effect(self) -> list[Rotation | FrozenRotation]:
         """The rotations that act now, in order."""
         return [*self.fixed, *(self.rotations[n] for n in self.active if n in self.rotations)]
+
+    def alone(self, x: torch.Tensor) -> torch.Tensor:
+        """``x @ R1 @ R2 ...`` of what acts here, whatever else reads ``x``."""
+        for rotation in self.in_effect():
+            x = rotation(x)
+        return x
 
     def forget(self) -> None:  # noqa: B027  (most keep nothing)
         """Drop what is kept from one forward to the next; also to be called when other rotations take a name."""
@@ -148,11 +148,3 @@ def owner_of(hook: Any) -> Placement | None:
     """The placement that a registered hook belongs to, or None."""
     owner = getattr(hook, "__self__", hook)
     return owner if isinstance(owner, Placement) else None
-
-
-def paths(modules: Iterable[tuple[str, nn.Module]]) -> dict[nn.Module, str]:
-    """The first path of each module."""
-    found: dict[nn.Module, str] = {}
-    for path, module in modules:
-        found.setdefault(module, path)
-    return found

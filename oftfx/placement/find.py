@@ -7,7 +7,9 @@ from contextlib import contextmanager
 
 import torch.nn as nn
 
-from oftfx.placement.base import Placement, owner_of, paths
+from oftfx.model.index import ModelIndex
+from oftfx.model.names import join
+from oftfx.placement.base import Placement, owner_of
 
 
 def placements_on(module: nn.Module) -> list[Placement]:
@@ -21,21 +23,13 @@ def placements_on(module: nn.Module) -> list[Placement]:
     return list(found.values())
 
 
-def rotated_sites(model: nn.Module) -> Iterator[tuple[str, Placement]]:
+def rotated_sites(model: nn.Module | ModelIndex) -> Iterator[tuple[str, Placement]]:
     """Every placement in a model with the path of its site; each once."""
-    names = paths(model.named_modules())
-    for module in names:
+    index = ModelIndex.of(model)
+    for module in index.paths:
         for placement in placements_on(module):
-            path = names.get(placement.module)
-            if path is not None:
-                yield join(path, placement.parameter), placement
-
-
-def join(module: str, parameter: str) -> str:
-    """Path of a site: the layer's for its ``weight``, else the parameter's."""
-    if parameter == "weight" and module:
-        return module
-    return f"{module}.{parameter}" if module else parameter
+            if placement.module in index.paths:
+                yield join(index.path(placement.module), placement.parameter), placement
 
 
 @contextmanager

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from oftfx.placement.base import Placement
 from oftfx.placement.handout import HandOut
-from oftfx.rotation.module import FrozenRotation, Rotation, caching, cayley_of
+from oftfx.rotation.caching import caching
+from oftfx.rotation.module import FrozenRotation, Rotation, cayley_of
 from oftfx.rotation.rotate import rotate_jointly
-
-if TYPE_CHECKING:
-    from oftfx.placement.input import RotateInput
 
 
 class InputGroup:
@@ -28,18 +27,17 @@ class InputGroup:
     """
 
     def __init__(self, key: str, *, local: bool = False) -> None:
-        self.placements: dict[str, RotateInput] = {}
+        self.placements: dict[str, Placement] = {}
         self.handout = HandOut(key, local=local)
         self._cached: tuple[Any, Tensor] | None = None
         self._known: tuple[Any, dict[str, Any]] = (None, {})
 
-    def add(self, placement: RotateInput) -> None:
+    def add(self, placement: Placement) -> None:
         """Let a site be one of the group."""
         self.placements[placement.site] = placement
-        placement.group = self
         self.forget()
 
-    def rotate(self, placement: RotateInput, x: Tensor) -> Tensor:
+    def rotate(self, placement: Placement, x: Tensor) -> Tensor:
         """What the rotations of one site make of ``x``; the others get theirs when they ask for the same ``x``."""
         sites, rotations, joint = self._together(placement)
         if not sites or (joint and (_is_decoding(x) or not _in_reach(rotations, x))):
@@ -58,7 +56,7 @@ class InputGroup:
             lambda: placement.alone(x),
         )
 
-    def _together(self, placement: RotateInput) -> tuple[tuple[str, ...], list[Rotation | FrozenRotation], bool]:
+    def _together(self, placement: Placement) -> tuple[tuple[str, ...], list[Rotation | FrozenRotation], bool]:
         """The sites that get their results with this one, the rotations that make them, and whether each has its own.
 
         No sites: this one rotates for itself. Kept until others act at a site of the group; who changes the rotations
@@ -74,7 +72,7 @@ class InputGroup:
             known[placement.site] = self._find_together(placement)
         return known[placement.site]
 
-    def _find_together(self, placement: RotateInput) -> tuple[tuple[str, ...], list[Rotation | FrozenRotation], bool]:
+    def _find_together(self, placement: Placement) -> tuple[tuple[str, ...], list[Rotation | FrozenRotation], bool]:
         mine = placement.in_effect()
         chains = {site: p.in_effect() for site, p in self.placements.items()}
         chains = {site: chain for site, chain in chains.items() if chain}  # the others never ask for their part

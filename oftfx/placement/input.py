@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from oftfx.modes import input_name
+from oftfx.model.running import input_name
 from oftfx.placement.base import Placement
 from oftfx.placement.group import InputGroup
 from oftfx.rotation.rotate import in_format_of
@@ -50,6 +50,11 @@ class RotateInput(Placement):
         name = input_name(module, kwargs)
         return args, {**kwargs, name: self.rotate(kwargs[name])}
 
+    def join(self, group: InputGroup) -> None:
+        """Rotate together with the sites of a group."""
+        self.group = group
+        group.add(self)
+
     def forget(self) -> None:
         """Drop what the group keeps."""
         if self.group is not None:
@@ -61,16 +66,9 @@ class RotateInput(Placement):
         return y if x.is_nested else in_format_of(x, y)
 
     def alone(self, x: torch.Tensor) -> torch.Tensor:
-        """The same for this site only."""
-        if self.axis != -1:
-            return self._rotate_channels(x)
-        for rotation in self.in_effect():
-            x = rotation(x)
-        return x
-
-    def _rotate_channels(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.movedim(self.axis, -1).unflatten(-1, (self.groups, -1))
-        for rotation in self.in_effect():
-            y = rotation(y)
+        """The same for this site only, on the axis that it turns."""
+        if self.axis == -1:
+            return super().alone(x)
+        y = super().alone(x.movedim(self.axis, -1).unflatten(-1, (self.groups, -1)))
         y = y.flatten(-2).movedim(-1, self.axis)
         return y.contiguous() if x.is_contiguous() else y

@@ -27,7 +27,4 @@ class RotateOutput(Placement):
     def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """Replace the layer's output."""
         self.note_run()
-        chain = self.in_effect()
-        for rotation in chain:
-            output = rotation(output)
-        return output if chain else None
+        return self.alone(output) if self.in_effect() else None

@@ -9,10 +9,11 @@ import torch
 import torch.nn as nn
 
 from oftfx.errors import OftfxError
-from oftfx.modes import input_name
+from oftfx.model.running import input_name
 from oftfx.placement.base import Placement
+from oftfx.rotation.caching import caching
 from oftfx.rotation.identity import Identity
-from oftfx.rotation.module import FrozenRotation, Rotation, caching
+from oftfx.rotation.module import FrozenRotation, Rotation
 
 _LOCK = threading.Lock()
 _LOCAL = threading.local()

@@ -2,52 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from oftfx.rotation.caching import caching, steps
 from oftfx.rotation.cayley import cayley
 from oftfx.rotation.cayley import project as project_norm
 from oftfx.rotation.identity import Identity
 from oftfx.rotation.rotate import rotate
 from oftfx.rotation.skew import skew_matrix, skew_size, skew_vector
-
-if TYPE_CHECKING:
-    from oftfx.spec import OFT
-
-# Optimisers that are fused or write through `.data` leave a parameter's version as it is, so their steps are counted.
-_steps = 0
-
-
-def _count_step(*_: Any) -> None:
-    global _steps
-    _steps += 1
-
-
-register_optimizer_step_post_hook(_count_step)
-
-_caching: ContextVar[bool] = ContextVar("oftfx_rotation_caching", default=True)
-
-
-@contextmanager
-def no_cache() -> Iterator[None]:
-    """Compute every rotation anew inside this context; a recorder must see the computation itself."""
-    token = _caching.set(False)
-    try:
-        yield
-    finally:
-        _caching.reset(token)
-
-
-def caching() -> bool:
-    """Whether results may be kept from one forward to the next."""
-    return not torch.compiler.is_compiling() and _caching.get()
+from oftfx.rotation.spec import OFT
 
 
 def whole(skew: Tensor) -> Tensor:
@@ -205,7 +173,7 @@ class Rotation(nn.Module):
         if not self._cacheable():
             return None
         skew = self.skew
-        return self._identity.of(skew), skew._version, skew.data_ptr(), skew.device, _steps
+        return self._identity.of(skew), skew._version, skew.data_ptr(), skew.device, steps()
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""

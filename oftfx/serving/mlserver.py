@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 from oftfx.errors import ExportError
-from oftfx.serving.options import Layout, Options
-from oftfx.serving.runtime import ServedModel, Tensor
+from oftfx.serving.copied.runtime import ServedModel, Tensor
+from oftfx.serving.options import Options, ServerFiles
 
 MESSAGE = 2**31 - 1  # bytes of one gRPC message; the default of 4 MiB is less than the logits of one sentence
 
 
-def layout(model: ServedModel, options: Options) -> Layout:
+def server_files(model: ServedModel, options: Options) -> ServerFiles:
     """Files of a model in an MLServer directory.
 
     Raises:
@@ -20,7 +20,7 @@ def layout(model: ServedModel, options: Options) -> Layout:
     """
     if options.backend is not None:
         raise ExportError(f"backend: got {options.backend!r}; MLServer has one, leave it out")
-    return Layout(
+    return ServerFiles(
         shared={"settings.json": server_settings(options)},
         own={"model-settings.json": model_settings(model, options)},
         runtime={"oftfx_mlserver.py": "mlserver_model.py", "oftfx_runtime": "runtime"},

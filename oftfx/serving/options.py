@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from oftfx.errors import ExportError
-from oftfx.serving.runtime import NAME
+from oftfx.serving.copied.runtime import NAME
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Layout:
+class ServerFiles:
     """The files of one server's repository, beside the model and its adapters.
 
     Args:

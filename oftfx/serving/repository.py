@@ -17,10 +17,10 @@ from oftfx.errors import ExportError, MissingExtraError
 from oftfx.files import write_whole
 
 if TYPE_CHECKING:
-    from oftfx.serving.options import Layout
-    from oftfx.serving.runtime import ServedModel
+    from oftfx.serving.copied.runtime import ServedModel
+    from oftfx.serving.options import ServerFiles
 
-HERE = Path(__file__).parent
+COPIED = Path(__file__).with_name("copied")
 PORTS = {"triton": (8000, 8001), "mlserver": (8080, 8081)}
 """HTTP and gRPC: each server's own defaults."""
 
@@ -145,24 +145,24 @@ def write_repository(
     with tempfile.TemporaryDirectory(prefix=".oftfx-", dir=out) as folder:
         made = Path(folder) / str(version)
         served = _fill(made, files)
-        layout = module.layout(served, options)
+        ours = module.server_files(served, options)
         names = tuple(served.adapter_names())
         if served.mode != "swappable":
             (made / "adapters").rmdir()
-        for path, text in layout.own.items():
+        for path, text in ours.own.items():
             (made / path).write_text(text)
-        for path, source in layout.runtime.items():
-            _copy(HERE / source, made / path)
-        _write_shared(out, layout, module)
+        for path, source in ours.runtime.items():
+            _copy(COPIED / source, made / path)
+        _write_shared(out, ours, module)
         place.parent.mkdir(exist_ok=True)
         os.replace(made, place)
-    command = layout.command.replace("{out}", shlex.quote(str(out)))
-    return Repository(out, place, names, layout.backend, command)
+    command = ours.command.replace("{out}", shlex.quote(str(out)))
+    return Repository(out, place, names, ours.backend, command)
 
 
 def _files(model: Path, adapters: Mapping[str, str | Path]) -> dict[str, Path]:
     """What is copied into a version's directory: source by name."""
-    from oftfx.serving.runtime import NAME, SUFFIX
+    from oftfx.serving.copied.runtime import NAME, SUFFIX
 
     if not model.is_file():
         raise ExportError(f"{model} is no file; expected one that oftfx.export_onnx wrote")
@@ -185,7 +185,7 @@ def _external(model: Path) -> set[str]:
 
 
 def _fill(made: Path, files: Mapping[str, Path]) -> ServedModel:
-    from oftfx.serving.runtime import ServedModel
+    from oftfx.serving.copied.runtime import ServedModel
 
     (made / "adapters").mkdir(parents=True)
     for name, source in files.items():
@@ -203,11 +203,11 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_shared(out: Path, layout: Layout, module: ModuleType) -> None:
+def _write_shared(out: Path, ours: ServerFiles, module: ModuleType) -> None:
     """What is there and passes the check stays as it is: it holds for others too, and may be edited by hand."""
-    missing = {path: text for path, text in layout.shared.items() if not (out / path).exists()}
-    for path in layout.shared.keys() - missing.keys():
-        module.check(str(out / path), (out / path).read_text(), layout.shared[path])
+    missing = {path: text for path, text in ours.shared.items() if not (out / path).exists()}
+    for path in ours.shared.keys() - missing.keys():
+        module.check(str(out / path), (out / path).read_text(), ours.shared[path])
     for path, text in missing.items():
         (out / path).parent.mkdir(exist_ok=True)
         write_whole(out / path, text.encode())

@@ -7,11 +7,11 @@ import re
 import shlex
 
 from oftfx.errors import ExportError
-from oftfx.serving.options import Layout, Options
-from oftfx.serving.runtime import ServedModel, Tensor
+from oftfx.serving.copied.runtime import ServedModel, Tensor
+from oftfx.serving.options import Options, ServerFiles
 
 
-def layout(model: ServedModel, options: Options) -> Layout:
+def server_files(model: ServedModel, options: Options) -> ServerFiles:
     """Files of a model in a Triton repository.
 
     Raises:
@@ -27,7 +27,7 @@ def layout(model: ServedModel, options: Options) -> Layout:
     host = shlex.quote(options.host)
     addresses = f"--http-address={host} --http-port={options.http_port} "
     addresses += f"--grpc-address={host} --grpc-port={options.grpc_port}"
-    return Layout(
+    return ServerFiles(
         shared={f"{options.name}/config.pbtxt": config(model, backend, options)},
         own={},
         runtime=python if backend == "python" else {},

@@ -11,8 +11,8 @@ import torch.fx as fx
 import torch.nn as nn
 
 from oftfx.errors import GuardError
+from oftfx.model.structure import twin
 from oftfx.placement.base import owner_of
-from oftfx.structure import twin
 
 
 class ProgramGraph(fx.GraphModule):

@@ -19,10 +19,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from oftfx.errors import TraceError
-from oftfx.formats import format_of
-from oftfx.placement import RotateInput, RotateOutput, placements_on, rotated_sites, without_rotation
-from oftfx.rotation.module import Rotation, no_cache
-from oftfx.structure import is_own_module
+from oftfx.formats.registry import format_of
+from oftfx.model.structure import is_own_module
+from oftfx.placement.find import placements_on, rotated_sites, without_rotation
+from oftfx.placement.input import RotateInput
+from oftfx.placement.output import RotateOutput
+from oftfx.rotation.caching import no_cache
+from oftfx.rotation.module import Rotation
 from oftfx.trace.symbols import SymbolNodes
 
 # Tensor methods that are written as operators; a graph reads better with the operator.

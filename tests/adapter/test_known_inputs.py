@@ -8,7 +8,7 @@ import torch
 import oftfx
 from oftfx import OFT
 from oftfx.errors import AdapterFileError
-from oftfx.placement import rotated_sites
+from oftfx.placement.find import rotated_sites
 from tests.reference import randomize, rel
 
 pytestmark = [pytest.mark.needs("transformers"), pytest.mark.filterwarnings("ignore::UserWarning:peft")]
@@ -80,7 +80,7 @@ def test_values_alone_need_no_recording(tiny_llama, ids, file_of_peft, monkeypat
     model = oftfx.load_adapter(tiny_llama(num_key_value_heads=4), file_of_peft)
     expected = model(**ids()).logits
     randomize(model, std=0.3, seed=5)
-    monkeypatch.setattr("oftfx.adapter.save_load.record_best", None, raising=False)
+    monkeypatch.setattr("oftfx.adapter.load.record_best", None, raising=False)
     assert torch.equal(oftfx.load_adapter(model, file_of_peft)(**ids()).logits, expected)
 
 
@@ -93,7 +93,7 @@ def test_a_saved_plan_keeps_what_it_knows(tiny_llama, ids, tmp_path, monkeypatch
     model = randomize(oftfx.transform(tiny_llama(), {"*.v_proj": OFT(4), **rules}), std=0.1)
     plan = oftfx.adapters(model)["default"]
     oftfx.save_adapter(model, tmp_path, layout="oftfx")
-    monkeypatch.setattr("oftfx.adapter.save_load.record_best", None, raising=False)  # the plan says it all
+    monkeypatch.setattr("oftfx.adapter.load.record_best", None, raising=False)  # the plan says it all
     loaded = oftfx.load_adapter(tiny_llama(), tmp_path)
     again = oftfx.adapters(loaded)["default"]
     assert known(again) == known(plan)

@@ -8,7 +8,7 @@ import torch
 
 import oftfx
 from oftfx import OFT
-from oftfx.onnx.decoder import cache_name
+from oftfx.onnx.decoders.decoder import cache_name
 from tests.ecosystem.twin import dense_twin
 from tests.reference import randomize
 

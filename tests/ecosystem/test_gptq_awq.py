@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import oftfx
 from oftfx import OFT
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 from tests.ecosystem.twin import skews
 from tests.reference import dense_rotation, randomize, rel
 

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 import oftfx
 from oftfx import OFT
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 from tests.reference import dense_rotation, randomize, rel
 
 pytestmark = [pytest.mark.needs("transformers", "accelerate"), pytest.mark.filterwarnings("ignore:.*kernels.*")]

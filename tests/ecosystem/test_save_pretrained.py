@@ -143,7 +143,7 @@ def test_the_state_of_the_base_alone_is_saved(rotated, ids, tmp_path):
 
 def test_a_fold_that_is_undone_saves_as_before(rotated, ids, tmp_path):
     base, model = rotated(tie_word_embeddings=True)
-    oftfx.unfold(oftfx.fold(model, inplace=True))
+    oftfx.unfold(oftfx.fold(model, inplace=True, undo=True))
     model.save_pretrained(tmp_path)
     again = type(base).from_pretrained(tmp_path).eval()
     assert torch.equal(again(**ids()).logits, base(**ids()).logits)

@@ -88,37 +88,37 @@ def case(
 
 
 def bnb(**kwargs: Any) -> Callable[[nn.Linear], nn.Module]:
-    from oftfx.passes.formats.bnb4 import make_linear4bit
+    from oftfx.formats.bnb4 import make_linear4bit
 
     return lambda linear: make_linear4bit(linear, **kwargs)
 
 
 def bnb8(linear: nn.Linear) -> nn.Module:
-    from oftfx.passes.formats.bnb8 import make_linear8bit
+    from oftfx.formats.bnb8 import make_linear8bit
 
     return make_linear8bit(linear)
 
 
 def gptq(**kwargs: Any) -> Callable[[nn.Linear], nn.Module]:
-    from oftfx.passes.formats.gptq import make_gptq
+    from oftfx.formats.gptq import make_gptq
 
     return lambda linear: make_gptq(linear, **{"group_size": 32, **kwargs})
 
 
 def awq(**kwargs: Any) -> Callable[[nn.Linear], nn.Module]:
-    from oftfx.passes.formats.awq import make_awq
+    from oftfx.formats.awq import make_awq
 
     return lambda linear: make_awq(linear, **{"group_size": 32, **kwargs})
 
 
 def hqq(nbits: float = 4, axis: int = 1, group: int = 64, dtype: torch.dtype = torch.float32) -> Any:
-    from oftfx.passes.formats.hqq import make_hqq
+    from oftfx.formats.hqq import make_hqq
 
     return lambda linear: make_hqq(linear.to(dtype), nbits=nbits, axis=axis, group_size=group)
 
 
 def aqlm(books: int, bits: int, wide: int, high: int = 1, dtype: torch.dtype = torch.float32) -> Any:
-    from oftfx.passes.formats.aqlm import make_aqlm
+    from oftfx.formats.aqlm import make_aqlm
 
     return lambda linear: make_aqlm(
         linear.to(dtype), num_codebooks=books, nbits=bits, in_group_size=wide, out_group_size=high
@@ -126,7 +126,7 @@ def aqlm(books: int, bits: int, wide: int, high: int = 1, dtype: torch.dtype = t
 
 
 def torchao(kind: str, group: int | None = None, bits: int = 4, **kwargs: Any) -> Callable[[nn.Linear], nn.Module]:
-    from oftfx.passes.formats.torchao import make_torchao
+    from oftfx.formats.torchao import make_torchao
 
     def make(linear: nn.Linear) -> nn.Module:
         import torchao.quantization as tq
@@ -148,7 +148,7 @@ def torchao(kind: str, group: int | None = None, bits: int = 4, **kwargs: Any) -
 
 
 def inc(order: bool = False, **kwargs: Any) -> Callable[[nn.Linear], nn.Module]:
-    from oftfx.passes.formats.inc_woq import make_inc_woq
+    from oftfx.formats.inc_woq import make_inc_woq
 
     def make(linear: nn.Linear) -> nn.Module:
         generator = torch.Generator().manual_seed(3)
@@ -159,19 +159,19 @@ def inc(order: bool = False, **kwargs: Any) -> Callable[[nn.Linear], nn.Module]:
 
 
 def inc_fp8(**kwargs: Any) -> Callable[[nn.Linear], nn.Module]:
-    from oftfx.passes.formats.inc_fp8 import make_patched_linear
+    from oftfx.formats.inc_fp8 import make_patched_linear
 
     return lambda linear: make_patched_linear(linear, **kwargs)
 
 
 def fp8(**kwargs: Any) -> Callable[[nn.Linear], nn.Module]:
-    from oftfx.passes.formats.hf_fp8 import make_fp8_linear
+    from oftfx.formats.hf_fp8 import make_fp8_linear
 
     return lambda linear: make_fp8_linear(linear, **kwargs)
 
 
 def eetq(dtype: torch.dtype = torch.float32) -> Callable[[nn.Linear], nn.Module]:
-    from oftfx.passes.formats.eetq import make_eetq
+    from oftfx.formats.eetq import make_eetq
 
     return lambda linear: make_eetq(linear).to(dtype)
 

@@ -252,7 +252,7 @@ class Flattened(nn.Module):
 
 @pytest.mark.needs("bitsandbytes")
 def test_a_kept_rotation_cannot_be_swapped(tmp_path):
-    from oftfx.passes.formats.bnb4 import make_linear4bit
+    from oftfx.formats.bnb4 import make_linear4bit
 
     model = randomize(oftfx.transform(nn.Sequential(make_linear4bit(nn.Linear(64, 32))), {"0": OFT(8)}))
     folded = oftfx.fold(model, quantized="keep").model
@@ -292,7 +292,7 @@ def test_the_file_says_what_is_in_it(tenants, ids, tmp_path):
     oftfx.export_onnx(outer, tmp_path / "p.onnx", (torch.randn(2, 6),))
     notes = session(tmp_path / "p.onnx").get_modelmeta().custom_metadata_map
     assert [f["module"] for f in json.loads(notes["oftfx.folds"])] == ["1"]
-    plain = oftfx.unfold(oftfx.fold(tenants, inplace=True))
+    plain = oftfx.unfold(oftfx.fold(tenants, inplace=True, undo=True))
     assert "_oftfx_folds" not in vars(plain)
 
 

@@ -10,8 +10,8 @@ import torch.nn as nn
 import oftfx
 from oftfx import OFT
 from oftfx.errors import ExportError
+from oftfx.onnx.decoders.generate import greedy
 from oftfx.onnx.genai import genai_config
-from oftfx.onnx.generate import greedy
 from tests.reference import randomize, rel
 
 pytestmark = pytest.mark.needs("onnx", "onnxruntime", "onnxscript", "transformers")

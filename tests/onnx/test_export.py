@@ -88,7 +88,7 @@ def test_no_local_path_or_trace_is_in_the_file(tiny_llama, ids, tmp_path):
 def test_4bit_weights_keep_their_bytes(tmp_path, quant_type, double_quant, folded):
     import onnx
 
-    from oftfx.passes.formats.bnb4 import make_linear4bit
+    from oftfx.formats.bnb4 import make_linear4bit
 
     options = {"quant_type": quant_type, "double_quant": double_quant}
     base = nn.Sequential(

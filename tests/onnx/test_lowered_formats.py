@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import oftfx
-from oftfx.formats import format_of
+from oftfx.formats.registry import format_of
 from tests.onnx.lowered import CASES, OPERATORS, RAGGED, marks, network
 from tests.reference import rel
 

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import oftfx
-import oftfx.formats
 from oftfx import OFT
 from oftfx.errors import ExportError
-from oftfx.formats import Geometry, WeightFormat, format_of, register_format
+from oftfx.formats.base import Geometry, WeightFormat
+from oftfx.formats.registry import format_of, formats, register_format
 from oftfx.grids import Partition
 from oftfx.onnx.lower import lower_quantized
 from oftfx.onnx.lower.look_up import expanded
@@ -186,7 +186,7 @@ class Foreign(WeightFormat):
 
 
 def test_a_format_without_operator_is_refused(monkeypatch):
-    monkeypatch.setattr(oftfx.formats, "_formats", dict(oftfx.formats._formats))
+    monkeypatch.setattr("oftfx.formats.registry._formats", formats())
     register_format(Foreign())
     with pytest.raises(ExportError, match="0: format foreign has no operator in dialect 'standard'; fold with"):
         lower_quantized(nn.Sequential(Scaled()), "standard")

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 import oftfx
 from oftfx import OFT
-from oftfx.trace import record
 from oftfx.trace.labels import LostError, start, step
+from oftfx.trace.record import record
 from tests.reference import randomize, rel
 
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))

@@ -75,7 +75,7 @@ def test_the_turned_rows_are_those_of_dense_algebra(tiny_llama, ids):
     assert rel(new.weight, pushed.T @ old.weight.double() @ own.T) < 1e-6
     assert rel(new.bias, old.bias.double() @ pushed) < 1e-6
     assert rel(result.model(**ids()).logits, model(**ids()).logits) < 1e-5
-    in_place = oftfx.fold(model, into="producer", inplace=True)
+    in_place = oftfx.fold(model, into="producer", inplace=True, undo=True)
     assert torch.equal(in_place.model(**ids()).logits, result.model(**ids()).logits)
     restored = oftfx.unfold(in_place)
     assert restored.get_submodule(values).weight is not None

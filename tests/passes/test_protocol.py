@@ -7,7 +7,7 @@ import torch.nn as nn
 from oftfx import OFT, Rule
 from oftfx.errors import PassError
 from oftfx.passes import Change, InsertRotations, MatchRules, Pass, PassManager, PassResult, ShareInputs
-from oftfx.program import Program
+from oftfx.planning.program import Program
 
 
 class Base(Pass):

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 import oftfx
 from oftfx import OFT
-from oftfx.placement import RotateWeight, rotated_sites
+from oftfx.placement.find import rotated_sites
+from oftfx.placement.weight import RotateWeight
 from tests.reference import dense_rotation, randomize, rel
 from tests.zoo.dense import rotation as differentiable_rotation
 

@@ -8,11 +8,11 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
-from oftfx.fold_record import Undo
+from oftfx.folding.record import Undo
 from oftfx.passes import FreezeRotations
-from oftfx.placement import rotated_sites
+from oftfx.placement.find import rotated_sites
 from oftfx.placement.handout import HandOut
-from oftfx.program import Program
+from oftfx.planning.program import Program
 from tests.reference import dense_rotation, randomize, rel
 
 

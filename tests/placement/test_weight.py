@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import oftfx
 from oftfx import OFT
 from oftfx.errors import OftfxError, RuleError
-from oftfx.placement import rotated_sites
+from oftfx.placement.find import rotated_sites
 from oftfx.rotation.module import FrozenRotation
 from tests.reference import dense_rotation, randomize, rel
 

@@ -15,8 +15,8 @@ from oftfx.errors import ExportError, MissingExtraError
 
 pytestmark = pytest.mark.needs("onnx", "onnxruntime")
 
-SOURCES = Path(oftfx.__file__).parent / "serving"
-RUNTIME = [f"oftfx_runtime/{n}.py" for n in ("__init__", "adapters", "errors", "protocol", "served_model")]
+SOURCES = Path(oftfx.__file__).parent / "serving/copied"
+RUNTIME = [f"oftfx_runtime/{n}.py" for n in ("__init__", "adapters", "contract", "errors", "protocol", "served_model")]
 
 
 @pytest.fixture

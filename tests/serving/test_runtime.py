@@ -17,7 +17,7 @@ pytestmark = pytest.mark.needs("onnx", "onnxruntime")
 
 @pytest.fixture
 def runtime():
-    from oftfx.serving import runtime
+    from oftfx.serving.copied import runtime
 
     return runtime
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 import oftfx
 from oftfx import OFT
 from oftfx.errors import GuardError, TraceError
-from oftfx.trace import record, record_best
+from oftfx.trace.record import record, record_best
 from tests.reference import randomize, rel
 
 pytestmark = pytest.mark.needs("transformers")

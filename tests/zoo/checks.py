@@ -17,7 +17,7 @@ import torch.nn as nn
 
 import oftfx
 from oftfx.errors import OftfxWarning
-from oftfx.trace import record
+from oftfx.trace.record import record
 from tests.reference import randomize, rel
 from tests.zoo.architectures import Architecture
 from tests.zoo.dense import Reference, parameter_name

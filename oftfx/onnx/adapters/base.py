@@ -12,9 +12,10 @@ from torch import Tensor
 
 from oftfx.adapter.store import find_store
 from oftfx.adapter.switch import disable_adapters
-from oftfx.modes import evaluating
+from oftfx.model.running import evaluating
 from oftfx.onnx.adapters.blocks import Slots
 from oftfx.onnx.signature import Signature
+from oftfx.serving.copied.runtime.contract import ADAPTERS, MODE
 
 Outputs = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
@@ -74,7 +75,7 @@ class AdapterMode:
         """The prepared model, reading these values of `inputs`."""
         return model
 
-    def finish(self, graph: Any) -> None:
+    def set_defaults(self, graph: Any) -> None:
         """Change the finished graph, an ``onnx_ir.Graph``."""
 
     def cases(self, reference: nn.Module, signature: Signature, inputs: Mapping[str, Tensor]) -> Iterator[Case]:  # noqa: ARG002
@@ -94,4 +95,4 @@ class AdapterMode:
 
     def metadata(self) -> dict[str, str]:
         """For the file."""
-        return {"oftfx.adapter_mode": self.name, "oftfx.adapters": ",".join(self.named)}
+        return {MODE: self.name, ADAPTERS: ",".join(self.named)}

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from oftfx.adapter.store import located
 from oftfx.errors import ExportError
-from oftfx.passes.freeze_rotations import blocks_of
-from oftfx.placement import rotated_sites
+from oftfx.placement.find import rotated_sites
+from oftfx.placement.frozen import blocks_of
 from oftfx.rotation.module import Rotation
 
 

@@ -12,7 +12,8 @@ import torch.nn as nn
 from oftfx.adapter.store import unwrapped
 from oftfx.errors import ExportError, MissingExtraError
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks
-from oftfx.onnx.adapters.interface import interface_of
+from oftfx.onnx.adapters.model_number import interface_of
+from oftfx.serving.copied.runtime.contract import INTERFACE, MODEL, ROTATIONS
 
 VERSION = 1
 
@@ -75,12 +76,12 @@ def _slots_of(graph: Path, model: nn.Module) -> Slots:
         raise ExportError(f"{graph}: there is no such file")
     found = onnx.load(str(graph), load_external_data=False)
     notes = {entry.key: entry.value for entry in found.metadata_props}
-    if "oftfx.rotations" not in notes:
+    if ROTATIONS not in notes:
         raise ExportError(f"{graph} has no swappable rotations; export it with adapters='swappable'")
-    names = json.loads(notes["oftfx.rotations"])
-    if str(interface_of(model, names)) != notes["oftfx.interface"]:
+    names = json.loads(notes[ROTATIONS])
+    if str(interface_of(model, names)) != notes[INTERFACE]:
         raise ExportError(
-            f"{graph} was exported from another model: {notes['oftfx.model']} with other layers or weights than this "
+            f"{graph} was exported from another model: {notes[MODEL]} with other layers or weights than this "
             f"{type(unwrapped(model)).__name__}"
         )
     inputs = {i.name: i.type.tensor_type for i in found.graph.input if i.name in names.values()}

@@ -14,15 +14,15 @@ from torch import Tensor
 from oftfx.adapter.store import located
 from oftfx.adapter.switch import set_adapter
 from oftfx.errors import ExportError
+from oftfx.model.structure import structural_copy
 from oftfx.onnx.adapters.base import AdapterMode, Case
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks, identity_like
 from oftfx.onnx.adapters.swappable import only_active
 from oftfx.onnx.signature import Signature
-from oftfx.placement import rotated_sites
+from oftfx.placement.find import rotated_sites
 from oftfx.rotation.module import FrozenRotation
-from oftfx.structure import structural_copy
+from oftfx.serving.copied.runtime.contract import ADAPTER_INDEX, ADAPTER_NAMES
 
-INDEX = "adapter_index"
 """Input of the graph: for each row its adapter's place in the stack, int64 ``(batch,)``; 0 is the base."""
 
 
@@ -106,17 +106,17 @@ class Mixed(AdapterMode):
         """``adapter_index``."""
         if signature.batch is None:
             raise ExportError("adapters='mixed' needs a dynamic batch: axis 0 of an input in dynamic_shapes")
-        return {INDEX: torch.arange(signature.rows(signature.inputs)) % (len(self.named) + 1)}
+        return {ADAPTER_INDEX: torch.arange(signature.rows(signature.inputs)) % (len(self.named) + 1)}
 
     def shapes(self, signature: Signature) -> dict[str, dict[int, str]]:
         """As long as the batch."""
-        return {INDEX: {0: signature.batch or ""}}
+        return {ADAPTER_INDEX: {0: signature.batch or ""}}
 
     def caller(self, model: nn.Module, values: Mapping[str, Tensor]) -> Callable[..., Any]:
         """With every rotation knowing the rows' adapters."""
 
         def call(**kwargs: Any) -> Any:
-            rows = values[INDEX]
+            rows = values[ADAPTER_INDEX]
             # `Gather` counts negative places from the end: an unknown adapter would be the last one, without an error.
             self._choice.rows = torch.where(rows < 0, len(self.named) + 1, rows)
             try:
@@ -133,7 +133,7 @@ class Mixed(AdapterMode):
             rows = every[(start + torch.arange(count)) % len(every)]
             base = self.without(signature) if bool(rows.any()) else None
             label = f"with adapters {rows.tolist()} for its rows"
-            yield Case(label, {INDEX: rows}, partial(self._by_row, signature, rows.tolist()), None, base)
+            yield Case(label, {ADAPTER_INDEX: rows}, partial(self._by_row, signature, rows.tolist()), None, base)
 
     def _by_row(self, signature: Signature, places: list[int], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         model = structural_copy(self.model).eval()
@@ -149,4 +149,4 @@ class Mixed(AdapterMode):
 
     def metadata(self) -> dict[str, str]:
         """Also the names in the order of the stack."""
-        return super().metadata() | {"oftfx.adapter_names": json.dumps(["", *self.named])}
+        return super().metadata() | {ADAPTER_NAMES: json.dumps(["", *self.named])}

@@ -15,10 +15,11 @@ from oftfx.errors import ExportError
 from oftfx.onnx.adapters.base import AdapterMode, Case
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks, identity_like
 from oftfx.onnx.signature import Signature
-from oftfx.placement import rotated_sites
+from oftfx.placement.find import rotated_sites
 from oftfx.rotation.cayley import cayley
 from oftfx.rotation.module import FrozenRotation
 from oftfx.rotation.skew import skew_size
+from oftfx.serving.copied.runtime.contract import ROTATIONS
 
 
 class Swappable(AdapterMode):
@@ -53,7 +54,7 @@ class Swappable(AdapterMode):
         buffers = {self._buffers[n]: v for n, v in values.items()}
         return lambda **kwargs: torch.func.functional_call(model, buffers, kwargs=kwargs)
 
-    def finish(self, graph: Any) -> None:
+    def set_defaults(self, graph: Any) -> None:
         """Give each input the identity as its default."""
         if self.name == "inputs":
             return
@@ -79,7 +80,7 @@ class Swappable(AdapterMode):
 
     def metadata(self) -> dict[str, str]:
         """Also which sites read which blocks."""
-        return super().metadata() | {"oftfx.rotations": json.dumps(dict(self.slots.names))}
+        return super().metadata() | {ROTATIONS: json.dumps(dict(self.slots.names))}
 
 
 def _random_like(blocks: Mapping[str, Tensor]) -> dict[str, Tensor]:

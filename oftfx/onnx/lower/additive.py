@@ -12,8 +12,8 @@ from oftfx.errors import ExportError
 from oftfx.grids.codebooks import Additive
 from oftfx.onnx.lower.stand_in import biased, multiplied
 from oftfx.onnx.lower.weight import TOLERATED, narrowed
-from oftfx.onnx.stored import stored
-from oftfx.passes.protocol import relative_error
+from oftfx.onnx.markers import marked
+from oftfx.precision import relative_error
 
 
 class AdditiveCodebooks(nn.Module):
@@ -48,9 +48,9 @@ class AdditiveCodebooks(nn.Module):
         """``(out, in)``."""
         count = self.codes.shape[2]
         first = self.size * torch.arange(count, dtype=torch.int32)
-        places = (stored(self.codes).to(torch.int32) + first).flatten()
-        entries = torch.index_select(stored(self.codebooks).to(torch.float32), 0, places)
-        sums = entries.reshape(*self.grid, count, -1).sum(2) * stored(self.scales).to(torch.float32).reshape(-1, 1, 1)
+        places = (marked(self.codes).to(torch.int32) + first).flatten()
+        entries = torch.index_select(marked(self.codebooks).to(torch.float32), 0, places)
+        sums = entries.reshape(*self.grid, count, -1).sum(2) * marked(self.scales).to(torch.float32).reshape(-1, 1, 1)
         tiles = sums.reshape(*self.grid, *self.tile)
         if self.tile[0] > 1:
             tiles = tiles.transpose(1, 2)

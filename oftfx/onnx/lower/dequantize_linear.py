@@ -8,7 +8,7 @@ from torch import Tensor
 from oftfx.grids import Float8, Integers
 from oftfx.onnx.lower.stand_in import FloatProduct
 from oftfx.onnx.lower.weight import Weight, are_codes, narrowed, packed
-from oftfx.onnx.stored import INT4, UINT4, stored
+from oftfx.onnx.markers import INT4, UINT4, marked
 
 _OPENVINO_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
@@ -76,14 +76,14 @@ class DequantizeLinear(FloatProduct):
 
     def weight(self) -> Tensor:
         """One operator; where a block has several rows, scales are repeated before it."""
-        scales = stored(self.scales)
+        scales = marked(self.scales)
         # An operator with scales in float16 multiplies in float16, as the layer does, or it must not have them.
         exact = scales.dtype == torch.float32 or (scales.dtype == torch.float16 and self.rounded == torch.float16)
         scales = self._by_row(scales if exact else scales.float())
         shape = (self.out_features, self.in_features)
-        inputs = [stored(self.qweight, self.kind, shape if self.kind else None), scales]
+        inputs = [marked(self.qweight, self.kind, shape if self.kind else None), scales]
         if self.zeros is not None:
-            inputs.append(stored(self.zeros, self.kind, self.zeros_shape if self.kind else None))
+            inputs.append(marked(self.zeros, self.kind, self.zeros_shape if self.kind else None))
         attributes = {"axis": 1, "block_size": self.block_size} if self.block_size else {"axis": 0}
         return torch.onnx.ops.symbolic(
             "DequantizeLinear", inputs, attributes if self.per_row else {}, dtype=scales.dtype, shape=shape

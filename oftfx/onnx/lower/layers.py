@@ -8,7 +8,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import ExportError, FormatError
-from oftfx.formats import WeightFormat, format_of
+from oftfx.formats.aqlm import Aqlm
+from oftfx.formats.base import WeightFormat
+from oftfx.formats.registry import format_of
+from oftfx.formats.scalar import ScalarFormat
+from oftfx.model.names import CHILD
+from oftfx.model.structure import HOOKS, replace_module
 from oftfx.onnx.lower.additive import AdditiveCodebooks, sums_deviation
 from oftfx.onnx.lower.dequantize_linear import DequantizeLinear
 from oftfx.onnx.lower.look_up import LookUp, WholeValues
@@ -16,10 +21,7 @@ from oftfx.onnx.lower.matmul_bnb4 import MatMulBnb4
 from oftfx.onnx.lower.matmul_nbits import MatMulNBits
 from oftfx.onnx.lower.stand_in import StandIn
 from oftfx.onnx.lower.weight import weight_of
-from oftfx.passes.formats.aqlm import Aqlm
-from oftfx.placement import CHILD, placements_on
-from oftfx.scalar_format import ScalarFormat
-from oftfx.structure import HOOKS, replace_module
+from oftfx.placement.find import placements_on
 
 OPERATORS: dict[str, tuple[type[StandIn], ...]] = {
     "ort": (MatMulNBits, MatMulBnb4, DequantizeLinear, LookUp),

@@ -8,7 +8,7 @@ from torch import Tensor
 from oftfx.grids import Float8, Integers, Partition
 from oftfx.onnx.lower.stand_in import FloatProduct
 from oftfx.onnx.lower.weight import Weight, are_codes, narrowed, packed
-from oftfx.onnx.stored import stored
+from oftfx.onnx.markers import marked
 
 _CAST = (torch.float8_e4m3fn, torch.float8_e5m2)
 """Float8 types that every runtime casts; the bytes of others are looked up."""
@@ -62,15 +62,15 @@ class LookUp(FloatProduct):
         """Element by element."""
         shape = (self.out_features, self.in_features)
         if self.levels is None:
-            levels = stored(self.qweight).to(torch.float32)
+            levels = marked(self.qweight).to(torch.float32)
         else:
             levels = looked_up(self.qweight, self.levels, shape[0] * shape[1]).reshape(shape)
         if self.zeros is not None and self.packs_zeros:
             assert self.levels is not None
             levels = levels - self._expanded(looked_up(self.zeros, self.levels, self.groups))
         elif self.zeros is not None:
-            levels = levels - self._expanded(stored(self.zeros).to(torch.float32))
-        return levels * self._expanded(stored(self.scales).to(torch.float32))
+            levels = levels - self._expanded(marked(self.zeros).to(torch.float32))
+        return levels * self._expanded(marked(self.scales).to(torch.float32))
 
     def _expanded(self, values: Tensor) -> Tensor:
         """One value a group, as ``(out, in)`` or what is broadcast to it."""
@@ -111,7 +111,7 @@ class WholeValues(FloatProduct):
 
 def looked_up(codes: Tensor, table: Tensor, count: int) -> Tensor:
     """Float32 ``(count,)``: rows of ``table (256, codes a byte)`` for the bytes ``codes``, one after another."""
-    values = torch.index_select(stored(table).to(torch.float32), 0, stored(codes).to(torch.int32)).flatten()
+    values = torch.index_select(marked(table).to(torch.float32), 0, marked(codes).to(torch.int32)).flatten()
     return values if values.numel() == count else values[:count]
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from oftfx.grids import Table
 from oftfx.onnx.lower.stand_in import StandIn
 from oftfx.onnx.lower.weight import Weight, narrowed, packed
-from oftfx.onnx.stored import stored
+from oftfx.onnx.markers import marked
 
 # fmt: off
 _FP4 = (0.0, 0.0625, 8.0, 12.0, 4.0, 6.0, 2.0, 3.0)  # over 12
@@ -54,14 +54,14 @@ class MatMulBnb4(StandIn):
     def product(self, x: Tensor) -> Tensor:
         """One operator, scales in the dtype of ``x``."""
         wide = x.float() if x.dtype == torch.float64 else x
-        absmax = stored(self.absmax).to(wide.dtype)
+        absmax = marked(self.absmax).to(wide.dtype)
         if self.repeats > 1:
             absmax = absmax.unsqueeze(1).expand(-1, self.repeats).flatten()
             count = -(-self.in_features * self.out_features // self.block_size)
             absmax = absmax if len(absmax) == count else absmax[:count]
         y = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulBnb4",
-            (wide, stored(self.weight), absmax),
+            (wide, marked(self.weight), absmax),
             {
                 "K": self.in_features,
                 "N": self.out_features,

@@ -8,7 +8,7 @@ from torch import Tensor
 from oftfx.grids import Integers
 from oftfx.onnx.lower.stand_in import StandIn
 from oftfx.onnx.lower.weight import Weight, are_codes, narrowed, packed
-from oftfx.onnx.stored import stored
+from oftfx.onnx.markers import marked
 
 _SMALLEST, _LARGEST = 16, 256  # blocks; larger ones are computed by slower code
 
@@ -62,10 +62,10 @@ class MatMulNBits(StandIn):
     def product(self, x: Tensor) -> Tensor:
         """One operator; scales and float zeros are brought to the dtype of ``x`` and to one a block before it."""
         wide = x.float() if x.dtype == torch.float64 or not self.computes_zeros else x
-        zeros = None if self.zeros is None else stored(self.zeros)
+        zeros = None if self.zeros is None else marked(self.zeros)
         if zeros is not None and zeros.is_floating_point() and self.computes_zeros:
             zeros = self._by_block(zeros.to(wide.dtype))
-        inputs = (wide, stored(self.qweight), self._by_block(stored(self.scales).to(wide.dtype)), zeros)
+        inputs = (wide, marked(self.qweight), self._by_block(marked(self.scales).to(wide.dtype)), zeros)
         y = torch.onnx.ops.symbolic(
             "com.microsoft::MatMulNBits",
             inputs if zeros is not None else inputs[:3],

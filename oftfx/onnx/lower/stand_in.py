@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.onnx.lower.weight import Weight
-from oftfx.onnx.stored import stored
+from oftfx.onnx.markers import marked
 
 
 class StandIn(nn.Module):
@@ -38,7 +38,7 @@ class StandIn(nn.Module):
         """``x (..., in)`` to ``(..., out)``, in the dtype of ``x``."""
         if self.columns is not None:
             # Not the operators' own input for act-order: with packed zero points ONNX Runtime computes that wrong.
-            x = torch.index_select(x, -1, stored(self.columns))
+            x = torch.index_select(x, -1, marked(self.columns))
         return biased(self.product(x), self.bias)
 
     @abstractmethod
@@ -77,4 +77,4 @@ def multiplied(x: Tensor, weight: Tensor) -> Tensor:
 
 def biased(y: Tensor, bias: Tensor | None) -> Tensor:
     """``y + bias``, in the dtype of ``y``."""
-    return y if bias is None else y + stored(bias).to(y.dtype)
+    return y if bias is None else y + marked(bias).to(y.dtype)

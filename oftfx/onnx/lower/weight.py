@@ -9,9 +9,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import ExportError
+from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Float8, Integers, Levels, Partition
-from oftfx.passes.protocol import relative_error
-from oftfx.scalar_format import ScalarFormat
+from oftfx.precision import relative_error
 
 TOLERATED = 5e-4
 """Largest relative change of a weight by leaving out a rounding of its products: float16's, never bfloat16's."""

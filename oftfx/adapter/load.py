@@ -1,0 +1,297 @@
+"""Read adapter directories: checked whole before anything in the model changes."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.adapter import peft_files
+from oftfx.adapter.insert import insert
+from oftfx.adapter.save import PLAN_FILE, rotation_by_site
+from oftfx.adapter.store import AdapterStore, check_name, find_store, store_of, unwrapped
+from oftfx.adapter.switch import disable_adapters
+from oftfx.errors import AdapterError, AdapterFileError
+from oftfx.formats.exact import choose_kernel
+from oftfx.model.site import Site
+from oftfx.model.sites import choose_placement, fits
+from oftfx.passes.find_producers import FindProducers
+from oftfx.passes.protocol import PassManager
+from oftfx.passes.share_inputs import ShareInputs
+from oftfx.planning.from_peft import configured_sites, spec_from_config
+from oftfx.planning.plans import Plan
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import SitePlan, TraceInfo
+from oftfx.rotation.module import skew_rows
+from oftfx.rotation.skew import skew_size
+from oftfx.rotation.spec import OFT
+from oftfx.trace.inputs import names_inputs
+from oftfx.trace.record import record_best
+
+# What decides the meaning of a skew; an adapter in the model and a file have to agree in it.
+_MEANING = ("parameterization", "terms", "block_share", "coft_eps")
+
+# What a plan knows of a site besides its rotation.
+_KNOWN = ("owner", "same_input", "placement", "local_input", "producer", "producer_reason", "tied_blocks")
+
+
+def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", trainable: bool = False) -> nn.Module:
+    """Read an adapter directory that `save_adapter` or PEFT wrote, into ``model``, in place.
+
+    A model that was never transformed gets the rotations the file names. Where it has an adapter of that name already,
+    the values go into it, and its sites and settings have to be the file's. A model without an active adapter uses the
+    new one at once. As in `oftfx.transform`, the program of a model that names inputs itself is recorded for a new
+    adapter of PEFT's, so that layers that read the same tensor rotate in one product; the other layout says it itself.
+
+    Args:
+        model: the base model, or a transformed one.
+        path: the directory.
+        adapter: name in the model.
+        trainable: whether its parameters require gradients; an adapter that exists keeps its own.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        AdapterFileError: no such file, not readable, another kind of adapter, or numbers that are not finite.
+        AdapterError: it does not fit the model; raised before anything changes.
+    """
+    check_name(adapter)
+    directory = Path(path)
+    tensors = _read(directory / peft_files.WEIGHT_FILE)
+    skew_keys, parameter_keys = peft_files.read_keys(tensors, str(directory / peft_files.WEIGHT_FILE))
+    skews = {fqn: tensors[k] for fqn, k in skew_keys.items()}
+    parameters = {name: tensors[k] for name, k in parameter_keys.items()}
+    store = find_store(model)
+    root = unwrapped(model)
+    plan = _plan_of_file(root, directory, skews, parameters)
+    if store is not None and adapter in store.adapters:
+        _check_same(store.adapters[adapter].plan, plan, skews, adapter)
+    else:
+        program = Program.of(root).with_(plan=plan)
+        if names_inputs(root) and not (directory / PLAN_FILE).is_file():
+            program = _recorded(program, store)
+        insert(root, program, adapter, trainable=trainable)
+    store = store_of(root)
+    _fill(root, store, adapter, skews, parameters)
+    store.activate(root, store.active or (adapter,))
+    return model
+
+
+def _recorded(program: Program, store: AdapterStore | None) -> Program:
+    """The program with what a recording of the bare model tells of the sites: who reads the same, and what makes it."""
+    with nullcontext() if store is None else disable_adapters(program.model):
+        recorded = program.with_(recording=record_best(program.model))
+    return PassManager([ShareInputs(), FindProducers()]).run(recorded).program
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not path.is_file():
+        nearby = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no directory"
+        raise AdapterFileError(
+            f"no file {path} (there: {nearby or 'nothing'}); expected a directory of PEFT >= 0.16 or save_adapter"
+        )
+    try:
+        tensors = load(path.read_bytes())
+    except SafetensorError as error:
+        raise AdapterFileError(f"{path} is damaged or not a safetensors file: {error}") from None
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point():
+            raise AdapterFileError(f"{path}: {key} has dtype {tensor.dtype}, expected a float")
+        if not torch.isfinite(tensor).all():
+            raise AdapterFileError(
+                f"{path}: {key} holds {_bad(tensor)} of {tensor.numel()} numbers that are not finite"
+            )
+    return tensors
+
+
+def _bad(tensor: Tensor) -> int:
+    return int((~torch.isfinite(tensor)).sum())
+
+
+def _plan_of_file(
+    root: nn.Module, directory: Path, skews: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+) -> Plan:
+    """The plan that a file stands for, checked against the model."""
+    own = (directory / PLAN_FILE) if (directory / PLAN_FILE).is_file() else None
+    saved = Plan.from_json(own.read_text(encoding="utf-8")) if own else None
+    config = {} if saved else _config(directory / peft_files.CONFIG_FILE)
+    sites = {s.fqn: s for s in Program.of(root).sites}
+    if saved:
+        raw = [e.site for e in saved if not e.site.is_layer]
+        sites |= {r.fqn: r for r in raw if (r.fqn not in sites or sites[r.fqn].is_layer) and fits(root, r)}
+    names = {e.fqn: e.spec for e in saved} if saved else {}
+    where = directory / peft_files.WEIGHT_FILE
+    entries = []
+    order = {fqn: index for index, fqn in enumerate(sites)}
+    for fqn, skew in sorted(skews.items(), key=lambda item: order.get(item[0], -1)):
+        if fqn not in sites:
+            raise AdapterError(
+                f"{where}: rotates {fqn}, which is no layer of {type(root).__name__}. {_nearest(fqn, sites)}"
+            )
+        spec = names.get(fqn) or spec_from_config(config)
+        entries.append(_entry(sites[fqn], spec, skew, where))
+    expected = {e.fqn for e in saved} if saved else configured_sites(config, sites)
+    if missing := sorted(expected - set(skews)):
+        raise AdapterFileError(
+            f"{directory / peft_files.WEIGHT_FILE}: no rotation for {missing[0]}"
+            + (f" and {len(missing) - 1} more sites" if len(missing) > 1 else "")
+            + f", which {PLAN_FILE if saved else peft_files.CONFIG_FILE} names; is the file complete?"
+        )
+    if saved and (extra := sorted(set(skews) - expected)):
+        raise AdapterFileError(
+            f"{directory / peft_files.WEIGHT_FILE}: rotates {extra[0]}, which {PLAN_FILE} does not name"
+        )
+    known = dict(root.named_parameters(remove_duplicate=False))
+    for name, tensor in parameters.items():
+        if name not in known:
+            raise AdapterError(f"{where}: holds {name}, which is no parameter of {type(root).__name__}")
+        if known[name].shape != tensor.shape:
+            raise AdapterError(
+                f"{where}: {name} has shape {tuple(tensor.shape)}, the model's {tuple(known[name].shape)}"
+            )
+    if saved:
+        entries = [_as_saved(e, saved[e.fqn], skews[e.fqn], where) for e in entries]
+        modules, bias = saved.train_modules, saved.train_bias
+    else:
+        modules = tuple(config.get("modules_to_save") or ())
+        bias = {"oft_only": "oft"}.get(config.get("bias", "none"), config.get("bias", "none"))
+    return Plan(
+        type(root).__name__,
+        tuple(_with_kernel(e, root) for e in entries),
+        trace=saved.trace if saved else TraceInfo(),
+        train=tuple(n for n in known if n in parameters),
+        train_modules=modules,
+        train_bias=bias,
+    )
+
+
+def _with_kernel(entry: SitePlan, root: nn.Module) -> SitePlan:
+    """The entry with the way in which the layer that is here multiplies."""
+    if not entry.site.is_layer:
+        return entry
+    kernel, note = choose_kernel(root.get_submodule(entry.site.module), entry.spec.kernel)
+    return replace(entry, kernel=kernel, notes=(*entry.notes, note) if note else entry.notes)
+
+
+def _as_saved(entry: SitePlan, saved: SitePlan, skew: Tensor, where: Path) -> SitePlan:
+    """The entry with all that the plan beside the file knows of its site."""
+    entry = replace(entry, **{name: getattr(saved, name) for name in _KNOWN})
+    if len(entry.tied_blocks) not in (0, entry.blocks) or not _agrees(entry, skew):
+        raise AdapterFileError(
+            f"{where}: {entry.fqn}: blocks that share their parameters in {PLAN_FILE} have different numbers"
+        )
+    return entry
+
+
+def _config(path: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+    except FileNotFoundError:
+        raise AdapterFileError(f"no file {path}; it says how the numbers become a rotation") from None
+    except (ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{path} is not a JSON object: {error}") from None
+    if kind != "OFT":
+        raise AdapterFileError(f"{path}: peft_type is {kind!r}, expected 'OFT'")
+    return config
+
+
+def _entry(site: Site, spec: OFT, skew: Tensor, where: Path) -> SitePlan:
+    size = _block_size(skew.shape[-1]) if skew.dim() == 2 else None
+    rows = skew.shape[0] if skew.dim() == 2 else 0
+    copies = site.experts if spec.experts == "each" and site.experts else 1
+    blocks = site.in_features // size if size else 0
+    if size is None or blocks * size != site.in_features or rows != skew_rows(spec, blocks, copies):
+        asked = spec.block_size or spec.blocks
+        raise AdapterError(
+            f"{where}: {site.fqn}: skew of shape {tuple(skew.shape)} does not fit in_features {site.in_features}"
+            + (f" with block_share={spec.block_share}" if size else f"; {skew.shape[-1]} is not b(b-1)/2 for any b")
+            + f" (configuration: {asked}). Is it an adapter of another model?"
+        )
+    exact = spec if spec.geometry(site.in_features, site.fqn) == (blocks, size) else _resized(spec, size)
+    placement = choose_placement(site, exact)
+    return SitePlan(
+        site, exact, blocks * copies, size, f"file {where.parent.name}", owner=site.fqn, placement=placement
+    )
+
+
+def _resized(spec: OFT, size: int) -> OFT:
+    return replace(spec, block_size=size, blocks=None)
+
+
+def _block_size(entries: int) -> int | None:
+    size = (1 + math.isqrt(1 + 8 * entries)) // 2
+    return size if skew_size(size) == entries else None
+
+
+def _nearest(fqn: str, sites: Mapping[str, Site]) -> str:
+    close = difflib.get_close_matches(fqn, sites, 2, 0.5)
+    return f"Nearest: {', '.join(close)}" if close else f"It has {len(sites)} layers that can be rotated"
+
+
+def _check_same(here: Plan, file: Plan, skews: Mapping[str, Tensor], adapter: str) -> None:
+    """The adapter in the model and the file have to mean the same; the message names the first difference."""
+    mine, theirs = {e.fqn: e for e in here}, {e.fqn: e for e in file}
+    if only := sorted(set(mine) ^ set(theirs)):
+        side = "the model" if only[0] in mine else "the file"
+        raise AdapterError(
+            f"adapter {adapter!r}: {len(only)} sites are rotated on one side only, e.g. {only[0]} in {side}. Load it "
+            "under another name"
+        )
+    for fqn, entry in mine.items():
+        other = theirs[fqn]
+        for what, a, b in [
+            ("block_size", entry.block_size, other.block_size),
+            *((k, getattr(entry.spec, k), getattr(other.spec, k)) for k in _MEANING),
+        ]:
+            if a != b:
+                raise AdapterError(
+                    f"adapter {adapter!r}: {fqn}: {what} is {a} in the model and {b} in the file. "
+                    "Load it under another name"
+                )
+        if not _agrees(entry, skews[fqn]):
+            raise AdapterError(
+                f"adapter {adapter!r}: {fqn}: blocks that share their parameters in the model have different numbers "
+                "in the file. Load it under another name"
+            )
+        if entry.owner != fqn and not torch.equal(skews[fqn], skews[entry.owner]):
+            raise AdapterError(
+                f"adapter {adapter!r}: {fqn} shares the rotation of {entry.owner} in the model, but the file has "
+                "different numbers for them. Load it under another name"
+            )
+    if set(here.train) != set(file.train):
+        raise AdapterError(
+            f"adapter {adapter!r}: parameters that train whole differ: {sorted(set(here.train) ^ set(file.train))[:3]}"
+        )
+
+
+def _agrees(entry: SitePlan, skew: Tensor) -> bool:
+    tied = entry.tied_blocks
+    return entry.spec.block_share or all(torch.equal(skew[i], skew[tied.index(row)]) for i, row in enumerate(tied))
+
+
+@torch.no_grad()
+def _fill(
+    root: nn.Module,
+    store: AdapterStore,
+    adapter: str,
+    skews: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+) -> None:
+    for fqn, rotation in rotation_by_site(root, adapter).items():
+        rotation.set_every_skew(skews[fqn])
+    for name, tensor in parameters.items():
+        store.trained[adapter][name].copy_(tensor)

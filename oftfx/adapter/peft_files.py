@@ -1,0 +1,143 @@
+"""PEFT's adapter files, to write and to read. Verified against peft 0.21.2.
+
+``adapter_model.safetensors`` holds ``base_model.model.<site>.oft_R.weight`` (the skew, as here), and under
+``base_model.model.<name>`` what trains whole, with ``.base_layer`` before the bias of a rotated layer.
+``adapter_config.json`` says how the skew becomes a rotation; the size of its blocks is read from the tensor, because
+PEFT stores the size that was asked for and silently uses another where that does not divide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch.nn as nn
+
+from oftfx.errors import AdapterError, AdapterFileError
+from oftfx.model.site import Site
+from oftfx.planning.from_peft import VERSION, named
+from oftfx.planning.plans import Plan
+from oftfx.rotation.spec import OFT, nearest_divisor
+
+PREFIX = "base_model.model."
+SKEW, EMBEDDING_SKEW = ".oft_R.weight", ".oft_embedding_R.weight"
+CONFIG_FILE, WEIGHT_FILE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def key_of_skew(site: Site) -> str:
+    """File key of a site's skew."""
+    return f"{PREFIX}{site.fqn}{EMBEDDING_SKEW if site.kind == 'embedding' else SKEW}"
+
+
+def key_of_parameter(name: str, rotated: Iterable[str]) -> str:
+    """File key of a parameter that trains whole; PEFT wraps rotated layers, which shows in the key."""
+    owner, _, leaf = name.rpartition(".")
+    return f"{PREFIX}{owner}.base_layer.{leaf}" if owner in set(rotated) else PREFIX + name
+
+
+def read_keys(keys: Iterable[str], where: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Sort file keys into ``{site: key}`` and ``{parameter name: key}``.
+
+    Raises:
+        AdapterFileError: a key of another kind of adapter, named with what it looks like.
+    """
+    skews, parameters = {}, {}
+    for key in keys:
+        if not key.startswith(PREFIX):
+            raise AdapterFileError(f"{where}: key {key!r} does not start with {PREFIX!r}; this is not a PEFT OFT file")
+        name = key.removeprefix(PREFIX)
+        if name.endswith((SKEW, EMBEDDING_SKEW)):
+            skews[name.removesuffix(SKEW).removesuffix(EMBEDDING_SKEW)] = key
+        elif foreign := _FOREIGN.search(name):
+            raise AdapterFileError(
+                f"{where}: key {key!r} ({foreign.group(0).strip('._')}) is not of PEFT's OFT format >= 0.16, the one "
+                "that is read here"
+            )
+        else:
+            parameters[name.replace(".base_layer.", ".")] = key
+    if not skews:
+        raise AdapterFileError(f"{where}: no key ends with {SKEW!r}; the file holds no OFT rotation")
+    return skews, parameters
+
+
+_FOREIGN = re.compile(r"lora_\w+|hada_\w+|lokr_\w+|oft_r\b|oft_s\b|oft_blocks|oft_diag|boft_\w+|ia3_\w+")
+
+
+def config_for(plan: Plan, root: nn.Module) -> dict[str, Any]:
+    """``adapter_config.json`` for a plan.
+
+    Raises:
+        AdapterError: the plan's sites differ in ways that one PEFT configuration cannot say.
+    """
+    spec = plan.entries[0].spec
+    for entry in plan:
+        if entry.site.kind in ("experts", "functional") or not entry.site.is_layer:
+            raise AdapterError(
+                f"PEFT's layout knows layers only, not the parameter {entry.fqn}. Save with layout='oftfx'"
+            )
+        differing = [k for k in _SHARED if getattr(entry.spec, k) != getattr(spec, k)]
+        if differing or entry.block_size != _peft_block_size(spec, entry.site.in_features):
+            what = differing[0] if differing else "block_size"
+            raise AdapterError(
+                f"PEFT's layout has one {what} for all sites; {entry.fqn} differs from {plan.entries[0].fqn}. "
+                "Save with layout='oftfx', or give the groups of sites an adapter each"
+            )
+    config = {
+        "auto_mapping": None,
+        "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
+        "bias": {"oft": "oft_only"}.get(plan.train_bias, plan.train_bias),
+        "block_share": spec.block_share,
+        "coft": spec.coft_eps is not None,
+        "eps": spec.coft_eps if spec.coft_eps is not None else 6e-5,
+        "exclude_modules": None,
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": None,
+        "module_dropout": spec.dropout,
+        "modules_to_save": list(plan.train_modules) or None,
+        "num_cayley_neumann_terms": spec.terms,
+        "oft_block_size": 0 if spec.blocks else spec.block_size,
+        "peft_type": "OFT",
+        "peft_version": VERSION,
+        "r": spec.blocks or 0,
+        "revision": None,
+        "target_modules": _targets(plan, root),
+        "task_type": None,
+        "use_cayley_neumann": spec.parameterization != "cayley",
+    }
+    if spec.parameterization == "cayley_neumann_016":
+        del config["peft_version"]  # PEFT then knows that the file has the old meaning
+    return config
+
+
+def unusable_reason(site: Site, module: nn.Module) -> str:
+    """Why PEFT itself cannot use the rotation of a site, though its file format can hold it; empty where it can."""
+    if site.kind in ("conv1d", "conv3d", "conv_transpose", "conv1d_gpt2"):
+        return f"it does not know {type(module).__name__} layers"
+    if site.kind != "conv2d":
+        return ""
+    kernel: Any = module.kernel_size
+    if max(kernel) > 1:
+        return "its forward is wrong for kernels larger than 1 on inputs larger than the kernel"
+    return "it rotates all groups together" if module.groups != 1 else ""
+
+
+_SHARED = ("block_size", "blocks", "parameterization", "terms", "block_share", "coft_eps", "dropout")
+
+
+def _peft_block_size(spec: OFT, in_features: int) -> int:
+    if spec.blocks is not None:
+        return in_features // nearest_divisor(in_features, spec.blocks)
+    assert spec.block_size is not None
+    return nearest_divisor(in_features, spec.block_size)
+
+
+def _targets(plan: Plan, root: nn.Module) -> list[str]:
+    """Last parts of the paths where those select exactly the plan's sites, else whole paths."""
+    sites = {e.fqn for e in plan}
+    ends = sorted({fqn.rpartition(".")[2] for fqn in sites})
+    selected = {n for n, _ in root.named_modules() if n and named(ends, n)}
+    return ends if selected == sites else sorted(sites)

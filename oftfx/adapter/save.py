@@ -1,0 +1,88 @@
+"""Write adapter directories: whole, or not at all."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.adapter import peft_files
+from oftfx.adapter.store import AdapterStore, located
+from oftfx.errors import AdapterError, warn
+from oftfx.files import write_whole
+from oftfx.placement.find import rotated_sites
+from oftfx.planning.plans import Plan
+
+PLAN_FILE = "oftfx_plan.json"
+LAYOUTS = ("peft", "oftfx")
+
+
+def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", layout: str = "peft") -> Path:
+    """Write one adapter as a directory.
+
+    Args:
+        model: a transformed model.
+        path: the directory; made where it does not exist.
+        adapter: its name in the model; the files do not contain it.
+        layout: ``"peft"``: ``adapter_model.safetensors`` and ``adapter_config.json``, which PEFT loads; or ``"oftfx"``:
+            the same tensors with the plan beside them, for adapters whose sites differ in block size or settings.
+
+    Returns:
+        The directory.
+
+    Raises:
+        AdapterError: an unknown adapter or layout, or a plan that PEFT's configuration cannot say.
+    """
+    from safetensors.torch import save
+
+    root, store = located(model)
+    store.require(adapter)
+    if layout not in LAYOUTS:
+        raise AdapterError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    plan = store.adapters[adapter].plan
+    if layout == "peft":
+        _warn_of_peft(root, plan)
+        side = peft_files.CONFIG_FILE, json.dumps(peft_files.config_for(plan, root), indent=2, sort_keys=True)
+    else:
+        side = PLAN_FILE, plan.to_json()
+    tensors = {
+        k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for k, v in adapter_tensors(root, store, adapter)
+    }
+    directory = Path(path)
+    directory.mkdir(parents=True, exist_ok=True)
+    # The side file decides what the numbers mean; one of another layout must not stay beside them.
+    for stale in {peft_files.CONFIG_FILE, PLAN_FILE} - {side[0]}:
+        (directory / stale).unlink(missing_ok=True)
+    write_whole(directory / side[0], side[1].encode())
+    write_whole(directory / peft_files.WEIGHT_FILE, save(tensors, metadata={"format": "pt"}))
+    return directory
+
+
+def _warn_of_peft(root: nn.Module, plan: Plan) -> None:
+    reasons = {e.fqn: peft_files.unusable_reason(e.site, root.get_submodule(e.site.module)) for e in plan}
+    if found := {n: r for n, r in reasons.items() if r}:
+        name, reason = next(iter(found.items()))
+        warn(
+            f"PEFT cannot use this adapter at {len(found)} sites, e.g. {name}: {reason}; oftfx reads it back. "
+            "layout='oftfx' says so in its name"
+        )
+
+
+def adapter_tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[str, Tensor]]:
+    """What a file of one adapter holds: skews and whole parameters by their keys."""
+    plan = store.adapters[adapter].plan
+    rotations = rotation_by_site(root, adapter)
+    result: list[tuple[str, Tensor]] = [(peft_files.key_of_skew(e.site), rotations[e.fqn].every_skew()) for e in plan]
+    rotated = [e.fqn for e in plan]
+    result += [(peft_files.key_of_parameter(n, rotated), store.trained[adapter][n]) for n in plan.train]
+    return result
+
+
+def rotation_by_site(root: nn.Module, adapter: str) -> dict[str, Any]:
+    """The rotations of one adapter by the path of their site."""
+    return {fqn: p.rotations[adapter] for fqn, p in rotated_sites(root) if adapter in p.rotations}

@@ -1,0 +1,1 @@
+"""The command ``oftfx``; one file a command."""

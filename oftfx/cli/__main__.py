@@ -1,0 +1,5 @@
+"""``python -m oftfx.cli``."""
+
+from oftfx.cli.main import main
+
+main()

@@ -1,0 +1,1 @@
+"""What a fold needs and says: policies, inputs, original weights, records, measurements, the report."""

@@ -1,0 +1,134 @@
+"""Run a model on several inputs side by side, so that each layer can be changed once it has seen all of them."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.model.running import Inputs, call, evaluating, input_name
+
+
+class _Stopped(BaseException):
+    """Ends a forward that has nothing left to show; no handler of the model's own code should catch it."""
+
+
+@dataclass
+class _Run:
+    """One forward, in a thread of its own; it moves only between `resume` and the next message it sends."""
+
+    inputs: Inputs
+    resume: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
+    at: nn.Module | None = None
+    x: Tensor | None = None
+    finished: bool = False
+    error: BaseException | None = None
+
+
+class Lockstep:
+    """Forwards of one model that wait for each other at given layers.
+
+    The forward of every input runs until it reaches a layer of ``layers``. When none can go on, the first such layer is
+    shown with all inputs that wait for it, and may be changed; then these forwards go on with the changed layer. So in
+    one pass over the data each layer is treated knowing what the ones before it have become, whatever the model's code
+    looks like; no list of blocks is needed. Only one forward computes at a time; what the others keep is what they need
+    to go on, as the cached inputs of a block would be. After the last layer all forwards end.
+
+    A layer that only some inputs reach (an expert) is shown with those; one that is reached again (a shared layer) is
+    shown the first time.
+
+    Args:
+        model: runs in eval mode, without gradients.
+        layers: the layers to stop at, in the order to prefer where forwards wait at different ones.
+    """
+
+    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+        self.model, self.layers = model, list(layers)
+        self._rank = {m: i for i, m in enumerate(self.layers)}
+        self._open = set(self.layers)
+        self._messages: queue.SimpleQueue[_Run] = queue.SimpleQueue()
+        self._here = threading.local()
+        self._stopping = False
+
+    def run(self, batches: Sequence[Inputs], show: Callable[[nn.Module, list[Tensor]], None]) -> list[nn.Module]:
+        """Show every layer once with the tensors it is about to read; returns the layers that no input reached."""
+        runs = [_Run(b) for b in batches]
+        threads = [threading.Thread(target=self._forward, args=(r, _modes()), daemon=True) for r in runs]
+        handles = [m.register_forward_pre_hook(self._pause, prepend=True, with_kwargs=True) for m in self.layers]
+        try:
+            with evaluating(self.model):
+                for thread, run in zip(threads, runs, strict=True):
+                    thread.start()
+                    self._move(run)
+                while self._open and any(not r.finished for r in runs):
+                    layer = min((r.at for r in runs if r.at is not None), key=self._rank.__getitem__)
+                    waiting = [r for r in runs if r.at is layer]
+                    show(layer, [r.x for r in waiting if r.x is not None])
+                    self._open.discard(layer)
+                    for run in waiting:
+                        self._move(run)
+        finally:
+            self._stopping = True
+            for thread, run in zip(threads, runs, strict=True):
+                run.resume.release()
+                if thread.ident is not None:
+                    thread.join()
+            for handle in handles:
+                handle.remove()
+        return [m for m in self.layers if m in self._open]
+
+    def _move(self, run: _Run) -> None:
+        """Let one forward compute until it waits again or ends."""
+        run.at = run.x = None
+        run.resume.release()
+        moved = self._messages.get()
+        if moved.error is not None:
+            raise moved.error
+
+    def _forward(self, run: _Run, modes: Callable[[], ExitStack]) -> None:
+        run.resume.acquire()
+        self._here.run = run
+        try:
+            if not self._stopping:
+                with modes():
+                    call(self.model, run.inputs)
+        except _Stopped:
+            pass
+        except BaseException as error:  # carried over to the thread that waits for it
+            run.error = error
+        run.finished, run.at = True, None
+        self._messages.put(run)
+
+    def _pause(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        run: _Run | None = getattr(self._here, "run", None)
+        if run is None or module not in self._open:
+            return
+        if self._stopping:  # the model's code has caught the end and goes on
+            raise _Stopped
+        run.at, run.x = module, args[0] if args else kwargs[input_name(module, kwargs)]
+        self._messages.put(run)
+        run.resume.acquire()
+        if self._stopping or not self._open:
+            raise _Stopped
+
+
+def _modes() -> Callable[[], ExitStack]:
+    """What a new thread does not inherit: no gradients, and the caller's autocast."""
+    devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
+    dtypes = {d: torch.get_autocast_dtype(d) for d in devices}
+
+    def enter() -> ExitStack:
+        stack = ExitStack()
+        stack.enter_context(torch.no_grad())
+        for device in devices:
+            stack.enter_context(torch.autocast(device, dtypes[device]))
+        return stack
+
+    return enter

@@ -1,0 +1,156 @@
+"""What a fold did, measured: per site, and for the model as a whole."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from oftfx.errors import MissingExtraError
+from oftfx.folding.measure import Measured
+from oftfx.folding.record import SiteFold
+from oftfx.terminal import render
+
+COLUMNS = (
+    "site",
+    "format",
+    "action",
+    "update %",
+    "error %",
+    "output error %",
+    "survival",
+    "bytes before",
+    "bytes after",
+    "note",
+)
+LOW_SURVIVAL = 0.9
+
+
+@dataclass(frozen=True)
+class FoldReport:
+    """Iterates over its `SiteFold` rows; ``print(report)`` shows a summary, ``table()`` every site.
+
+    Attributes:
+        sites: one row a site.
+        adapters: what was folded, in order.
+        dropped: adapters that did not act and are gone from the folded model.
+        measured: the model's outputs on the calibration inputs, folded against unfolded; None where none were given.
+    """
+
+    sites: tuple[SiteFold, ...]
+    adapters: tuple[str, ...] = ()
+    dropped: tuple[str, ...] = ()
+    measured: Measured | None = None
+
+    @property
+    def output_error(self) -> float | None:
+        """Relative error of the model's outputs on the calibration inputs, or None."""
+        return None if self.measured is None else self.measured.output_error
+
+    def __iter__(self) -> Iterator[SiteFold]:
+        return iter(self.sites)
+
+    def __len__(self) -> int:
+        return len(self.sites)
+
+    @property
+    def survival(self) -> float:
+        """Share of the whole update that arrived: ``sum <W_folded - W, U> / sum |U|^2``, ``U = W_target - W``."""
+        total = sum(s.energy for s in self.sites)
+        return sum(s.energy * s.survival for s in self.sites) / total if total else 1.0
+
+    @property
+    def warnings(self) -> list[str]:
+        """What a user should not overlook."""
+        low = [s for s in self.sites if _kept(s) < LOW_SURVIVAL]
+        if not low:
+            return []
+        worst = min(low, key=_kept)
+        if all("calibrated" in s.action for s in low):
+            advice = "more varied calibration inputs may help; quantized='keep' or 'float' folds without loss"
+        else:
+            advice = "quantized='calibrate' with calibration=[inputs, ...] loses much less, 'keep' or 'float' nothing"
+        return [
+            f"{len(low)} of {len(self)} sites kept less than {LOW_SURVIVAL:.0%} of their update (worst: {worst.fqn}, "
+            f"{_kept(worst):.0%}); {advice}"
+        ]
+
+    def __str__(self) -> str:
+        actions = ", ".join(f"{n} {a}" for a, n in Counter(s.action for s in self.sites).items())
+        before, after = sum(s.bytes_before for s in self.sites), sum(s.bytes_after for s in self.sites)
+        worst = max((s.relative_error for s in self.sites), default=0.0)
+        lines = [
+            *(f"warning: {w}" for w in self.warnings),
+            f"folded {', '.join(self.adapters) or 'nothing'} into {len(self)} sites: {actions or 'none'}",
+            f"worst relative error of a weight {worst:.2e}, survival of the update {self.survival:.1%}, "
+            f"weights {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB after",
+        ]
+        if self.measured is not None:
+            lines.append(f"relative error of the model's output {self.measured.output_error:.2e}")
+            if self.measured.perplexity_before is not None:
+                lines.append(
+                    f"perplexity on the calibration inputs {self.measured.perplexity_before:.3f} unfolded, "
+                    f"{self.measured.perplexity_after:.3f} folded"
+                )
+        if self.dropped:
+            lines.append(f"adapters that did not act and are dropped: {', '.join(self.dropped)}")
+        return "\n".join(lines)
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """Cells of the table, as text."""
+        return [
+            (
+                s.fqn,
+                s.format,
+                s.action,
+                f"{100 * s.update:.3f}",
+                f"{100 * s.relative_error:.5f}",
+                "" if s.output_error is None else f"{100 * s.output_error:.4f}",
+                f"{s.survival:.4f}",
+                f"{s.bytes_before:,}",
+                f"{s.bytes_after:,}",
+                s.note,
+            )
+            for s in self.sites
+        ]
+
+    def table(self) -> str:
+        """One row a site (needs the ``report`` extra)."""
+        return render("Fold", COLUMNS, self.rows()) + str(self) + "\n"
+
+    def to_json(self) -> str:
+        """All figures as JSON text."""
+        return json.dumps(
+            {**asdict(self), "output_error": self.output_error, "survival": self.survival, "warnings": self.warnings},
+            indent=1,
+        )
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the report as one HTML file (needs the ``report`` extra)."""
+        try:
+            from jinja2 import Environment
+        except ImportError as error:
+            raise MissingExtraError("jinja2", "report", "An HTML report") from error
+        template = Environment(autoescape=True).from_string(_HTML)
+        text = template.render(columns=COLUMNS, rows=self.rows(), summary=str(self).splitlines())
+        Path(path).write_text(text, encoding="utf-8")
+
+
+def _kept(site: SiteFold) -> float:
+    """The share of the update that arrived: in the layer's output where that was seen, else in its weight."""
+    return site.survival if site.output_survival is None else site.output_survival
+
+
+_HTML = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>oftfx fold report</title><style>
+body { font: 14px/1.5 system-ui, sans-serif; margin: 2rem; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .8rem; text-align: left; border-bottom: 1px solid #ddd; }
+</style></head><body><h1>Fold report</h1>
+{% for line in summary %}<p>{{ line }}</p>{% endfor %}
+<table><tr>{% for c in columns %}<th>{{ c }}</th>{% endfor %}</tr>
+{% for row in rows %}<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>{% endfor %}
+</table></body></html>
+"""

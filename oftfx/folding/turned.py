@@ -1,0 +1,137 @@
+"""A weight before its fold, and what its rotations make of it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.errors import FoldError
+from oftfx.folding.record import SiteFold
+from oftfx.formats.base import WeightFormat
+from oftfx.formats.layout import Layout
+from oftfx.placement.base import Placement
+from oftfx.placement.frozen import product_of
+
+
+@dataclass(frozen=True, eq=False)
+class Turned:
+    """What is known of a weight that is to be folded.
+
+    Attributes:
+        fqn: path of its site.
+        placement: its rotations.
+        format: how it is stored.
+        layout: which axis of it they turn.
+        base: the weight as it is, ``(out, in)``.
+        chain: blocks, in the order in which they act.
+        target: the weight turned by them.
+        update: relative size of ``target - base``.
+        energy: ``|target - base|^2``.
+        before: bytes of the weight.
+        note: for the report.
+    """
+
+    fqn: str
+    placement: Placement
+    format: WeightFormat
+    layout: Layout
+    base: Tensor
+    chain: list[Tensor]
+    target: Tensor
+    update: float
+    energy: float
+    before: int
+    note: str
+
+    @classmethod
+    def of(cls, fqn: str, placement: Placement, weight_format: WeightFormat, note: str = "") -> Turned | None:
+        """The weight of a site and what it becomes; None where its rotation is exactly the identity.
+
+        Raises:
+            FoldError: the rotated weight is not finite.
+        """
+        module, chain = placement.module, product_of(placement.in_effect())
+        if all(_is_identity(b) for b in chain):
+            return None
+        base = weight_format.dequantize(module)
+        layout = weight_format.layout(module)
+        chain = [b.to(base.device) for b in chain]
+        target = layout.turned_by(base, chain)
+        difference = size(target - base)
+        update = share(difference, size(base))
+        if not math.isfinite(update):
+            raise FoldError(f"{fqn}: the rotated weight is not finite; look at the adapter's values there")
+        before = weight_format.nbytes(module)
+        return cls(fqn, placement, weight_format, layout, base, chain, target, update, difference**2, before, note)
+
+    @property
+    def module(self) -> nn.Module:
+        """The layer."""
+        return self.placement.module
+
+    def arrived(self, folded: Tensor) -> tuple[float, float]:
+        """Relative error of the folded weight, and survival of the update."""
+        folded, wanted = folded.to(self.base.device), self.target - self.base
+        survival = float(torch.sum((folded - self.base) * wanted)) / self.energy if self.energy > 0 else 1.0
+        return share(size(folded - self.target), size(self.target)), survival
+
+    def line(
+        self,
+        action: str,
+        error: float,
+        survival: float,
+        after: int,
+        *,
+        note: str | None = None,
+        outputs: tuple[float | None, float | None] = (None, None),
+    ) -> SiteFold:
+        """The site's line of the report."""
+        return SiteFold(
+            fqn=self.fqn,
+            format=self.format.name,
+            action=action,
+            update=self.update,
+            energy=self.energy,
+            relative_error=error,
+            survival=survival,
+            bytes_before=self.before,
+            bytes_after=after,
+            note=self.note if note is None else note,
+            output_error=outputs[0],
+            output_survival=outputs[1],
+        )
+
+    def check_finite(self, error: float, dtype: torch.dtype) -> None:
+        """Refuse a weight that its dtype cannot hold.
+
+        Raises:
+            FoldError: the error of what was written is not finite.
+        """
+        if not math.isfinite(error):
+            raise FoldError(f"{self.fqn}: the rotated weight overflows {dtype}; fold in a wider dtype")
+
+
+def untouched(fqn: str, placement: Placement, weight_format: WeightFormat) -> SiteFold:
+    """The line of a site whose rotation is exactly the identity; the rotation goes, the weight stays bit for bit."""
+    nbytes = weight_format.nbytes(placement.module)
+    placement.drop()
+    return SiteFold(fqn, weight_format.name, "untouched", bytes_before=nbytes, bytes_after=nbytes)
+
+
+def size(weight: Tensor) -> float:
+    """Frobenius norm; torch sums in a tree, so float32 is good to six digits."""
+    return float(torch.linalg.vector_norm(weight))
+
+
+def share(part: float, whole: float) -> float:
+    """``part / whole``; a weight of zeros stays zeros under any rotation."""
+    return part / whole if whole else part
+
+
+def _is_identity(blocks: Tensor) -> bool:
+    eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    return bool((blocks == eye).all())

@@ -1,0 +1,238 @@
+"""Fold adapters into the weights, with a measured report; and undo it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+import torch.nn as nn
+
+from oftfx.adapter.fingerprint import fingerprint
+from oftfx.adapter.store import AdapterStore, drop_store, keep_store, located
+from oftfx.errors import AdapterError, FoldError
+from oftfx.folding.journal import Journal
+from oftfx.folding.measure import Measured, measure
+from oftfx.folding.note import forget_fold, note_fold
+from oftfx.folding.policies import Policy
+from oftfx.folding.record import Folds, SiteFold
+from oftfx.folding.reference import Reference, ReferenceWeights
+from oftfx.folding.report import FoldReport
+from oftfx.model.huggingface import QuantizerNotes, note_float_layers
+from oftfx.model.structure import structural_copy
+from oftfx.passes.fold_into_producers import FoldIntoProducers
+from oftfx.passes.fold_rotations import FoldRotations
+from oftfx.passes.protocol import PassManager
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import Producer
+from oftfx.terminal import bar
+
+_MEASURED = 8  # batches that both models run: calibrating needs many, an error is known by fewer
+
+
+@dataclass(frozen=True)
+class FoldResult:
+    """A folded model and what the fold did. Keeping it keeps the old weights, for `unfold`; ``.model`` alone does not.
+
+    Of a fold in place without ``undo`` nothing is kept.
+
+    Attributes:
+        model: a plain model, without trainable rotations.
+        report: see `FoldReport`.
+    """
+
+    model: nn.Module
+    report: FoldReport
+    _before: nn.Module | None = field(repr=False, default=None)
+    _undo: Before | None = field(repr=False, default=None)
+
+
+def fold(
+    model: nn.Module,
+    *,
+    quantized: Policy = "keep",
+    adapter: str | Sequence[str] | None = None,
+    into: Literal["site", "producer"] = "site",
+    calibration: Iterable[Mapping[str, Any] | tuple[Any, ...]] | None = None,
+    reference: Reference | None = None,
+    inplace: bool = False,
+    undo: bool | None = None,
+    progress: bool | Callable[[int, int], None] = False,
+) -> FoldResult:
+    """Put rotations into the weights they stand in front of: ``W' = W @ blockdiag(R)^T``.
+
+    Float weights are folded exactly: in float32 (float64 for float64 weights), blockwise, rounded once. Quantized ones
+    by policy. A weight whose rotation is exactly the identity is not touched.
+
+    Args:
+        model: a transformed model.
+        quantized: ``"keep"``: the quantized weight stays bit for bit and a fixed rotation stays in front of it (exact);
+            ``"float"``: the layer becomes a float one (exact, larger); ``"requantize"``: rounded to the format's
+            nearest codes, which loses part of a small update, see `FoldReport.survival`; ``"calibrate"``: rounded so
+            that the layer's outputs on ``calibration`` change least, error-compensated, layer after layer in the order
+            in which the model runs them; ``"reference"``: the rotated original float weights are rounded, with error
+            compensation where there is ``calibration``. A `Budget` takes for each site the first policy that is good
+            enough; a function from `Site` gives any of these.
+        adapter: which adapters, in the order they act; None for the active ones. Others are dropped, and reported.
+        into: ``"producer"``: where a site's rotation can be pushed exactly into the layer that makes its input (v_proj
+            for o_proj, say), its own weight stays bit for bit and that layer's rows are turned; the report says for
+            every other site why it is folded on itself instead. See `FindProducers`.
+        calibration: inputs of the model (dicts of keyword arguments or tuples), some dozens of real ones: for the
+            policies that need them, and (the first eight) to measure the whole model's output error and perplexity on.
+        reference: the original float model, the directory of its checkpoint, or a function from module path to weight.
+            Only for adapters that were trained on the float model: one that was trained on a quantized model has learnt
+            that model's errors as well, and they are not in these weights.
+        inplace: change ``model`` itself; otherwise the result shares every tensor that the fold does not replace.
+        undo: keep what `unfold` needs. By default that of a fold in place is not kept, for it is the old weights: the
+            memory of the whole model again. Interrupted, a fold in place then stays where it is: each site is folded or
+            still rotates, so the model computes what the folded adapters did (up to the rounding asked for), and
+            another fold ends it. With ``undo=True`` an interruption leaves the model as it was.
+        progress: True for a progress bar (needs the ``report`` extra), or a function of (sites done, all sites).
+
+    Returns:
+        The folded model and its report.
+
+    Raises:
+        AdapterError: the model has no adapters, an unknown name, or none acts.
+        FoldError: see `FoldRotations`.
+    """
+    root, store = located(model)
+    names = store.active if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter)
+    store.require(*names)
+    if not names:
+        raise AdapterError(f"no adapter is active; name one of {', '.join(store.adapters)} in fold(adapter=...)")
+    if len(set(names)) != len(names):
+        raise AdapterError(f"an adapter is named twice in {list(names)}")
+    if into not in ("site", "producer"):
+        raise FoldError(f"into: got {into!r}, expected 'site' or 'producer'")
+    hashes = {name: fingerprint(root, name) for name in names}
+    batches = _batches(calibration)
+    original = None if reference is None else ReferenceWeights(reference)
+    keeps = not inplace if undo is None else undo
+    journal = Journal(keep=inplace and keeps)
+    # The state before is kept as a structure of its own; nothing the user does to the model afterwards reaches it.
+    before = structural_copy(root) if not inplace or batches else None
+    target = root if inplace else structural_copy(root)
+    own = located(target)[1]
+    before_fold = Before.of(target, own, journal)
+    try:
+        own.activate(target, names)
+        program, folds = Program.of(target), list[Folds]()
+        if into == "producer":
+            push = FoldIntoProducers(_producers(store, names), journal)
+            folds.append(PassManager([push], verify=batches[0] if batches else None).run(program).found[push.name])
+        with bar("fold") if progress is True else nullcontext(progress or None) as report_progress:
+            step = FoldRotations(
+                quantized, calibration=batches, reference=original, progress=report_progress, journal=journal
+            )
+            folds.append(PassManager([step]).run(program).found[step.name])
+    except BaseException as error:  # also an interruption
+        if journal.keep:
+            before_fold.restore(target)
+        elif not journal.sites:
+            own.activate(target, before_fold.active)
+        else:
+            own.forget_folded(target)
+            error.add_note(
+                f"oftfx.fold: {journal.sites} sites were under way or done when this happened; each is folded or still "
+                "rotates. Fold again to end it; undo=True would have brought all back"
+            )
+        raise
+    for parameter in own.parameters(names):
+        parameter.requires_grad_(False)
+    drop_store(target)
+    sites = [_with_reason(s, folds[0].left) for each in folds for s in each.sites]
+    note_float_layers(target, [s.fqn for s in sites if s.action == "dequantized"])
+    measured = None if before is None or not batches else _measured(before, target, names, batches)
+    report = FoldReport(tuple(sites), names, tuple(n for n in store.adapters if n not in names), measured)
+    note_fold(target, report, hashes)
+    return FoldResult(target, report, before if keeps and not inplace else None, before_fold if journal.keep else None)
+
+
+def unfold(result: FoldResult) -> nn.Module:
+    """Bring the adapters back: every weight has its original bytes, every rotation its place.
+
+    A fold in place is undone in place. Otherwise the result is a module tree of its own, and the folded model stays.
+
+    Raises:
+        FoldError: nothing is known of the state before.
+    """
+    if result._before is not None:
+        return structural_copy(result._before)
+    if result._undo is None:
+        raise FoldError("this fold kept nothing of the state before it; fold with undo=True to undo it")
+    result._undo.restore(result.model)
+    return result.model
+
+
+@dataclass(frozen=True)
+class Before:
+    """What a fold in place has to bring back besides the sites themselves."""
+
+    store: AdapterStore
+    active: tuple[str, ...]
+    trainable: tuple[nn.Parameter, ...]
+    quantizer: QuantizerNotes
+    journal: Journal
+
+    @classmethod
+    def of(cls, model: nn.Module, store: AdapterStore, journal: Journal) -> Before:
+        """The state now; ``journal`` will know what happened to each site."""
+        trainable = tuple(p for p in store.parameters(tuple(store.adapters)) if p.requires_grad)
+        return cls(store, store.active, trainable, QuantizerNotes(model), journal)
+
+    def restore(self, model: nn.Module) -> None:
+        """Bring it back into the same model."""
+        self.journal.restore(model)
+        keep_store(model, self.store)
+        self.store.activate(model, self.active)
+        for parameter in self.trainable:
+            parameter.requires_grad_(True)
+        self.quantizer.restore(model)
+        forget_fold(model)
+
+
+def _producers(store: AdapterStore, names: Sequence[str]) -> dict[str, Producer | str]:
+    """For each site its producer, or why it has none; adapters that act together have to agree."""
+    found: dict[str, Producer | str] = {}
+    for name in names:
+        for entry in store.adapters[name].plan:
+            mine: Producer | str = entry.producer or entry.producer_reason
+            if found.setdefault(entry.fqn, mine) != mine:
+                found[entry.fqn] = "the adapters' plans differ in its producer"
+    return found
+
+
+def _with_reason(site: SiteFold, reasons: Mapping[str, str]) -> SiteFold:
+    reason = reasons.get(site.fqn)
+    note = "; ".join(n for n in (site.note, f"not into a producer: {reason}") if n)
+    return replace(site, note=note) if reason and site.action != "untouched" else site
+
+
+def _batches(calibration: Any) -> list[Mapping[str, Any] | tuple[Any, ...]]:
+    if calibration is None:
+        return []
+    if isinstance(calibration, (Mapping, torch.Tensor, str)):
+        raise FoldError(
+            f"calibration: got a {type(calibration).__name__}, expected an iterable of inputs, e.g. [inputs]; each a "
+            "dict of keyword arguments or a tuple"
+        )
+    batches = list(calibration)
+    if wrong := [b for b in batches if not isinstance(b, (Mapping, tuple))]:
+        raise FoldError(f"calibration: a {type(wrong[0]).__name__} among the inputs; each is a dict or a tuple")
+    return batches
+
+
+def _measured(
+    before: nn.Module, after: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str, Any] | tuple[Any, ...]]
+) -> Measured:
+    """The folded model against the unfolded one with the same adapters; ``before`` is left as it was."""
+    store = located(before)[1]
+    active = store.active
+    store.activate(before, tuple(names))
+    try:
+        return measure(before, after, batches[:_MEASURED])
+    finally:
+        store.activate(before, active)

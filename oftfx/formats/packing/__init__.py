@@ -1,0 +1,1 @@
+"""How codes lie in words and bytes, as the packages store them."""

@@ -1,0 +1,55 @@
+"""Which formats there are, and which of them stores the weight of a layer."""
+
+from __future__ import annotations
+
+import torch.nn as nn
+
+from oftfx.errors import FormatError
+from oftfx.formats.aqlm import Aqlm
+from oftfx.formats.awq import Awq
+from oftfx.formats.base import WeightFormat
+from oftfx.formats.bnb4 import Bnb4
+from oftfx.formats.bnb8 import Bnb8
+from oftfx.formats.dense import Dense
+from oftfx.formats.eetq import Eetq
+from oftfx.formats.gptq import Gptq
+from oftfx.formats.hf_fp8 import HfFp8
+from oftfx.formats.hqq import Hqq
+from oftfx.formats.inc_fp8 import IncFp8
+from oftfx.formats.inc_woq import IncWeightOnly
+from oftfx.formats.torchao import TorchAO
+
+_BUILTIN: tuple[WeightFormat, ...] = (
+    *(Aqlm(), Eetq(), IncFp8(), HfFp8(), IncWeightOnly(), TorchAO()),
+    *(Awq(), Gptq(), Hqq(), Bnb8(), Bnb4(), Dense()),
+)
+_formats: dict[str, WeightFormat] = {f.name: f for f in _BUILTIN}  # in the order they are asked
+
+
+def register_format(weight_format: WeightFormat) -> WeightFormat:
+    """Add a format; later ones are asked first, so a user's format can take over a class of layers."""
+    others = {n: f for n, f in _formats.items() if n != weight_format.name}
+    _formats.clear()
+    _formats.update({weight_format.name: weight_format, **others})
+    return weight_format
+
+
+def formats() -> dict[str, WeightFormat]:
+    """All formats by name, in the order they are asked."""
+    return dict(_formats)
+
+
+def format_of(module: nn.Module) -> WeightFormat | None:
+    """The format that stores the weight of ``module``, or None where none does."""
+    return next((f for f in _formats.values() if f.matches(module)), None)
+
+
+def format_named(name: str) -> WeightFormat:
+    """The format of that name.
+
+    Raises:
+        FormatError: there is none.
+    """
+    if name not in _formats:
+        raise FormatError(f"unknown weight format {name!r}; known: {', '.join(sorted(_formats))}")
+    return _formats[name]

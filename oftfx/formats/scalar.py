@@ -1,0 +1,45 @@
+"""Formats that store each element of a weight as a code on a grid of scales: rounding is the same for all of them."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.formats.base import WeightFormat, WeightState
+from oftfx.grids import Codes, Grid, compensated
+
+
+class ScalarFormat(WeightFormat):
+    """A `WeightFormat` by three functions: the layer's grid, its codes, and how codes are packed."""
+
+    @abstractmethod
+    def grid(self, module: nn.Module) -> Grid:
+        """The values that the layer can store; tensors in it on the device of the weight."""
+
+    @abstractmethod
+    def codes(self, module: nn.Module) -> Codes:
+        """What is stored, whatever the packing; never a view of it."""
+
+    @abstractmethod
+    def pack(self, coded: Codes, like: nn.Module) -> WeightState:
+        """Codes on the grid of ``like`` in the way it stores its own; ``like`` is not changed."""
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """``(level(code) - zero) * scale``, multiplied in the dtype in which the format's runtime does."""
+        return self.grid(module).values(self.codes(module))
+
+    @torch.no_grad()
+    def requantize(self, weight: Tensor, like: nn.Module) -> WeightState:
+        """Nearest codes; groups whose weights have not changed keep their bytes."""
+        return self.pack(self.grid(like).nearest(weight.float(), self.codes(like)), like)
+
+    @torch.no_grad()
+    def calibrate(self, weight: Tensor, like: nn.Module, moments: Tensor) -> WeightState:
+        """Error-compensated rounding with new scales; see `oftfx.grids.compensated`.
+
+        The stored scales would miss the outputs by less where an update is small, by rounding all of it away.
+        """
+        return self.pack(compensated(self.grid(like), weight, moments), like)

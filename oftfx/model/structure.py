@@ -1,0 +1,113 @@
+"""Copies of a model's structure that share every tensor."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, TypeVar
+
+import torch
+import torch.nn as nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from oftfx.errors import OftfxError
+from oftfx.formats.registry import format_of
+
+M = TypeVar("M", bound=nn.Module)
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+"""Attributes of a module that hold its forward hooks."""
+
+
+def structural_copy(model: M) -> M:
+    """A module tree of its own over the same tensors: same classes, names, hooks and attributes.
+
+    Buffers are the same objects, but for the running statistics of batch norms. Parameters are new ones over the same
+    memory, so freezing or moving the copy leaves
+    the original alone. A quantized layer whose runtime may rewrite its weight in place gets state objects of its own
+    over the same bytes (`WeightFormat.own`).
+
+    Raises:
+        OftfxError: something in the model cannot be copied (a lock, an open file).
+    """
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(module, _NormBase):  # a forward in training mode writes these
+            memo.update((id(b), b.clone()) for b in module._buffers.values() if b is not None)
+        for tensor in _tensors(vars(module), set()):
+            if id(tensor) in memo:
+                continue
+            memo[id(tensor)] = _sharing(tensor)
+            # What hangs on a tensor (a quant_state) belongs to it and is shared with it.
+            for value in getattr(tensor, "__dict__", {}).values():
+                if not isinstance(value, nn.Module):
+                    memo.setdefault(id(value), value)
+    try:
+        result = copy.deepcopy(model, memo)
+    except TypeError as error:
+        raise OftfxError(
+            f"the structure of {type(model).__name__} cannot be copied: {error}. Use inplace=True, or "
+            "remove that attribute"
+        ) from error
+    for module in result.modules():
+        weight_format = format_of(module)
+        if weight_format is not None:
+            weight_format.own(module)
+    return result
+
+
+def _sharing(tensor: torch.Tensor) -> torch.Tensor:
+    if type(tensor) is not nn.Parameter:
+        return tensor
+    result = nn.Parameter(tensor.detach(), requires_grad=tensor.requires_grad)
+    vars(result).update(vars(tensor))
+    return result
+
+
+def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+    """Tensors reachable from a value without entering other modules."""
+    if id(value) in seen:
+        return
+    seen.add(id(value))
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item, seen)
+    elif isinstance(value, (list, tuple, set)):
+        for item in value:
+            yield from _tensors(item, seen)
+    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
+        yield from _tensors(vars(value), seen)
+
+
+def is_own_module(module: nn.Module) -> bool:
+    """Whether a module is one of ours (a rotation), which no rule ever reaches."""
+    return type(module).__module__.startswith("oftfx.")
+
+
+def replace_module(model: nn.Module, old: nn.Module, new: nn.Module) -> None:
+    """Put ``new`` wherever ``old`` is registered; a layer may have several names."""
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is old:
+                parent._modules[name] = new
+
+
+def twin(module: nn.Module) -> nn.Module:
+    """A shallow copy of a module and its children over the same parameter and buffer dictionaries.
+
+    Mode and hooks are its own, so a graph may change its mode without changing the model's.
+    """
+    result = module.__class__.__new__(module.__class__)
+    vars(result).update(vars(module))
+    for name in HOOKS:
+        vars(result)[name] = vars(module)[name].copy()
+    result._modules = {k: None if c is None else twin(c) for k, c in module._modules.items()}
+    return result

@@ -1,0 +1,1 @@
+"""Language models that decode with a cache: their graphs, GenAI directories, and greedy decoding in numpy."""

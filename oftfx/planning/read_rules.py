@@ -1,0 +1,107 @@
+"""Read every accepted form of rules: objects, a mapping, a word, a TOML file, a PEFT configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from oftfx.errors import RuleError
+from oftfx.planning.from_peft import rules_from_config, trained_by_config
+from oftfx.planning.rules import Rule
+from oftfx.rotation.spec import OFT
+
+Rules = Rule | Sequence[Rule] | Mapping[Any, "OFT | None"] | str | Path
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What a user asks for, whatever it was said with.
+
+    Attributes:
+        rules: the first that matches a site wins.
+        train: names or globs of further modules that train whole.
+        train_bias: the biases that do: ``"none"``, ``"all"`` or ``"oft"``.
+    """
+
+    rules: tuple[Rule, ...]
+    train: tuple[str, ...] = ()
+    train_bias: str = "none"
+
+    @property
+    def specs(self) -> tuple[OFT, ...]:
+        """Of the rules that rotate."""
+        return tuple(r.spec for r in self.rules if r.spec is not None)
+
+
+def asked_for(rules: Rules | Any, train: Sequence[str] = (), train_bias: str = "none") -> Asked:
+    """Rules with what trains besides; a PEFT ``OFTConfig`` says that too (``modules_to_save``, ``bias``).
+
+    Raises:
+        RuleError: see `read_rules`.
+    """
+    found = read_rules(rules)
+    if getattr(rules, "peft_type", None) is None:
+        return Asked(found, tuple(train), train_bias)
+    own, bias = trained_by_config(rules)
+    return Asked(found, (*train, *own), bias if train_bias == "none" else train_bias)
+
+
+def read_rules(rules: Rules | Any) -> tuple[Rule, ...]:
+    """Bring every accepted form of ``rules`` to a tuple of `Rule`; the first that matches a site wins.
+
+    Args:
+        rules: a `Rule`, a sequence of them, a mapping ``{target: OFT | None}``, ``"all-linear"``, a PEFT
+            ``OFTConfig``, or the path of a TOML file with ``[[rule]]`` tables (``target``, optional ``optional``,
+            ``exclude = true`` or the fields of `OFT`).
+
+    Raises:
+        RuleError: any other type, an empty list, a file that is missing or malformed.
+    """
+    if isinstance(rules, Rule):
+        return (rules,)
+    if isinstance(rules, Mapping):
+        result = tuple(Rule(target, spec) for target, spec in rules.items())
+    elif isinstance(rules, str) and rules == "all-linear":
+        return (Rule("all-linear", OFT()),)
+    elif isinstance(rules, Path) or (isinstance(rules, str) and rules.endswith(".toml")):
+        result = _read_toml(Path(rules))
+    elif getattr(rules, "peft_type", None) is not None:
+        return rules_from_config(rules)
+    elif isinstance(rules, Sequence) and not isinstance(rules, str):
+        if wrong := [r for r in rules if not isinstance(r, Rule)]:
+            raise RuleError(f"a list of rules holds Rule objects, got {wrong[0]!r}")
+        result = tuple(r for r in rules if isinstance(r, Rule))
+    else:
+        raise RuleError(
+            f"rules: got {rules!r}; expected a Rule, a list of Rules, a mapping {{target: OFT(...) or None}}, "
+            "'all-linear', a PEFT OFTConfig or the path of a .toml file"
+        )
+    if not result:
+        raise RuleError("rules: empty, nothing would be rotated; 'all-linear' is a good start")
+    return result
+
+
+def _read_toml(path: Path) -> tuple[Rule, ...]:
+    import tomllib
+
+    try:
+        with path.open("rb") as file:
+            document = tomllib.load(file)
+    except FileNotFoundError:
+        raise RuleError(f"rules: no file {path}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise RuleError(f"rules: {path} is not TOML: {error}") from None
+    tables = document.get("rule")
+    if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
+        raise RuleError(f"rules: {path}: expected [[rule]] tables, found {', '.join(document) or 'nothing'}")
+    result = []
+    for table in tables:
+        fields = dict(table)
+        if "target" not in fields:
+            raise RuleError(f"rules: a [[rule]] in {path} has no target: {table}")
+        target, optional = fields.pop("target"), fields.pop("optional", False)
+        excluded = fields.pop("exclude", False)
+        result.append(Rule(target, None if excluded else OFT.from_dict(fields), optional=optional))
+    return tuple(result)

@@ -1,1 +1,0 @@
-"""Plans and folds as tables, JSON and HTML."""

@@ -1,0 +1,1 @@
+"""What is copied beside a served model, as it is; nothing in here imports oftfx or torch."""

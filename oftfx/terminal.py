@@ -1,0 +1,65 @@
+"""Tables and progress bars, by `rich`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from oftfx.errors import MissingExtraError
+
+
+def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, width: int | None = None) -> str:
+    """A table as text; columns whose cells look like numbers are aligned to the right.
+
+    Args:
+        title: line above the table.
+        columns: headings.
+        rows: cells, one a column.
+        width: characters a line; the terminal's where None, and never cut where there is no terminal.
+
+    Raises:
+        MissingExtraError: `rich` is not installed.
+    """
+    try:
+        from rich import box
+        from rich.console import Console
+        from rich.table import Table
+    except ImportError as error:
+        raise MissingExtraError("rich", "report", "A table") from error
+    cells = [list(map(str, r)) for r in rows]
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for index, column in enumerate(columns):
+        numeric = bool(cells) and all(_is_number(r[index]) for r in cells)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        table.add_row(*row)
+    console = Console(width=width or max(Console().width, 160 if not Console().is_terminal else 0))
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip() + "\n"
+
+
+def _is_number(cell: str) -> bool:
+    return cell in ("", "-") or cell[:1].isdigit() or cell[:1] in "+-."
+
+
+Advance = Callable[[int, int], None]
+
+
+@contextmanager
+def bar(title: str) -> Iterator[Advance]:
+    """Show progress on standard error for as long as the block runs; it gets a function of (done, all).
+
+    Raises:
+        MissingExtraError: `rich` is not installed.
+    """
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+    except ImportError as error:
+        raise MissingExtraError("rich", "report", "A progress bar") from error
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), Remaining())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

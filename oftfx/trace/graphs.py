@@ -1,0 +1,72 @@
+"""The whole program of a model as an executable graph."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch.nn as nn
+
+from oftfx.errors import RuleError, TraceError
+from oftfx.trace.graph_module import ProgramGraph
+from oftfx.trace.inputs import ExampleInputs
+from oftfx.trace.record import record
+
+
+def graph(
+    model: nn.Module, example_inputs: ExampleInputs = None, *, on_miss: Literal["error", "eager"] = "error"
+) -> ProgramGraph:
+    """Record the whole program of a model as an executable graph, active rotations as explicit nodes.
+
+    Sizes of the inputs stay free where the program allows it; a guard, the graph's first node, refuses calls that the
+    recording does not stand for. Parameters are the same objects under the same names.
+
+    Args:
+        model: any module, transformed or not.
+        example_inputs: see `plan`. Sizes 0 and 1 are taken as fixed.
+        on_miss: what a call that the guard refuses gets: a clear error, or the answer of the model itself.
+
+    Raises:
+        RuleError: another ``on_miss``.
+        TraceError: the program depends on data, or cannot be recorded for another reason (which is named).
+    """
+    if on_miss not in ("error", "eager"):
+        raise RuleError(f"on_miss: got {on_miss!r}, expected 'error' or 'eager'")
+    try:
+        recording = record(model, example_inputs, dynamic=True, executable=True)
+    except TraceError:
+        raise
+    except Exception as error:
+        raise TraceError(
+            f"{type(model).__name__} cannot be recorded on fake tensors: {type(error).__name__}: {error}. "
+            "emit='modules' needs no recording"
+        ) from error
+    if recording.rung != "graph":
+        raise TraceError(f"{type(model).__name__} cannot become a graph: {recording.reason}")
+    assert recording.module is not None
+    other = _recorded_in_other_mode(model, example_inputs)
+    if not _same_program(recording.graph, other):
+        guard = recording.module.get_submodule("_guard")
+        guard.recorded_training = model.training  # type: ignore[assignment]
+    recording.module.on_miss = on_miss
+    return recording.module
+
+
+def _recorded_in_other_mode(model: nn.Module, example_inputs: Any) -> Any:
+    modes = [(m, m.training) for m in model.modules()]
+    model.train(not model.training)
+    try:
+        return record(model, example_inputs, dynamic=True).graph
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _same_program(a: Any, b: Any) -> bool:
+    """Whether two recordings have the same nodes with the same constants; inputs, guard and output aside."""
+
+    def text(graph: Any) -> list[str]:
+        skipped = ("placeholder", "output")
+        nodes = [n for n in graph.nodes if n.op not in skipped and n.target != "_guard"]
+        return [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in nodes]
+
+    return text(a) == text(b)

@@ -1,1 +1,0 @@
-"""Weight formats, one file each; see `oftfx.formats` for the protocol they share."""

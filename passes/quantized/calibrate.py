@@ -1,0 +1,58 @@
+"""Round the rotated weight so that the layer's outputs change least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.folding.lockstep import Lockstep
+from oftfx.folding.moments import Moments
+from oftfx.folding.record import SiteFold
+from oftfx.folding.turned import Turned
+from oftfx.folding.workbench import Workbench
+from oftfx.model.running import Inputs
+from oftfx.passes.quantized.policy import QuantizedPolicy, rounded, write_rounded
+
+
+class Calibrate(QuantizedPolicy):
+    """``quantized="calibrate"``: error-compensated rounding by the moments of the layer's real inputs.
+
+    Without moments (no input reached the layer) the nearest codes are taken, and the report says so.
+    """
+
+    name = "calibrate"
+    preserves = "lossy"
+
+    def fold(self, site: Turned, bench: Workbench, moments: Tensor | None, bound: float) -> SiteFold | None:  # noqa: ARG002
+        """Round."""
+        action = "requantized" if moments is None else "calibrated"
+        return write_rounded(site, rounded(site, site.target, moments), action, moments, bound)
+
+
+def in_running_order(
+    model: nn.Module,
+    layers: Sequence[nn.Module],
+    calibration: Sequence[Inputs],
+    fold: Callable[[nn.Module, Tensor | None], None],
+) -> None:
+    """Fold layers in the order in which the model runs them, each knowing what the ones before it have become.
+
+    Args:
+        model: runs on the inputs; see `oftfx.folding.lockstep`.
+        layers: each is folded once.
+        calibration: the inputs.
+        fold: gets a layer and its moments; None where no input reached it, or only zeros (an expert that got no
+            tokens): every rounding would look perfect.
+    """
+    if not layers:
+        return
+    moments = Moments()
+
+    def show(module: nn.Module, inputs: list[Tensor]) -> None:
+        seen = moments.of(inputs)
+        fold(module, seen if seen.any() else None)
+
+    for module in Lockstep(model, layers).run(calibration, show):
+        fold(module, None)

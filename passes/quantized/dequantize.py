@@ -1,0 +1,52 @@
+"""Make a float layer of a quantized one."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.errors import FoldError
+from oftfx.folding.record import SiteFold
+from oftfx.folding.turned import Turned
+from oftfx.folding.workbench import Workbench
+from oftfx.formats.base import WeightFormat
+from oftfx.formats.dense import FLOATS
+from oftfx.formats.registry import format_of
+from oftfx.model.names import CHILD
+from oftfx.passes.quantized.policy import QuantizedPolicy
+
+
+class Dequantize(QuantizedPolicy):
+    """``quantized="float"``: exact, larger. The new layers stand in their places once all are made."""
+
+    name = "dequantize"
+    preserves = "rounding"
+
+    def fold(self, site: Turned, bench: Workbench, moments: Tensor | None, bound: float) -> SiteFold:  # noqa: ARG002
+        """Make the layer."""
+        dtype = _activation_dtype(bench.model, site.module, site.format)
+        new = site.format.float_module(site.module, site.target.to(dtype))
+        bench.replace(site.placement, new)
+        now = format_of(new)
+        if now is None:
+            raise FoldError(f"{site.fqn}: no known format reads the {type(new).__name__} that {site.format.name} made")
+        error, survival = site.arrived(now.dequantize(new))
+        site.check_finite(error, now.dtype(new))
+        return site.line("dequantized", error, survival, now.nbytes(new))
+
+
+def _activation_dtype(model: nn.Module, module: nn.Module, weight_format: WeightFormat) -> torch.dtype:
+    """Dtype of the float parameters around a quantized layer: what its inputs have.
+
+    The layer itself casts, so the dtype its weight once had (bfloat16, say) need not be that of its inputs. Codes may
+    be float8, and scales of any dtype: neither counts.
+    """
+    counts = Counter(
+        p.dtype
+        for n, p in model.named_parameters()
+        if type(p) is nn.Parameter and p.dtype in FLOATS and n.endswith(("weight", "bias")) and f".{CHILD}." not in n
+    )
+    return counts.most_common(1)[0][0] if counts else weight_format.dtype(module)

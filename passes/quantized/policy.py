@@ -1,0 +1,89 @@
+"""What the policies for quantized weights have in common."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+
+import torch
+from torch import Tensor
+
+from oftfx.errors import FoldError
+from oftfx.folding.journal import Journal
+from oftfx.folding.moments import output_arrived
+from oftfx.folding.record import Folds, SiteFold
+from oftfx.folding.turned import Turned, untouched
+from oftfx.folding.workbench import Workbench
+from oftfx.formats.base import WeightState
+from oftfx.passes.protocol import Change, Pass, PassResult
+from oftfx.placement.find import rotated_sites
+from oftfx.planning.program import Program
+
+
+class QuantizedPolicy(Pass):
+    """One way to fold a rotation into, or to leave it in front of, a quantized weight.
+
+    By itself a policy is a pass that treats every quantized site so. `FoldRotations` asks it site by site.
+    """
+
+    after = ("insert_rotations",)
+
+    @abstractmethod
+    def fold(self, site: Turned, bench: Workbench, moments: Tensor | None, bound: float) -> SiteFold | None:
+        """Fold one site; None, and nothing changed, where the error would be over the bound.
+
+        Args:
+            site: the weight and what its rotations make of it.
+            bench: what the folds of this model share.
+            moments: second moments of what the layer reads, where calibration inputs have shown them.
+            bound: largest relative error: of the layer's output where ``moments`` are known, else of the weight.
+
+        Raises:
+            FoldError: the result is not finite.
+        """
+
+    @torch.no_grad()
+    def run(self, program: Program) -> PassResult:
+        """Treat every quantized site; float ones stay rotated."""
+        bench = Workbench(program.index, Journal(keep=False))
+        lines = []
+        for fqn, placement in list(rotated_sites(program.index)):
+            weight_format = placement.weight_format()
+            if weight_format is None or weight_format.lossless:
+                continue
+            site = Turned.of(fqn, placement, weight_format, bench.remark(placement))
+            done = untouched(fqn, placement, weight_format) if site is None else self.fold(site, bench, None, math.inf)
+            if done is not None:
+                lines.append(done)
+        bench.finish()
+        changes = tuple(Change(s.fqn, s.action, s.note) for s in lines)
+        return PassResult(program.renewed(), bool(lines), changes, Folds(tuple(lines)))
+
+
+def write_rounded(
+    site: Turned, state: WeightState, action: str, moments: Tensor | None, bound: float
+) -> SiteFold | None:
+    """Write a weight on its format's grid and measure it; None, and the old one again, where it is over the bound."""
+    module, weight_format = site.module, site.format
+    old = weight_format.read(module)
+    weight_format.write(module, state)
+    folded = weight_format.dequantize(module).to(site.base.device)
+    error, survival = site.arrived(folded)
+    outputs = (None, None) if moments is None else output_arrived(site.base, site.target, folded, moments)
+    if (error if outputs[0] is None else outputs[0]) > bound:
+        weight_format.write(module, old)
+        return None
+    site.placement.drop()
+    site.check_finite(error, weight_format.dtype(module))
+    return site.line(action, error, survival, weight_format.nbytes(module), outputs=outputs)
+
+
+def rounded(site: Turned, wanted: Tensor, moments: Tensor | None) -> WeightState:
+    """``wanted`` on the grid of the site's format: the nearest codes, or with ``moments`` error-compensated ones."""
+    if moments is None:
+        return site.format.requantize(wanted, site.module)
+    if not torch.isfinite(moments).all():
+        raise FoldError(
+            f"{site.fqn}: the layer's inputs are not finite on the calibration data; look for the first NaN"
+        )
+    return site.format.calibrate(wanted, site.module, moments)

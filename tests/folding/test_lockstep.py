@@ -1,0 +1,315 @@
+"""Forwards that wait for each other: order, what each layer sees, and how they end."""
+
+import threading
+
+import pytest
+import torch
+import torch.nn as nn
+
+import oftfx
+from oftfx.folding.lockstep import Lockstep
+from oftfx.folding.moments import Moments, second_moments
+from oftfx.formats.registry import format_of
+from oftfx.grids import compensated
+from tests.quantized import NAMES, inputs, rotated, rotations, run, weight
+from tests.reference import rel
+
+pytestmark = pytest.mark.filterwarnings("error::pytest.PytestUnhandledThreadExceptionWarning")
+
+
+class Net(nn.Module):
+    """Two readers of one tensor, a residual, a layer called twice and one never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = nn.Linear(6, 6)
+        self.last, self.twice, self.right, self.left = (nn.Linear(6, 6) for _ in range(4))
+
+    def forward(self, x, *, scale=1.0):
+        y = torch.tanh(self.left(x)) * self.right(x) + x
+        y = y + self.twice(y)
+        y = y + self.twice(torch.sin(y))
+        return self.last(input=y) * scale
+
+
+LAYERS = ("unused", "last", "twice", "right", "left")
+
+
+def batches():
+    return [{"x": torch.randn(n, 6), "scale": 2.0} for n in (1, 7, 3)]
+
+
+def net():
+    torch.manual_seed(3)
+    return Net()
+
+
+def rounded(layer):
+    layer.weight.data = (layer.weight.data * 4).round() / 4
+
+
+def threads():
+    return threading.active_count()
+
+
+def test_each_layer_sees_what_the_earlier_ones_became():
+    model, data, before = net(), batches(), threads()
+    seen = {}
+
+    def show(layer, inputs):
+        name = next(n for n, m in model.named_modules() if m is layer)
+        assert name not in seen
+        seen[name] = [x.clone() for x in inputs]
+        rounded(layer)
+
+    missed = Lockstep(model, [getattr(model, n) for n in LAYERS]).run(data, show)
+    assert missed == [model.unused]
+    assert list(seen) == ["left", "right", "twice", "last"]
+    # The same by hand: layer after layer, with all inputs for each.
+    twin = net()
+    xs = [b["x"] for b in data]
+    with torch.no_grad():
+        for name in ("left", "right"):
+            assert all(torch.equal(a, b) for a, b in zip(seen[name], xs, strict=True))
+            rounded(getattr(twin, name))
+        ys = [torch.tanh(twin.left(x)) * twin.right(x) + x for x in xs]
+        assert all(torch.equal(a, b) for a, b in zip(seen["twice"], ys, strict=True))
+        rounded(twin.twice)
+        ys = [y + twin.twice(y) for y in ys]
+        ys = [y + twin.twice(torch.sin(y)) for y in ys]
+        assert all(torch.equal(a, b) for a, b in zip(seen["last"], ys, strict=True))
+        rounded(twin.last)
+        assert all(torch.equal(model(**b), twin(**b)) for b in data)
+    assert threads() == before
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+def test_positional_inputs_and_a_single_batch():
+    model, order = net(), []
+    Lockstep(model, [model.left, model.last]).run([(torch.randn(2, 6),)], lambda m, x: order.append((m, x[0].shape)))
+    assert order == [(model.left, (2, 6)), (model.last, (2, 6))]
+
+
+def test_no_inputs_and_no_layers():
+    model = net()
+    assert Lockstep(model, [model.left]).run([], lambda *_: pytest.fail("shown")) == [model.left]
+    assert Lockstep(model, []).run(batches(), lambda *_: pytest.fail("shown")) == []
+
+
+class Experts(nn.Module):
+    """Rows of an input go to the expert whose number is in their first column; experts without rows are not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        y = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            mine = x[:, 0].long() == number
+            if mine.any():
+                y[mine] = expert(x[mine])
+        return self.head(y)
+
+
+def routed(*numbers):
+    x = torch.randn(len(numbers), 4)
+    x[:, 0] = torch.tensor(numbers).float()
+    return (x,)
+
+
+def test_layers_that_only_some_inputs_reach_are_shown_with_those():
+    model = Experts()
+    data = [routed(0, 0, 3), routed(1, 3), routed(3, 0, 1, 1)]
+    shown = []
+
+    def show(layer, inputs):
+        shown.append((layer, [len(x) for x in inputs]))
+        layer.weight.data.zero_()
+
+    assert Lockstep(model, [*model.experts, model.head]).run(data, show) == [model.experts[2]]
+    e = model.experts
+    assert shown == [(e[0], [2, 1]), (e[1], [1, 2]), (e[3], [1, 1, 1]), (model.head, [3, 2, 4])]
+
+
+def test_forwards_that_wait_at_different_layers_go_on_together_as_far_as_the_order_allows():
+    class Either(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.end = (nn.Linear(3, 3) for _ in range(3))
+
+        def forward(self, x, both):
+            return self.end(self.b(self.a(x)) if both else self.b(x))
+
+    model, shown = Either(), []
+    data = [(torch.randn(2, 3), False), (torch.randn(4, 3), True), (torch.randn(1, 3), False)]
+    Lockstep(model, list(model.children())).run(data, lambda m, xs: shown.append((m, [len(x) for x in xs])))
+    assert shown == [(model.a, [4]), (model.b, [2, 4, 1]), (model.end, [2, 4, 1])]
+
+
+class Faulty(Net):
+    """Fails at inputs of three rows, after its first layers."""
+
+    def forward(self, x, *, scale=1.0):
+        y = torch.tanh(self.left(x)) * self.right(x)
+        if len(x) == 3:
+            raise ValueError("three rows")
+        return self.last(y)
+
+
+def modes(model):
+    return {n: m.training for n, m in model.named_modules()}
+
+
+def mixed(model):
+    model.train()
+    model.left.eval()
+    return modes(model)
+
+
+def test_an_error_inside_a_forward_arrives_in_the_caller():
+    model, before = Faulty(), threads()
+    wanted, shown = mixed(model), []
+    with pytest.raises(ValueError, match="three rows"):
+        Lockstep(model, [getattr(model, n) for n in LAYERS]).run(batches(), lambda m, _: shown.append(m))
+    assert shown == [model.left, model.right]
+    assert threads() == before
+    assert modes(model) == wanted
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("fault", [ValueError, KeyboardInterrupt])
+def test_an_error_of_the_one_who_looks_ends_all_forwards(fault):
+    model, before = net(), threads()
+    wanted = mixed(model)
+
+    def show(layer, inputs):
+        assert not any(modes(model).values())
+        if layer is model.twice:
+            raise fault("stop")
+
+    with pytest.raises(fault, match="stop"):
+        Lockstep(model, [getattr(model, n) for n in LAYERS]).run(batches(), show)
+    assert threads() == before
+    assert modes(model) == wanted
+    assert not any(m._forward_pre_hooks for m in model.modules())
+
+
+@pytest.mark.parametrize("caught", [Exception, BaseException])
+@pytest.mark.parametrize("stops", [False, True])
+def test_model_code_that_catches_errors_around_its_layers(caught, stops):
+    class Careful(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(4))
+
+        def forward(self, x):
+            for layer in self.layers:
+                try:
+                    x = layer(x)
+                except caught:
+                    x = x + 1
+            return x
+
+    model, before, shown = Careful(), threads(), []
+
+    def show(layer, inputs):
+        shown.append((layer, len(inputs)))
+        if stops and layer is model.layers[1]:
+            raise RuntimeError("stop")
+
+    def run():
+        Lockstep(model, list(model.layers)).run([(torch.randn(2, 3),), (torch.randn(3, 3),)], show)
+
+    if stops:
+        with pytest.raises(RuntimeError, match="stop"):
+            run()
+    else:
+        run()
+    assert shown == [(m, 2) for m in model.layers[: 2 if stops else 4]]
+    assert threads() == before
+
+
+def test_forwards_end_after_the_last_layer_and_run_without_gradients_and_in_the_callers_autocast():
+    class Tail(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.tail = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            states.append((torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), self.training))
+            x = self.layer(x)
+            states.append((x.dtype,))
+            return self.tail(x)
+
+    states, shown = [], []
+    model = Tail()
+    with torch.autocast("cpu", torch.bfloat16):
+        Lockstep(model, [model.layer]).run([(torch.randn(2, 3),)] * 2, lambda m, x: shown.append(len(x)))
+    assert shown == [2]
+    assert states == [(False, True, False)] * 2  # what follows the last layer is never computed
+    states.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        Lockstep(model, [model.layer, model.tail]).run([(torch.randn(2, 3),)], lambda m, x: None)
+    assert states == [(False, True, False), (torch.bfloat16,)]
+
+
+def test_moments_of_a_shared_input_are_computed_once(monkeypatch):
+    counted = []
+
+    def counting(inputs):
+        counted.append(len(inputs))
+        return second_moments(inputs)
+
+    monkeypatch.setattr("oftfx.folding.moments.second_moments", counting)
+    model, moments, found = net(), Moments(), {}
+    data = batches()
+    Lockstep(model, list(model.children())).run(data, lambda m, xs: found.update({m: moments.of(xs)}))
+    assert counted == [3, 3, 3]  # left and right read the same
+    assert found[model.left] is found[model.right]
+    x = torch.cat([b["x"] for b in data]).double()
+    assert rel(found[model.left], x.T @ x) < 1e-6
+
+
+def test_moments_notice_what_is_written_in_place_and_take_any_shape():
+    moments, x = Moments(), torch.randn(2, 5, 4)
+    first = moments.of([x])
+    rows = x.double().flatten(0, 1)
+    assert rel(first, rows.T @ rows) < 1e-6
+    assert moments.of([x]) is first
+    x.mul_(2)
+    assert rel(moments.of([x]), 4 * rows.T @ rows) < 1e-6
+    other = torch.randn(7, 4).half()
+    both = torch.cat([2 * rows, other.double()])
+    assert rel(moments.of([x, other]), both.T @ both) < 1e-6
+    with torch.inference_mode():
+        y = torch.randn(3, 4)
+        assert rel(moments.of([y]), y.T @ y) < 1e-6
+        y.mul_(3)
+        assert rel(moments.of([y]), y.T @ y) < 1e-6
+
+
+@pytest.mark.needs("bitsandbytes")
+@pytest.mark.parametrize("share", [False, True])
+def test_a_calibrated_fold_is_the_sequential_one(share):
+    """Site after site by hand: inputs recorded on the model as it is by then, one site folded, and so on."""
+    model, data = rotated(share), inputs()
+    folded = oftfx.fold(model, quantized="calibrate", calibration=data).model
+    turn = rotations(model)
+    assert sorted(turn) == sorted(NAMES)
+    plain = oftfx.fold(model, quantized="float").model  # computes what the unfolded model does
+    for name in NAMES:
+        layer, seen = plain.get_submodule(name), []
+        handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))  # noqa: B023
+        run(plain, data)
+        handle.remove()
+        quantized = model.get_submodule(name)
+        target = weight(model, name).double() @ turn[name].T
+        rows = torch.cat([x.flatten(0, -2) for x in seen])
+        grid = format_of(quantized).grid(quantized)
+        layer.weight.data = grid.values(compensated(grid, target.float(), rows.T @ rows))
+        assert rel(weight(folded, name), layer.weight) < 5e-3, name  # a code may fall to the other side
+    expected = run(plain, data)
+    assert rel(run(folded, data), expected) < 2e-3  # measured 2.6e-7
+    assert rel(run(oftfx.fold(model, quantized="requantize").model, data), expected) > 0.05

@@ -1,0 +1,179 @@
+"""What a fold's report warns of, and its forms."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+import torch.nn as nn
+
+import oftfx
+from oftfx import OFT
+from oftfx.folding.measure import Measured
+from oftfx.folding.record import SiteFold
+from oftfx.folding.report import COLUMNS, FoldReport
+from tests.quantized import inputs, original, rotated
+from tests.reference import randomize
+
+
+def site(fqn="a", action="requantized", survival=1.0, **changes):
+    values = {
+        "update": 0.1,
+        "energy": 2.0,
+        "relative_error": 0.05,
+        "survival": survival,
+        "bytes_before": 100,
+        "bytes_after": 100,
+    }
+    return SiteFold(fqn, "bnb4", action, **{**values, **changes})
+
+
+def test_no_warning_where_the_update_arrived():
+    report = FoldReport((site(survival=0.95), site("b", "kept")), ("default",))
+    assert report.warnings == []
+    assert str(report).splitlines()[0] == "folded default into 2 sites: 1 requantized, 1 kept"
+
+
+def test_low_survival_is_the_first_line_and_names_what_helps():
+    report = FoldReport((site(survival=0.4), site("b", survival=0.2), site("c")), ("x", "y"))
+    assert report.warnings == [
+        "2 of 3 sites kept less than 90% of their update (worst: b, 20%); quantized='calibrate' with "
+        "calibration=[inputs, ...] loses much less, 'keep' or 'float' nothing"
+    ]
+    assert str(report).splitlines()[:2] == [f"warning: {report.warnings[0]}", "folded x, y into 3 sites: 3 requantized"]
+
+
+def test_calibrated_sites_are_judged_by_their_outputs_and_get_other_advice():
+    fine = site(action="calibrated", survival=0.3, output_survival=0.97)
+    assert FoldReport((fine,)).warnings == []
+    poor = site("b", "from reference, calibrated", survival=0.99, output_survival=0.5)
+    (warning,) = FoldReport((fine, poor)).warnings
+    assert warning.startswith("1 of 2 sites kept less than 90% of their update (worst: b, 50%)")
+    assert "more varied calibration inputs may help; quantized='keep' or 'float' folds without loss" in warning
+    (warning,) = FoldReport((poor, site("c", survival=0.1))).warnings
+    assert "worst: c, 10%" in warning
+    assert "quantized='calibrate'" in warning
+
+
+@pytest.mark.needs("bitsandbytes")
+def test_survival_is_that_of_the_whole_update_by_dense_algebra():
+    """One NF4 layer and one in bfloat16, whose bytes for the same energy differ by four."""
+    from oftfx.formats.bnb4 import make_linear4bit
+    from oftfx.formats.registry import format_of
+
+    torch.manual_seed(3)
+    model = nn.Sequential(make_linear4bit(nn.Linear(64, 32)), nn.Linear(32, 48).bfloat16())
+    model = randomize(oftfx.transform(model, {"*": OFT(16)}), std=0.004)
+    before = [format_of(m).dequantize(m).double() for m in model]
+    chain = [torch.block_diag(*m.oft.default.matrices().detach().double()) for m in model]
+    wanted = [w @ r.T for w, r in zip(before, chain, strict=True)]
+    result = oftfx.fold(model, quantized="requantize")
+    after = [format_of(m).dequantize(m).double() for m in result.model]
+    updates = [w - b for w, b in zip(wanted, before, strict=True)]
+    arrived = sum(float(((a - b) * u).sum()) for a, b, u in zip(after, before, updates, strict=True))
+    assert result.report.survival == pytest.approx(arrived / sum(float((u * u).sum()) for u in updates), rel=1e-3)
+    assert abs(result.report.survival - result.report.sites[1].survival) > 0.01
+    assert [s.energy for s in result.report] == pytest.approx([float((u * u).sum()) for u in updates], rel=1e-3)
+
+
+def test_survival_without_an_update_is_whole():
+    assert FoldReport(()).survival == 1.0
+    assert FoldReport((site(survival=0.0, energy=0.0),)).survival == 1.0
+
+
+def test_an_empty_report():
+    report = FoldReport(())
+    assert len(report) == 0
+    assert str(report).startswith("folded nothing into 0 sites: none")
+    assert report.output_error is None
+    assert json.loads(report.to_json())["warnings"] == []
+
+
+class Cells(HTMLParser):
+    """Texts of a page by their tags."""
+
+    def __init__(self):
+        super().__init__()
+        self.tag, self.found = "", {"p": [], "th": [], "td": [], "script": []}
+
+    def handle_starttag(self, tag, attrs):
+        self.tag = tag
+        if tag in self.found:
+            self.found[tag].append("")
+
+    def handle_data(self, data):
+        if self.tag in self.found:
+            self.found[self.tag][-1] += data
+
+    def handle_endtag(self, tag):
+        self.tag = ""
+
+
+@pytest.mark.needs("jinja2", "rich")
+def test_every_form_says_the_same(tmp_path):
+    note = "<script>alert('1')</script> & more"
+    sites = (
+        site("model.a", survival=0.25, output_error=0.125, output_survival=0.5, note=note),
+        site("model.b", "calibrated", output_error=0.0),
+    )
+    report = FoldReport(sites, ("default",), ("old",), Measured(0.03125, 10.0, 12.5))
+    data = json.loads(report.to_json())
+    assert [s["fqn"] for s in data["sites"]] == ["model.a", "model.b"]
+    assert data["sites"][0] == {**vars(sites[0])}
+    assert data["measured"] == {"output_error": 0.03125, "perplexity_before": 10.0, "perplexity_after": 12.5}
+    assert (data["output_error"], data["survival"], data["dropped"]) == (0.03125, 0.625, ["old"])
+    assert data["warnings"] == report.warnings
+    assert len(report.warnings) == 1
+    report.to_html(tmp_path / "r.html")
+    page = Cells()
+    page.feed((tmp_path / "r.html").read_text())
+    assert page.found["script"] == []
+    assert page.found["th"] == list(COLUMNS)
+    rows = [page.found["td"][i : i + len(COLUMNS)] for i in range(0, len(page.found["td"]), len(COLUMNS))]
+    assert rows == [list(r) for r in report.rows()]
+    assert rows[0] == ["model.a", "bnb4", "requantized", "10.000", "5.00000", "12.5000", "0.2500", "100", "100", note]
+    assert rows[1][5] == "0.0000"
+    assert page.found["p"] == str(report).splitlines()
+    assert page.found["p"][0] == f"warning: {report.warnings[0]}"
+    text = str(report)
+    assert "relative error of the model's output 3.12e-02" in text
+    assert "perplexity on the calibration inputs 10.000 unfolded, 12.500 folded" in text
+    assert text.splitlines()[-1] == "adapters that did not act and are dropped: old"
+    assert report.table().rstrip().endswith(text)
+
+
+@pytest.mark.needs("bitsandbytes")
+def test_a_small_update_that_rounding_erases_is_warned_of_and_calibration_helps():
+    """Much smaller than a rounding step: nearest codes keep a fifth of it."""
+    model = rotated(std=0.005)
+    poor = oftfx.fold(model, quantized="requantize", calibration=inputs()).report
+    assert poor.survival < 0.3
+    assert str(poor).startswith("warning: 10 of 10 sites kept less than 90% of their update")
+    assert "quantized='calibrate'" in poor.warnings[0]
+    for policy in ("keep", "float"):
+        report = oftfx.fold(model, quantized=policy).report
+        assert report.warnings == []
+        assert report.survival == pytest.approx(1.0, abs=1e-4)
+    helped = oftfx.fold(model, quantized="calibrate", calibration=inputs()).report
+    kept = [s.output_survival for s in helped]
+    assert min(kept) > max(s.survival for s in poor)
+    assert helped.output_error < poor.output_error
+
+
+@pytest.mark.needs("bitsandbytes")
+def test_json_of_a_real_fold_is_plain_numbers():
+    report = oftfx.fold(
+        rotated(), quantized=oftfx.Budget(0.05), calibration=inputs(), reference=original()
+    ).report  # fmt: skip
+    data = json.loads(report.to_json())
+    assert len(data["sites"]) == 10
+    assert all(isinstance(s["relative_error"], float) and isinstance(s["bytes_after"], int) for s in data["sites"])
+    assert data["output_error"] == report.output_error
+
+
+def test_bytes_before_and_after():
+    model = oftfx.transform(nn.Sequential(nn.Linear(12, 5)), {"0": OFT(4)})
+    with torch.no_grad():
+        model[0].oft.default.skew.fill_(0.1)
+    (row,) = oftfx.fold(model).report
+    assert (row.bytes_before, row.bytes_after) == (240, 240)
