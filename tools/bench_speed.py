@@ -22,6 +22,7 @@ import torch
 import oftfx
 from oftfx import OFT
 from oftfx.demo import smollm
+from oftfx.onnx.decoders.decoder import cache_name
 from oftfx.terminal import render
 
 warnings.simplefilter("ignore")
@@ -67,11 +68,10 @@ def decode(model, ids, tokens=16):
     """Seconds a token, after the prompt."""
     with torch.no_grad():
         out = model(input_ids=ids, use_cache=True)
-        cache, last = out.past_key_values, ids[:, -1:]
+        name, last = cache_name(out), ids[:, -1:]
         start = time.perf_counter()
         for _ in range(tokens):
-            out = model(input_ids=last, past_key_values=cache, use_cache=True)
-            cache = out.past_key_values
+            out = model(input_ids=last, use_cache=True, **{name: out[name]})
         return (time.perf_counter() - start) / tokens
 
 

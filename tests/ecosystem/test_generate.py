@@ -1,12 +1,14 @@
 """`generate` with every cache and every way to decode: the tokens are those of the plain rotated model."""
 
 import importlib.util
+import inspect
 
 import pytest
 import torch
 
 import oftfx
 from oftfx import OFT
+from oftfx.onnx.decoders.decoder import cache_name
 from tests.ecosystem.twin import dense_twin
 from tests.reference import randomize
 
@@ -60,11 +62,11 @@ def test_a_cache_filled_by_hand_continues(rotated, ids):
 
     base, model = rotated(dtype=torch.float64)
     inputs = ids(1, 6)
-    cache = DynamicCache(config=model.config)
+    cache = {cache_name(inspect.signature(model.forward).parameters): DynamicCache(config=model.config)}
     with torch.no_grad():
-        model(input_ids=inputs["input_ids"][:, :4], past_key_values=cache)
+        model(input_ids=inputs["input_ids"][:, :4], **cache)
     assert torch.equal(
-        tokens(model, inputs, do_sample=False, past_key_values=cache),
+        tokens(model, inputs, do_sample=False, **cache),
         tokens(dense_twin(base, model), inputs, do_sample=False),
     )
 

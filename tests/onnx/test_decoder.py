@@ -220,11 +220,40 @@ def test_other_architectures(name, tmp_path):
     assert (tokens(tmp_path / "m.onnx", inputs) == wanted).all()
 
 
+def old_and_new(kind):
+    """The class with a forward of its own that names its cache as transformers did up to 5.23, and as it does since."""
+
+    class Old(kind):
+        def forward(self, input_ids, attention_mask, position_ids=None, past_key_values=None, use_cache=True, **more):
+            return super().forward(input_ids, attention_mask, position_ids, past_key_values, **more)
+
+    class New(kind):
+        def forward(self, input_ids, attention_mask, position_ids=None, cache=None, use_cache=True, **more):
+            return super().forward(input_ids, attention_mask, position_ids, cache, **more)
+
+    return Old, New
+
+
+@pytest.mark.parametrize("index", [0, 1], ids=["past_key_values", "cache"])
+def test_a_forward_calls_its_cache_by_either_name(tiny_llama, tmp_path, index):
+    """Of the installed transformers' own models only one does; code that comes with a model may do the other."""
+    model, inputs = lively(tiny_llama()), prompt(6, 4)
+    wanted = torch_tokens(model, inputs)
+    assert all(len(set(row)) > 3 for row in wanted.tolist())
+    model.__class__ = old_and_new(type(model))[index]
+    report = oftfx.export_onnx(model, tmp_path / "m.onnx", cache=True)
+    # The graph keeps the names that its runtimes know.
+    assert [n for n in report.inputs if "cache" in n or "past" in n] == [
+        f"past_key_values.{i}.{kind}" for i in (0, 1) for kind in ("key", "value")
+    ]
+    assert (tokens(tmp_path / "m.onnx", inputs) == wanted).all()
+
+
 def test_what_has_no_such_cache_is_refused(tiny_bert, tiny_llama, ids, tmp_path):
     import transformers as t
 
     path = tmp_path / "m.onnx"
-    with pytest.raises(ExportError, match="BertForSequenceClassification has no cache: it does not take past_key"):
+    with pytest.raises(ExportError, match="BertForSequence.* has no cache: it does not take cache or past_key_values;"):
         oftfx.export_onnx(tiny_bert(), path, cache=True)
     plain = nn.Linear(3, 3)
     with pytest.raises(ExportError, match="Linear has no cache: it has no transformers config"):
@@ -237,6 +266,9 @@ def test_what_has_no_such_cache_is_refused(tiny_bert, tiny_llama, ids, tmp_path)
     hybrid = t.Lfm2ForCausalLM(t.Lfm2Config(**{**GROUPED, "layer_types": ["conv", "full_attention"]}))
     with pytest.raises(ExportError, match=r"layer 0 has a cache of another kind \(LinearAttentionLayer\)"):
         oftfx.export_onnx(hybrid, path, cache=True)
+    mamba = t.MambaForCausalLM(t.MambaConfig(**SMALL, state_size=4))
+    with pytest.raises(ExportError, match="MambaForCausalLM(: layer 0 has a cache of another kind| has no cache)"):
+        oftfx.export_onnx(mamba, path, cache=True)
     with pytest.raises(ExportError, match="got the example input 'inputs_embeds'"):
         oftfx.export_onnx(tiny_llama(), path, {"inputs_embeds": torch.randn(1, 2, 64)}, cache=True)
     with pytest.raises(ExportError, match="leave dynamic_shapes out"):

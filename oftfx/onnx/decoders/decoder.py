@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,10 @@ from oftfx.onnx.inputs import flat_outputs
 from oftfx.onnx.signature import Signature
 
 PAST, PRESENT = "past_key_values.{}.{}", "present.{}.{}"
-"""Names of the cache's tensors, in and out, for a layer and ``key`` or ``value``."""
+"""Names of the cache's tensors in the graph, in and out, for a layer and ``key`` or ``value``."""
+
+CACHE = ("cache", "past_key_values")
+"""Names of the cache in a model's forward and in its result: since transformers 5.24, and before."""
 
 # All lengths of the example differ from each other and from one: an equal pair could become one length in the graph.
 _BATCH, _SEQUENCE, _PAST = 2, 3, 5
@@ -53,6 +56,7 @@ class Decoder(Signature):
                 "the cache. Leave it out"
             )
         self._model, self._takes_positions = model, "position_ids" in tokens
+        self._cache = cache_name(parameters)
         device = next((v.device for v in given.values()), next(model.parameters()).device)
         keys = _cached(model, device)
         self.layers = tuple(tuple((t.shape[1], t.shape[3]) for t in pair) for pair in keys)
@@ -77,9 +81,10 @@ class Decoder(Signature):
             layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
             cache.layers.append(layer)
         tokens = {n: v for n, v in inputs.items() if not n.startswith("past_key_values.")}
-        result = model(**tokens, past_key_values=cache, use_cache=True, return_dict=True)
-        found = dict(flat_outputs({n: v for n, v in result.items() if n != "past_key_values"}, tuple(inputs)))
-        for index, layer in enumerate(result.past_key_values.layers):
+        result = model(**tokens, **{self._cache: cache}, use_cache=True, return_dict=True)
+        cache, others = _parted(result)
+        found = dict(flat_outputs(others, tuple(inputs)))
+        for index, layer in enumerate(cache.layers):
             found[PRESENT.format(index, "key")], found[PRESENT.format(index, "value")] = layer.keys, layer.values
         return found
 
@@ -140,6 +145,11 @@ class Decoder(Signature):
         ]
 
 
+def cache_name(names: Collection[str]) -> str:
+    """What the cache is called among the names of a forward's arguments, or of a result; empty where none is it."""
+    return next((n for n in CACHE if n in names), "")
+
+
 def _parameters(model: nn.Module) -> Mapping[str, Any]:
     """Of the model's forward, which has to be a decoder's."""
     kind, config = type(model).__name__, getattr(model, "config", None)
@@ -149,14 +159,24 @@ def _parameters(model: nn.Module) -> Mapping[str, Any]:
             f"{kind} is an encoder with a decoder, whose cache also holds the encoder's states; cache=True is for "
             "decoders alone. Export it without cache"
         )
-    needed = ("input_ids", "attention_mask", "past_key_values", "use_cache")
-    if config is None or (missing := next((n for n in needed if n not in parameters), None)):
+    needed = (("input_ids",), ("attention_mask",), CACHE, ("use_cache",))
+    missing = next((" or ".join(names) for names in needed if not parameters.keys() & names), None)
+    if config is None or missing:
         lacks = "has no transformers config" if config is None else f"does not take {missing}"
         raise ExportError(
             f"{kind} has no cache: it {lacks}; cache=True is for causal language models of transformers. Export it "
             "without cache"
         )
     return parameters
+
+
+def _parted(result: Any) -> tuple[Any, dict[str, Any]]:
+    """The cache of a model's result, or None, and what else is in it.
+
+    The result's class is the installed transformers', while a forward of the model's own code keeps its own name.
+    """
+    others = dict(result.items()) if isinstance(result, Mapping) else {}
+    return others.pop(cache_name(others), None), others
 
 
 @torch.no_grad()
@@ -166,7 +186,7 @@ def _cached(model: nn.Module, device: torch.device) -> list[tuple[Tensor, Tensor
     ids = torch.zeros(1, 2, dtype=torch.long, device=device)
     with evaluating(model):
         result = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=True, return_dict=True)
-    cache = getattr(result, "past_key_values", None)
+    cache, _ = _parted(result)
     if cache is None:
         raise ExportError(f"{kind} returns no cache; as it is configured it is no decoder. Export it without cache")
     config: Any = model.config
