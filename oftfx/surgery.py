@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from oftfx.adapter.insert import insert
 from oftfx.adapter.store import check_name, find_store, store_of, transformed_part, unwrapped
-from oftfx.adapter.switch import disable_adapters, switchable
+from oftfx.adapter.switch import switchable
 from oftfx.errors import AdapterError, RuleError
 from oftfx.formats.exact import choose_kernel
 from oftfx.model.sites import choose_placement, fits
@@ -145,8 +145,8 @@ def add_adapter(
     root, store = switchable(model)
     if name in store.adapters:
         raise AdapterError(f"the model already has an adapter {name!r}; it has {', '.join(store.adapters)}")
-    with disable_adapters(root):  # a recording would show rotations of their own in front of sites that read the same
-        planned = _planned(root, rules, example_inputs, train, train_bias, trace=False)
+    # A recording with adapters would show rotations of their own in front of sites that read the same.
+    planned = _planned(root, rules, example_inputs, train, train_bias, trace=False, bare=True)
     if not planned.program.plan:
         raise RuleError("no site is left to rotate: every rule is optional or excludes what it matches")
     insert(root, planned.program, name, trainable=trainable)
@@ -162,6 +162,7 @@ def _planned(
     train_bias: str,
     *,
     trace: bool,
+    bare: bool = False,
 ) -> PassResult:
     if isinstance(rules, Plan):
         if train or train_bias != "none":
@@ -181,7 +182,7 @@ def _planned(
     shares = any(r.spec is not None and (r.spec.share_input or r.spec.into == "producer") for r in asked)
     # A transformers model names inputs of its own; what reads the same tensor then rotates in one product.
     if raw or trace or shares or example_inputs is not None or names_inputs(model):
-        recorded = program.with_(recording=record_best(model, example_inputs, look_into=raw))
+        recorded = program.with_(recording=record_best(model, example_inputs, look_into=raw, bare=bare))
         result = PassManager([FindFunctional(), match, ShareInputs(), FindProducers(), MeasureCoverage()]).run(recorded)
     return result
 
