@@ -36,6 +36,10 @@ class TraceError(OftfxError, RuntimeError):
     """The model's program could not be recorded."""
 
 
+class UnrecordableError(TraceError):
+    """Not recorded, and no other way of running the model would help: it names no inputs, or has no copy."""
+
+
 class GuardError(OftfxError, RuntimeError):
     """A recorded graph was called in a way it was not recorded for."""
 

@@ -10,7 +10,7 @@ import torch.nn as nn
 
 from oftfx.adapter.insert import insert
 from oftfx.adapter.store import check_name, find_store, store_of, transformed_part, unwrapped
-from oftfx.adapter.switch import disable_adapters, switchable
+from oftfx.adapter.switch import switchable
 from oftfx.errors import AdapterError, RuleError
 from oftfx.formats.exact import choose_kernel
 from oftfx.model.sites import choose_placement, fits
@@ -145,8 +145,8 @@ def add_adapter(
     root, store = switchable(model)
     if adapter in store.adapters:
         raise AdapterError(f"the model already has an adapter {adapter!r}; it has {', '.join(store.adapters)}")
-    with disable_adapters(root):  # a recording would show rotations of their own in front of sites that read the same
-        planned = _planned(root, rules, example_inputs, train, train_bias, trace=False)
+    # A recording with adapters would show rotations of their own in front of sites that read the same.
+    planned = _planned(root, rules, example_inputs, train, train_bias, trace=False, bare=True)
     if not planned.program.plan:
         raise RuleError("no site is left to rotate: every rule is optional or excludes what it matches")
     insert(root, planned.program, adapter, trainable=trainable)
@@ -162,6 +162,7 @@ def _planned(
     train_bias: str,
     *,
     trace: bool,
+    bare: bool = False,
 ) -> PassResult:
     if isinstance(rules, Plan):
         if train or train_bias != "none":
@@ -175,7 +176,7 @@ def _planned(
     shares = any(spec.share_input or spec.into == "producer" for spec in asked.specs)
     # A transformers model names inputs of its own; what reads the same tensor then rotates in one product.
     if planned is None or trace or shares or example_inputs is not None or names_inputs(model):
-        recording = record_best(model, example_inputs, look_into=raw)
+        recording = record_best(model, example_inputs, look_into=raw, bare=bare)
         found = PassManager([FindFunctional()]).run(program.with_(recording=recording))
         if planned is None or found.modified:  # other sites than the module tree shows
             planned = PassManager([match]).run(found.program)

@@ -51,9 +51,8 @@ class FindProducers(Pass):
                 producer = search.producer(entry)
                 entries.append(_tied(replace(entry, producer=producer)))
                 changes.append(Change(entry.fqn, f"can be folded into {producer.fqn}"))
-            except Exception as error:
-                # Somebody else's program: what cannot be followed, for whatever reason, is not pushed.
-                reason = str(error) if isinstance(error, LostError) else f"its way could not be followed: {error!r}"
+            except LostError as error:
+                reason = str(error)
                 entries.append(replace(entry, producer_reason=reason))
                 changes.append(Change(entry.fqn, "fold into producer", reason, refused=True))
                 if entry.spec.into == "producer":
@@ -164,6 +163,8 @@ def _starts(labels: Labels, entry: SitePlan) -> tuple[int, ...]:
     """First row of the producer that each block of the site turns."""
     size = entry.block_size
     features = labels.feature.reshape(-1, entry.blocks * size)
+    if not len(features):
+        raise LostError("the example inputs hold no token for it")
     context = labels.context.reshape(-1, entry.blocks, size)
     if not bool((features == features[:1]).all()):
         raise LostError("its features come from other places in other tokens")

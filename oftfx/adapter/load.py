@@ -6,7 +6,6 @@ import difflib
 import json
 import math
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from oftfx.adapter import peft_files
 from oftfx.adapter.insert import insert
 from oftfx.adapter.save import PLAN_FILE, rotation_by_site
 from oftfx.adapter.store import AdapterStore, check_name, find_store, store_of, unwrapped
-from oftfx.adapter.switch import disable_adapters
 from oftfx.errors import AdapterError, AdapterFileError
 from oftfx.formats.exact import choose_kernel
 from oftfx.model.site import Site
@@ -79,7 +77,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     else:
         program = Program.of(root).with_(plan=plan)
         if names_inputs(root) and not (directory / PLAN_FILE).is_file():
-            program = _recorded(program, store)
+            program = _recorded(program)
         insert(root, program, adapter, trainable=trainable)
     store = store_of(root)
     _fill(root, store, adapter, skews, parameters)
@@ -87,10 +85,9 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     return model
 
 
-def _recorded(program: Program, store: AdapterStore | None) -> Program:
+def _recorded(program: Program) -> Program:
     """The program with what a recording of the bare model tells of the sites: who reads the same, and what makes it."""
-    with nullcontext() if store is None else disable_adapters(program.model):
-        recorded = program.with_(recording=record_best(program.model))
+    recorded = program.with_(recording=record_best(program.model, bare=True))
     return PassManager([ShareInputs(), FindProducers()]).run(recorded).program
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -25,22 +26,26 @@ HOOKS = (
 """Attributes of a module that hold its forward hooks."""
 
 
-def structural_copy(model: M) -> M:
+def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
     """A module tree of its own over the same tensors: same classes, names, hooks and attributes.
 
     Buffers are the same objects, but for the running statistics of batch norms. Parameters are new ones over the same
-    memory, so freezing or moving the copy leaves
-    the original alone. A quantized layer whose runtime may rewrite its weight in place gets state objects of its own
-    over the same bytes (`WeightFormat.own`).
+    memory, so freezing or moving the copy leaves the original alone. A quantized layer whose runtime may rewrite its
+    weight in place gets state objects of its own over the same bytes (`WeightFormat.own`).
+
+    Args:
+        model: any module.
+        memo: filled, as by ``copy.deepcopy``, with what each object became, by its id.
 
     Raises:
         OftfxError: something in the model cannot be copied (a lock, an open file).
     """
-    memo: dict[int, Any] = {}
+    memo = {} if memo is None else memo
+    seen: set[int] = set()
     for module in model.modules():
         if isinstance(module, _NormBase):  # a forward in training mode writes these
             memo.update((id(b), b.clone()) for b in module._buffers.values() if b is not None)
-        for tensor in _tensors(vars(module), set()):
+        for tensor in tensors_in(vars(module), seen):
             if id(tensor) in memo:
                 continue
             memo[id(tensor)] = _sharing(tensor)
@@ -48,7 +53,13 @@ def structural_copy(model: M) -> M:
             for value in getattr(tensor, "__dict__", {}).values():
                 if not isinstance(value, nn.Module):
                     memo.setdefault(id(value), value)
+    plain = {c for c in {type(m) for m in model.modules()} if _is_plain(c)}
+    shells = {m: object.__new__(type(m)) for m in model.modules() if type(m) in plain}
+    memo.update((id(m), shell) for m, shell in shells.items())
     try:
+        for module, shell in shells.items():
+            # Another thread may run the model for the first time meanwhile, so its attributes are listed first.
+            vars(shell).update((k, _copied(v, memo)) for k, v in list(vars(module).items()) if k not in _LEFT_OUT)
         result = copy.deepcopy(model, memo)
     except TypeError as error:
         raise OftfxError(
@@ -62,6 +73,26 @@ def structural_copy(model: M) -> M:
     return result
 
 
+_LEFT_OUT = ("_compiled_call_impl",)  # bound to the module that was compiled; nn.Module.__getstate__ drops it too
+_CUSTOMS = ("new", "deepcopy", "reduce_ex", "reduce", "getstate", "setstate", "getnewargs_ex", "getnewargs")
+
+
+def _is_plain(cls: type[nn.Module]) -> bool:
+    """Whether ``copy.deepcopy`` would copy such a module attribute by attribute, which is done faster here."""
+    missing = object()
+    own = (getattr(cls, f"__{n}__", missing) is not getattr(nn.Module, f"__{n}__", missing) for n in _CUSTOMS)
+    return not any(own) and not any(vars(c).get("__slots__") for c in cls.__mro__)
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """As ``copy.deepcopy``, which takes its time over the many empty dictionaries of a module."""
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if type(value) in (dict, OrderedDict) and not value:
+        return memo.setdefault(id(value), type(value)())
+    return copy.deepcopy(value, memo)
+
+
 def _sharing(tensor: torch.Tensor) -> torch.Tensor:
     if type(tensor) is not nn.Parameter:
         return tensor
@@ -70,7 +101,7 @@ def _sharing(tensor: torch.Tensor) -> torch.Tensor:
     return result
 
 
-def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
+def tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     """Tensors reachable from a value without entering other modules."""
     if id(value) in seen:
         return
@@ -78,13 +109,13 @@ def _tensors(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item, seen)
+        for item in list(value.values()):
+            yield from tensors_in(item, seen)
     elif isinstance(value, (list, tuple, set)):
         for item in value:
-            yield from _tensors(item, seen)
+            yield from tensors_in(item, seen)
     elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
-        yield from _tensors(vars(value), seen)
+        yield from tensors_in(vars(value), seen)
 
 
 def is_own_module(module: nn.Module) -> bool:

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch.nn as nn
 
 from oftfx.errors import RuleError, TraceError
+from oftfx.trace.foreign import is_bug
 from oftfx.trace.graph_module import ProgramGraph
 from oftfx.trace.inputs import ExampleInputs
 from oftfx.trace.record import record
@@ -36,6 +37,8 @@ def graph(
     except TraceError:
         raise
     except Exception as error:
+        if is_bug(error):
+            raise
         raise TraceError(
             f"{type(model).__name__} cannot be recorded on fake tensors: {type(error).__name__}: {error}. "
             "emit='modules' needs no recording"
@@ -43,22 +46,12 @@ def graph(
     if recording.rung != "graph":
         raise TraceError(f"{type(model).__name__} cannot become a graph: {recording.reason}")
     assert recording.module is not None
-    other = _recorded_in_other_mode(model, example_inputs)
+    other = record(model, example_inputs, dynamic=True, training=not model.training).graph
     if not _same_program(recording.graph, other):
         guard = recording.module.get_submodule("_guard")
         guard.recorded_training = model.training  # type: ignore[assignment]
     recording.module.on_miss = on_miss
     return recording.module
-
-
-def _recorded_in_other_mode(model: nn.Module, example_inputs: Any) -> Any:
-    modes = [(m, m.training) for m in model.modules()]
-    model.train(not model.training)
-    try:
-        return record(model, example_inputs, dynamic=True).graph
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _same_program(a: Any, b: Any) -> bool:

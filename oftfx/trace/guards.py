@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 import torch.nn as nn
-from torch.utils import _pytree as pytree
 
 from oftfx.errors import GuardError
+from oftfx.trace.torch_private import pytree, size_name, sizes_hold
 
 
 class ShapeGuard(nn.Module):
@@ -57,7 +57,7 @@ class ShapeGuard(nn.Module):
                 continue
             self._check_tensor(name, leaf, dtype, recorded)
             tensors.append(leaf)
-        if self.expression and not _evaluate(self.expression, tensors):
+        if self.expression and not sizes_hold(self.expression, tensors):
             names = [n for n, d, _ in self.leaves if d is not None]
             sizes = ", ".join(f"{n} {tuple(t.shape)}" for n, t in zip(names, tensors, strict=True))
             self._refuse("sizes", sizes, f"sizes with {_readable(self.expression, names)}")
@@ -98,17 +98,10 @@ def _shape(shape: tuple[int | None, ...]) -> str:
     return "(" + ", ".join("*" if s is None else str(s) for s in shape) + ")"
 
 
-def _evaluate(expression: str, tensors: list[Any]) -> bool:
-    """Evaluate conditions that ``ShapeEnv.produce_guards_expression`` wrote; never text from a file."""
-    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
-
-    return bool(eval(expression, dict(SYMPY_INTERP), {"L": {f"t{i}": t for i, t in enumerate(tensors)}}))
-
-
 _LONGEST = 400
 
 
 def _readable(expression: str, names: list[str]) -> str:
     for index, name in enumerate(names):
-        expression = expression.replace(f"L['t{index}']", name)
+        expression = expression.replace(size_name(index), name)
     return expression if len(expression) <= _LONGEST else f"{expression[:_LONGEST]} ... (more conditions)"

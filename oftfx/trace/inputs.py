@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 import torch.utils.checkpoint
 
-from oftfx.errors import TraceError
+from oftfx.errors import UnrecordableError
 
 ExampleInputs: TypeAlias = "Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | None"
 
@@ -27,7 +27,7 @@ def example_call(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple
     """Bring example inputs to ``(args, kwargs)``; a transformers model may leave them out.
 
     Raises:
-        TraceError: none were given and the model names none itself.
+        UnrecordableError: none were given and the model names none itself.
     """
     if isinstance(example_inputs, Mapping):
         return (), dict(example_inputs)
@@ -36,13 +36,13 @@ def example_call(model: nn.Module, example_inputs: ExampleInputs) -> tuple[tuple
     if isinstance(example_inputs, (tuple, list)):
         return tuple(example_inputs), {}
     if example_inputs is not None:
-        raise TraceError(
+        raise UnrecordableError(
             f"example_inputs: got {type(example_inputs).__name__}, expected a dict of keyword arguments, a tuple or a "
             "tensor"
         )
     dummy = getattr(model, "dummy_inputs", None)  # transformers
     if not isinstance(dummy, Mapping):
-        raise TraceError(
+        raise UnrecordableError(
             f"{type(model).__name__} names no example inputs of its own; pass example_inputs={{...}} or a tuple"
         )
     ids = dummy.get("input_ids")
@@ -70,8 +70,24 @@ _OVERRIDES: tuple[tuple[str, Any], ...] = (
 def capture_settings(model: nn.Module) -> Iterator[None]:
     """Switch caches and grouped experts off in every config of the model, and back again.
 
-    Reentrant checkpointing, whose inside no torch function shows, calls its function directly meanwhile.
+    Reentrant checkpointing, whose inside no exporter sees, calls its function directly meanwhile; for every model.
     """
+    checkpoint = torch.utils.checkpoint.CheckpointFunction
+    original = vars(checkpoint).get("apply")
+    checkpoint.apply = staticmethod(lambda run, _, *args: run(*args))  # type: ignore[assignment, method-assign]
+    try:
+        with plain_configs(model):
+            yield
+    finally:
+        if original is None:
+            del checkpoint.apply
+        else:
+            checkpoint.apply = original  # type: ignore[method-assign]
+
+
+@contextmanager
+def plain_configs(model: nn.Module) -> Iterator[None]:
+    """Switch caches and grouped experts off in every config of the model, and back again."""
     configs = {id(c): c for m in model.modules() for c in _configs(getattr(m, "config", None))}
     undo: list[tuple[Any, str, Any]] = []
     for config in configs.values():
@@ -79,16 +95,9 @@ def capture_settings(model: nn.Module) -> Iterator[None]:
             if name in vars(config):
                 undo.append((config, name, vars(config)[name]))
                 vars(config)[name] = value
-    checkpoint = torch.utils.checkpoint.CheckpointFunction
-    original = vars(checkpoint).get("apply")
-    checkpoint.apply = staticmethod(lambda run, _, *args: run(*args))  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        if original is None:
-            del checkpoint.apply
-        else:
-            checkpoint.apply = original  # type: ignore[method-assign]
         for config, name, value in reversed(undo):
             vars(config)[name] = value
 

@@ -8,7 +8,7 @@ with attention weights, ``A @ V``, adds rows of V: features stay what they are, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,7 +97,7 @@ def step(node: fx.Node, source: fx.Node, labels: Labels) -> Labels:
     if _uses_twice(node, source):
         raise LostError(f"{name} reads it twice")
     if name == _ATTENTION or node.target in _MATMUL:
-        return _mix(node, labels)
+        return _mix(node, name, labels)
     if name in UNCHANGED or node.op == "call_module" or _is_scaling(node):
         return labels
 
@@ -110,12 +110,20 @@ def step(node: fx.Node, source: fx.Node, labels: Labels) -> Labels:
         # Computed ones also hide in the tuples of a subscript and under names.
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), known)
         if name == "view":  # labels are expanded, which a view does not take
-            return args[0].reshape(*args[1:], **{"shape" if k == "size" else k: v for k, v in kwargs.items()})
-        return getattr(args[0], name)(*args[1:], **kwargs) if node.op == "call_method" else node.target(*args, **kwargs)  # type: ignore[operator]
+            kwargs = {"shape" if k == "size" else k: v for k, v in kwargs.items()}
+            return _executed(name, torch.Tensor.reshape, *args, **kwargs)
+        if node.op == "call_method":
+            return _executed(name, operator.methodcaller(name, *args[1:], **kwargs), args[0])
+        return _executed(name, node.target, *args, **kwargs)  # type: ignore[arg-type]
 
+    return Labels(move(labels.feature), move(labels.context), labels.mixed)
+
+
+def _executed(name: str, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    """Run a function of torch's on labels. It was called with values: what it does not take is how labels differ."""
     try:
-        return Labels(move(labels.feature), move(labels.context), labels.mixed)
-    except (RuntimeError, TypeError, IndexError, ValueError, AttributeError) as error:
+        return function(*args, **kwargs)
+    except Exception as error:
         raise LostError(f"{name} could not be followed: {error}") from error
 
 
@@ -125,18 +133,19 @@ def _uses_twice(node: fx.Node, source: fx.Node) -> bool:
     return sum(a is source for a in found) > 1
 
 
-def _mix(node: fx.Node, labels: Labels) -> Labels:
+def _mix(node: fx.Node, name: str, labels: Labels) -> Labels:
     """``A @ V``: row i of the result adds rows of V, so the features must be the same in all of them."""
     if labels.mixed:
         raise LostError("it goes through two products with attention weights")
     value, shape = labels.feature, tuple(node.meta["val"].shape)
+    if min(len(shape), value.dim()) < 2:
+        raise LostError(f"{name} adds different features")
     if node.kwargs.get("enable_gqa") and value.shape[-3] != shape[-3]:
         value = value.repeat_interleave(shape[-3] // value.shape[-3], dim=-3)
-    if value.dim() < 2 or not bool((value == value[..., :1, :]).all()):
-        raise LostError(f"{name_of(node)} adds different features")
-    count = torch.Size(shape[:-2]).numel()
-    context = torch.arange(count).reshape(*shape[:-2], 1, 1).expand(shape)
-    return Labels(value[..., :1, :].expand(shape), context, mixed=True)
+    if not bool((value == value[..., :1, :]).all()):
+        raise LostError(f"{name} adds different features")
+    context = torch.arange(torch.Size(shape[:-2]).numel()).reshape(*shape[:-2], 1, 1).expand(shape)
+    return Labels(_executed(name, torch.Tensor.expand, value[..., :1, :], shape), context, mixed=True)
 
 
 def _is_scaling(node: fx.Node) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import operator
+import threading
 import time
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
@@ -12,17 +14,19 @@ from typing import Any
 import torch
 import torch.fx as fx
 import torch.nn as nn
-from torch.utils import _pytree as pytree
 
-from oftfx.errors import TraceError
-from oftfx.formats.registry import format_of
-from oftfx.model.sites import is_experts
-from oftfx.placement.find import rotated_sites
+from oftfx.errors import TraceError, UnrecordableError
+from oftfx.trace.foreign import foreign, is_bug
 from oftfx.trace.graph_module import ProgramGraph, build
 from oftfx.trace.guards import ShapeGuard
-from oftfx.trace.inputs import ExampleInputs, capture_settings, example_call
-from oftfx.trace.recorder import Recorder, leaf_modules
-from oftfx.trace.undisturbed import Undisturbed
+from oftfx.trace.inputs import ExampleInputs, example_call, plain_configs
+from oftfx.trace.leaves import leaf_modules
+from oftfx.trace.recorder import Recorder
+from oftfx.trace.torch_private import fake_tensors, pytree, size_conditions
+from oftfx.trace.undisturbed import StandIn, random_state
+
+# Modes of fake tensors count themselves in flags of the whole process, which two at once leave set for ever.
+_ONE_AT_A_TIME = threading.RLock()
 
 
 @dataclass(frozen=True)
@@ -47,23 +51,28 @@ class Recording:
 
 
 def record_best(
-    model: nn.Module, example_inputs: ExampleInputs = None, *, look_into: Collection[nn.Module] = ()
+    model: nn.Module,
+    example_inputs: ExampleInputs = None,
+    *,
+    look_into: Collection[nn.Module] = (),
+    bare: bool = False,
 ) -> Recording:
-    """Record for analysis on the highest rung that works; never fails.
+    """Record for analysis on the highest rung that works; whatever the model raises is a reason to go a rung lower.
 
-    Fake tensors with the example's sizes first, then real values, then the module tree alone. The model's mode, its
-    buffers and the random state are as before afterwards. ``look_into``: see `record`.
+    Fake tensors with the example's sizes first, then real values, then the module tree alone. ``look_into`` and
+    ``bare``: see `record`.
     """
     reasons: list[str] = []
     for fake in (True, False):
         try:
-            return record(model, example_inputs, fake=fake, reason="; ".join(reasons), look_into=look_into)
+            return record(model, example_inputs, fake=fake, reason="; ".join(reasons), look_into=look_into, bare=bare)
+        except UnrecordableError as error:
+            return Recording("tree", reason=_first_line(error))
         except Exception as error:
-            # Whatever the model's own code raises here is a reason to go a rung lower, not a failure.
+            if is_bug(error):
+                raise
             reasons.append(f"{'fake' if fake else 'real'} values: {_first_line(error)}")
-            if isinstance(error, TraceError) and "example inputs" in str(error):
-                break
-    return Recording("tree", reason=reasons[-1] if len(reasons) == 1 else "; ".join(reasons))
+    return Recording("tree", reason="; ".join(reasons))
 
 
 def record(
@@ -73,10 +82,12 @@ def record(
     fake: bool = True,
     dynamic: bool = False,
     executable: bool = False,
+    training: bool | None = None,
+    bare: bool = False,
     reason: str = "",
     look_into: Collection[nn.Module] = (),
 ) -> Recording:
-    """Run ``model`` once and record its program.
+    """Run a copy of ``model`` once and record its program; other threads may run the model meanwhile.
 
     Args:
         model: any module; also one on the meta device.
@@ -84,31 +95,39 @@ def record(
         fake: run on fake tensors: no arithmetic, no memory, and a branch on data is an error instead of a guess.
         dynamic: keep input sizes symbolic, so the graph stands for other sizes as well.
         executable: also build `Recording.module`.
+        training: the mode to record in; None for the model's. Real values always run in eval mode.
+        bare: without the adapters that act now.
         reason: why a higher rung was not possible, for the result.
         look_into: modules without a site that are recorded operation by operation all the same, for the parameters
             that they use by themselves.
 
     Raises:
-        TraceError: no example inputs, or a value that cannot stand in a graph.
+        UnrecordableError: no example inputs, or something in the model that cannot be copied.
+        TraceError: a value that cannot stand in a graph.
         Exception: what the model itself raises on these inputs.
     """
     start = time.perf_counter()
     args, kwargs = example_call(model, example_inputs)
     names = _argument_names(model, args, kwargs)
-    recorder = Recorder(model, leaf_modules(model, _opaque(model, look_into), look_into), fake=fake)
     values = [*args, *kwargs.values()]
     with ExitStack() as stack:
-        stack.enter_context(capture_settings(model))
-        stack.enter_context(Undisturbed(model, real=not fake))
+        stack.enter_context(_ONE_AT_A_TIME)
+        stand_in = StandIn(model, real=not fake, training=training, bare=bare)
+        root = stand_in.module
+        inside = {root.get_submodule(n) for n, m in model.named_modules() if m in look_into}
+        recorder = Recorder(root, model, leaf_modules(root, inside), fake=fake)
+        stack.enter_context(plain_configs(root))
         shape_env = None
         if fake:
-            shape_env, values = _enter_fake_mode(stack, values, dynamic)
+            shape_env, values = stack.enter_context(fake_tensors(values, dynamic=dynamic))
+        else:
+            stack.enter_context(random_state(model))
         _placeholders(recorder, names, values)
         new_args, new_kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
         # Gradients only matter to the real thing; a quantized layer may behave differently without them.
         stack.enter_context(torch.enable_grad() if fake else torch.no_grad())
         with recorder.recording():
-            out = model(*new_args, **new_kwargs)
+            out = foreign(root, *new_args, **new_kwargs)
     doubts = [reason] if reason else []
     if recorder.data_dependent:
         steps = [f"{n}() in {where or 'the model'}" for n, where in recorder.data_dependent]
@@ -122,46 +141,12 @@ def record(
         recorder.graph.output(_output(recorder, out))
         guard = _guard(model, names, values, shape_env, dynamic)
         _insert_guard(recorder.graph)
-        module = build(model, recorder.graph, recorder.constants, guard)
+        constants = {n: stand_in.original(t) for n, t in recorder.constants.items()}
+        module = build(model, recorder.graph, constants, guard)
     else:
         # Nothing can build the result from these; they say which values somebody outside reads.
         recorder.graph.output(recorder.known(_returned(out)))
     return Recording(rung, recorder.graph, reason, dict(recorder.calls), time.perf_counter() - start, module)
-
-
-def _opaque(model: nn.Module, look_into: Collection[nn.Module]) -> set[nn.Module]:
-    """Modules that become one node: layers, attention and experts; not those whose weight rotates inside."""
-    found = {
-        m for m in model.modules() if format_of(m) is not None or isinstance(m, nn.MultiheadAttention) or is_experts(m)
-    }
-    rotated = {p.reader for _, p in rotated_sites(model) if p.kind == "weight" and p.in_effect()}
-    return found - rotated - set(look_into)
-
-
-def _enter_fake_mode(stack: ExitStack, values: list[Any], dynamic: bool) -> tuple[Any, list[Any]]:
-    # These modules are slow to import and only needed here.
-    from torch._dispatch.python import enable_python_dispatcher
-    from torch._dynamo.source import LocalSource
-    from torch._subclasses.fake_tensor import FakeTensorMode
-    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
-
-    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
-    count = iter(range(1_000_000))
-
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
-        # Sizes 0 and 1 are special to broadcasting, so they always stay fixed.
-        sizes = [DimDynamic.DYNAMIC if dynamic and s > 1 else DimDynamic.STATIC for s in tensor.shape]
-        return mode.from_tensor(
-            tensor,
-            source=LocalSource(f"t{next(count)}"),
-            symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes),
-        )
-
-    values = [pytree.tree_map_only(torch.Tensor, fake, v) for v in values]
-    stack.enter_context(mode)
-    # Without it, padding and interpolation fix the batch and the length.
-    stack.enter_context(enable_python_dispatcher())
-    return mode.shape_env, values
 
 
 def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -198,8 +183,6 @@ def _leaves(value: Any) -> list[tuple[Any, torch.Tensor]]:
 
 
 def _getitem(key: Any) -> Any:
-    import operator
-
     return getattr if isinstance(key, pytree.GetAttrKey) else operator.getitem
 
 
@@ -209,17 +192,8 @@ def _key(key: Any) -> Any:
 
 def _guard(model: nn.Module, names: list[str], values: list[Any], shape_env: Any, dynamic: bool) -> ShapeGuard:
     tensors = [t for v in values for _, t in _leaves(v)]
-    expression = _size_conditions(shape_env, tensors) if shape_env is not None and dynamic else ""
+    expression = size_conditions(shape_env, tensors) if shape_env is not None and dynamic else ""
     return ShapeGuard(type(model).__name__, dict(zip(names, values, strict=True)), expression)
-
-
-def _size_conditions(shape_env: Any, tensors: list[torch.Tensor]) -> str:
-    from torch._dynamo.source import LocalSource
-
-    sources = [LocalSource(f"t{i}") for i in range(len(tensors))]
-    found = shape_env.produce_guards(tensors, sources, ignore_static=False)
-    # Strides and offsets of an input do not change what the recorded functions compute.
-    return " and ".join(g for g in found if ".stride()" not in g and ".storage_offset()" not in g)
 
 
 def _insert_guard(graph: fx.Graph) -> None:
@@ -243,7 +217,7 @@ def _output(recorder: Recorder, out: Any) -> Any:
     if isinstance(out, tuple) and hasattr(out, "_fields"):
         return recorder.graph.call_function(type(out), tuple(_output(recorder, v) for v in out))
     if isinstance(out, (tuple, list)):
-        return type(out)(_output(recorder, v) for v in out)
+        return foreign(type(out), [_output(recorder, v) for v in out])
     raise TraceError(f"the model returned a {type(out).__name__}, which a graph cannot build")
 
 

@@ -8,25 +8,33 @@ Everything else is looked through. A tensor is known by its identity, a symbolic
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 import torch.fx as fx
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
 from oftfx.errors import TraceError
 from oftfx.formats.registry import format_of
-from oftfx.model.structure import is_own_module
-from oftfx.placement.find import placements_on, rotated_sites, without_rotation
+from oftfx.placement.find import placements_on, without_rotation
 from oftfx.placement.input import RotateInput
 from oftfx.placement.output import RotateOutput
 from oftfx.rotation.caching import no_cache
-from oftfx.rotation.module import Rotation
+from oftfx.trace.foreign import foreign
 from oftfx.trace.symbols import SymbolNodes
+from oftfx.trace.torch_private import (
+    CALL,
+    call_of,
+    in_checkpoint,
+    inside_functorch,
+    is_fake,
+    pytree,
+    switches_gradients,
+)
 
 # Tensor methods that are written as operators; a graph reads better with the operator.
 _OPERATORS = {
@@ -59,7 +67,7 @@ _SCALARS = (int, float, str, bool, complex, torch.dtype, torch.device, torch.mem
 
 
 class Recorder(TorchFunctionMode):
-    """Records one forward of ``root`` into ``graph``. Used through `oftfx.trace.record`.
+    """Records one forward of ``root``, a copy of ``model``, into ``graph``. Used through `oftfx.trace.record`.
 
     Attributes:
         graph: the nodes.
@@ -68,7 +76,7 @@ class Recorder(TorchFunctionMode):
         calls: how often each module ran.
     """
 
-    def __init__(self, root: nn.Module, leaves: set[nn.Module], *, fake: bool) -> None:
+    def __init__(self, root: nn.Module, model: nn.Module, leaves: set[nn.Module], *, fake: bool) -> None:
         super().__init__()
         self.root, self.leaves, self.fake = root, leaves, fake
         self.graph = fx.Graph()
@@ -78,10 +86,9 @@ class Recorder(TorchFunctionMode):
         self.autocast_changes: list[str] = []
         self.calls: dict[str, int] = {}
         self._names = {m: n for n, m in root.named_modules()}
-        self._attributes: dict[int, str] = {}
-        for named in (root.named_parameters, root.named_buffers):
-            for name, tensor in named(remove_duplicate=False):
-                self._attributes.setdefault(id(tensor), name)
+        self._attributes = _names_by_id(root)
+        # A function that the model made of itself (a lambda over `self`) is the same one in a copy: reads the model's.
+        self._outside = {k: n for k, n in _names_by_id(model).items() if k not in self._attributes}
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Any] = []  # ids are only unique among living objects
         self._stack: list[str] = []
@@ -101,11 +108,11 @@ class Recorder(TorchFunctionMode):
         node = self._nodes.get(id(value))
         if node is not None:
             return node
-        name = self._attributes.get(id(value))
+        name = self._attributes.get(id(value)) or self._read_outside(value)
         if name is None:
-            if self.fake and _is_fake(value):
+            if self.fake and is_fake(value):
                 raise TraceError(
-                    f"a tensor {tuple(value.shape)} used in {self.where} was made by code that torch functions do not "
+                    f"a tensor {tuple(value.shape)} used in {self.place} was made by code that torch functions do not "
                     "show (a custom kernel outside a leaf module)"
                 )
             name = f"_constant_{len(self.constants)}"
@@ -113,6 +120,16 @@ class Recorder(TorchFunctionMode):
         node = self.graph.create_node("get_attr", name)
         self.bind(value, node)
         return node
+
+    def _read_outside(self, value: torch.Tensor) -> str | None:
+        name = self._outside.get(id(value))
+        if name is not None and self.root.get_submodule(name.rpartition(".")[0]) in self.leaves:
+            raise TraceError(
+                f"{name} is read in {self.place} by a function that holds the model itself (a lambda or a wrapped "
+                "forward), so a copy of the model would not run its own layers. Make it a method, or bind it with "
+                "functools.partial"
+            )
+        return name
 
     def known(self, values: Iterable[torch.Tensor]) -> tuple[fx.Node, ...]:
         """The nodes of those tensors that the recording has met, each once."""
@@ -133,7 +150,7 @@ class Recorder(TorchFunctionMode):
             return {k: self.argument(v) for k, v in value.items()}
         if value is None or value is Ellipsis or isinstance(value, _SCALARS):
             return value
-        raise TraceError(f"an argument of type {type(value).__name__} in {self.where} cannot stand in a graph")
+        raise TraceError(f"an argument of type {type(value).__name__} in {self.place} cannot stand in a graph")
 
     def _track(self, out: Any, node: fx.Node) -> None:
         if isinstance(out, torch.Tensor):
@@ -145,8 +162,13 @@ class Recorder(TorchFunctionMode):
 
     @property
     def where(self) -> str:
-        """Module path that runs now."""
-        return self._stack[-1] if self._stack else type(self.root).__name__
+        """Module path that runs now; that of the model itself is empty."""
+        return self._stack[-1] if self._stack else ""
+
+    @property
+    def place(self) -> str:
+        """The same for a message; the model itself has no path."""
+        return self.where or type(self.root).__name__
 
     # -- functions ------------------------------------------------------------------------------
 
@@ -158,13 +180,15 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if not self._on or _inside_functorch(args):
-            return func(*args, **kwargs)
+        if not self._on or (args and inside_functorch(args[0])):
+            return foreign(func, *args, **kwargs)
         name = getattr(func, "__name__", "")
-        if func is torch._C._set_grad_enabled:
+        if switches_gradients(func):
+            if in_checkpoint():
+                return None  # the graph computes what is checkpointed once, with its gradients
             self.graph.call_function(func, args)
-            return func(*args, **kwargs)
-        out = func(*args, **kwargs)
+            return foreign(func, *args, **kwargs)
+        out = foreign(func, *args, **kwargs)
         if name in _DATA_DEPENDENT:
             self.data_dependent.append((name, self.where))
         if name != "__setitem__" and not any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(out)):
@@ -196,36 +220,29 @@ class Recorder(TorchFunctionMode):
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record everything that runs inside: torch functions and calls of the root's modules."""
-        original = nn.Module.__call__
-        recorder = self
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            name = recorder._names.get(module)
-            if not recorder._on or name is None:
-                return original(module, *args, **kwargs)
-            recorder.calls[name] = recorder.calls.get(name, 0) + 1
-            recorder._stack.append(name)
-            try:
-                if module in recorder.leaves:
-                    return recorder._leaf(name, module, original, args, kwargs)
-                return original(module, *args, **kwargs)
-            finally:
-                recorder._stack.pop()
-
-        nn.Module.__call__ = call  # type: ignore[method-assign]
+        for module, name in self._names.items():
+            vars(module)[CALL] = partial(self._call, name, module)
         try:
             with no_cache(), self:
                 yield
         finally:
-            nn.Module.__call__ = original  # type: ignore[method-assign]
             self._on = False
             for module in self._names:
-                if isinstance(module, Rotation):
-                    module.forget()
-                for placement in placements_on(module):
-                    placement.forget()
+                vars(module).pop(CALL, None)  # without a circle through the recorder the copy is gone at once
 
-    def _leaf(self, name: str, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+    def _call(self, name: str, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not self._on:
+            return call_of(module)(*args, **kwargs)
+        self.calls[name] = self.calls.get(name, 0) + 1
+        self._stack.append(name)
+        try:
+            if module in self.leaves:
+                return self._leaf(name, module, args, kwargs)
+            return call_of(module)(*args, **kwargs)
+        finally:
+            self._stack.pop()
+
+    def _leaf(self, name: str, module: nn.Module, args: Any, kwargs: Any) -> Any:
         # The rotation before or behind a site is recorded; only the layer's own forward is opaque.
         placements = placements_on(module)
         for placement in placements:
@@ -236,7 +253,7 @@ class Recorder(TorchFunctionMode):
         self._on = False
         try:
             with without_rotation(module):
-                out = _distinct(self._run_leaf(module, original, args, kwargs), (args, kwargs))
+                out = _distinct(self._run_leaf(module, args, kwargs), (args, kwargs))
         finally:
             self._on = True
         node = self.graph.call_module(name, node_args, node_kwargs)
@@ -248,7 +265,7 @@ class Recorder(TorchFunctionMode):
                 out = out if rotated is None else rotated
         return out
 
-    def _run_leaf(self, module: nn.Module, original: Any, args: Any, kwargs: Any) -> Any:
+    def _run_leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("input")
         if self.fake and isinstance(x, torch.Tensor):
             weight_format = format_of(module)
@@ -256,24 +273,16 @@ class Recorder(TorchFunctionMode):
                 # A quantized layer's own forward may rewrite its weight or lack a fake kernel; its shape is known.
                 shape = weight_format.geometry(module)
                 return x.new_empty((*x.shape[:-1], shape.out_features))
-        return original(module, *args, **kwargs)
+        return call_of(module)(*args, **kwargs)
 
 
-def leaf_modules(root: nn.Module, sites: set[nn.Module], look_into: Collection[nn.Module] = ()) -> set[nn.Module]:
-    """Modules that become one node: sites, and whatever has no site inside. Rotations are looked through.
-
-    ``look_into`` names modules that are looked through all the same, as are those whose weight rotates inside.
-    """
-    kept = {*look_into, *(p.reader for _, p in rotated_sites(root) if p.kind == "weight" and p.in_effect())}
-    leaves: set[nn.Module] = set()
-    for module in root.modules():
-        if isinstance(module, Rotation) or (is_own_module(module) and any(module.children())):
-            continue
-        inside = set(module.modules())
-        if module in sites or not (inside & sites or inside & kept):
-            leaves.add(module)
-    leaves.discard(root)
-    return leaves
+def _names_by_id(module: nn.Module) -> dict[int, str]:
+    """First names of a module's parameters and buffers."""
+    names: dict[int, str] = {}
+    for named in (module.named_parameters, module.named_buffers):
+        for name, tensor in named(remove_duplicate=False):
+            names.setdefault(id(tensor), name)
+    return names
 
 
 def _items(out: Any) -> Iterator[tuple[Any, Any, Callable[..., Any]]]:
@@ -292,11 +301,3 @@ def _distinct(out: Any, inputs: Any) -> Any:
     """
     known = {id(t) for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)}
     return pytree.tree_map_only(torch.Tensor, lambda t: t.view_as(t) if id(t) in known else t, out)
-
-
-def _inside_functorch(args: tuple[Any, ...]) -> bool:
-    return bool(args) and isinstance(args[0], torch.Tensor) and torch._C._functorch.maybe_get_level(args[0]) > 0
-
-
-def _is_fake(value: torch.Tensor) -> bool:
-    return hasattr(value, "fake_mode")

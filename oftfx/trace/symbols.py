@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import torch.fx as fx
 
+from oftfx.trace.torch_private import computed
+
 
 class SymbolNodes:
     """Turns expressions over input sizes into nodes, each symbol and expression once."""
@@ -27,13 +29,10 @@ class SymbolNodes:
 
     def node_of(self, value: torch.SymInt | torch.SymFloat | torch.SymBool) -> Any:
         """Node (or plain number, where a guard has fixed it) of a symbolic value."""
-        from torch.utils._sympy.interp import sympy_interp
-        from torch.utils._sympy.reference import PythonReferenceAnalysis
-
         expression = value.node.expr
         if not expression.free_symbols:
             return float(expression) if isinstance(value, torch.SymFloat) else int(expression)
         if expression not in self._done:
-            result = sympy_interp(PythonReferenceAnalysis, self._symbols, expression)
+            result = computed(expression, self._symbols)
             self._done[expression] = result.node if isinstance(result, fx.Proxy) else result
         return self._done[expression]

@@ -1,70 +1,95 @@
-"""A recording leaves a model as it was."""
+"""What a recording runs instead of the model, so that the model and whoever else uses it notice nothing."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn as nn
 
+from oftfx.errors import OftfxError, UnrecordableError
 from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_of
+from oftfx.model.structure import structural_copy, tensors_in
+from oftfx.placement.find import rotated_sites
 
 
-class Undisturbed:
-    """Whatever a recorded forward does to the model is undone.
+class StandIn:
+    """A copy of a model over the same tensors that a recording may do anything to.
 
-    Buffers, attributes it sets (a mask made on first use would be a fake tensor), quantized weights that a runtime
-    repacks, the random state; ``real`` values run in eval mode.
+    Its forward may set attributes (a mask made on first use would be a fake tensor) and hooks; quantized weights stay
+    as they are stored.
+
+    Args:
+        model: the model.
+        real: for real values: in eval mode, and with buffers of its own.
+        training: the mode, where it is not the model's.
+        bare: without adapters.
+
+    Attributes:
+        model: the model.
+        module: the copy.
+
+    Raises:
+        UnrecordableError: the model has something in it that cannot be copied.
     """
 
-    def __init__(self, model: nn.Module, *, real: bool) -> None:
-        self.model, self.real = model, real
+    def __init__(self, model: nn.Module, *, real: bool, training: bool | None, bare: bool) -> None:
+        self.model = model
+        self._became: dict[int, Any] = {}
+        try:
+            self.module = structural_copy(model, self._became)
+        except OftfxError as error:
+            raise UnrecordableError(
+                f"a recording runs a copy of the model, and {type(model).__name__} cannot be copied: {error.__cause__}."
+                " Remove that attribute meanwhile"
+            ) from error
+        modules = set(self.module.modules())
+        if kept := next((n for n, m in model.named_modules() if m in modules), None):
+            raise UnrecordableError(
+                f"a recording runs a copy of the model, where {kept or type(model).__name__} is still the same object. "
+                "Let its __deepcopy__ make a new module"
+            )
+        for module in modules:
+            weight_format = format_of(module)
+            if weight_format is not None:
+                weight_format.hold_still(module)
+                if weight_format.native_fault(module) is not None:
+                    use_exact(module)
+        if bare:
+            for _, placement in rotated_sites(self.module):
+                placement.active = ()
+        if training is not None:
+            self.module.train(training)
+        if real:
+            self.module.eval()
+            self._own_buffers()
 
-    def __enter__(self) -> None:
-        # Each module's attributes, and what is in those that are dictionaries or lists (parameters, hooks, caches).
-        self.attributes = [
-            (m, dict(vars(m)), [(v, _contents(v)) for v in vars(m).values() if isinstance(v, (dict, list))])
-            for m in self.model.modules()
-        ]
-        # Large integer buffers are packed weights: nothing counts in them, and copying them would double a model.
-        self.buffers = [
-            (b, b.detach().clone()) for b in self.model.buffers() if b.is_floating_point() or b.numel() < 2**16
-        ]
-        self.random = torch.get_rng_state()
-        found = [(m, format_of(m)) for m in self.model.modules()]
-        self.release = [f.hold_still(m) for m, f in found if f is not None]
-        for module, weight_format in found:
-            if weight_format is not None and weight_format.native_fault(module) is not None:
-                use_exact(module)  # an attribute of the module, which goes with the others afterwards
-        if self.real:
-            self.model.eval()
+    def _own_buffers(self) -> None:
+        copies: dict[int, torch.Tensor] = {}
+        for module in self.module.modules():
+            for name, buffer in module._buffers.items():
+                # Large integer buffers are packed weights: nothing counts in them, and copies would double a model.
+                if buffer is not None and (buffer.is_floating_point() or buffer.numel() < 2**16):
+                    module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
 
-    def __exit__(self, *_: object) -> None:
-        for release in self.release:
-            release()
-        for module, attributes, contents in self.attributes:
-            vars(module).clear()
-            vars(module).update(attributes)
-            for container, items in contents:
-                if _same(container, items):
-                    continue  # some refuse to be written to
-                # The containers themselves may be shared (with a graph, say), so they are refilled, not replaced.
-                container.clear()
-                container.update(items) if isinstance(container, dict) else container.extend(items)
-        with torch.no_grad():
-            for buffer, value in self.buffers:
-                buffer.copy_(value)
-        torch.set_rng_state(self.random)
+    def original(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The model's own tensor that one of the copy stands for; any other one as it is."""
+        if type(tensor) is not nn.Parameter:
+            return tensor
+        found = (t for m in self.model.modules() for t in tensors_in(vars(m), set()))
+        return next((t for t in found if self._became.get(id(t)) is tensor), tensor)
 
 
-def _same(container: Any, items: Any) -> bool:
-    if len(container) != len(items):
-        return False
-    if isinstance(container, dict):
-        return all(a is b and container[a] is items[b] for a, b in zip(container, items, strict=True))
-    return all(a is b for a, b in zip(container, items, strict=True))
+@contextmanager
+def random_state(model: nn.Module) -> Iterator[None]:
+    """Leave the random numbers of the model's devices as they were.
 
-
-def _contents(container: Any) -> Any:
-    return dict(container) if isinstance(container, dict) else list(container)
+    Torch has one generator a device for all threads. What another thread draws meanwhile is drawn a second time
+    afterwards, so this is for real values only: fake tensors draw nothing.
+    """
+    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng([d.index for d in devices]):
+        yield

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import oftfx
 from oftfx import OFT
-from oftfx.trace.labels import LostError, start, step
+from oftfx.trace.labels import LostError, name_of, start, step
 from oftfx.trace.record import record
 from tests.reference import randomize, rel
 
@@ -173,13 +173,25 @@ def test_layers_of_other_kinds_are_named_in_plain_words():
     }
 
 
-def test_an_error_in_the_search_is_a_reason(monkeypatch):
+def test_an_error_of_ours_in_the_search_is_seen(monkeypatch):
     def fail(*_):
         raise KeyError("val")
 
     monkeypatch.setattr("oftfx.passes.find_producers.step", fail)
-    plan = oftfx.plan(Pair(lambda m, y, x: y.contiguous()), {"b": OFT(4)}, example_inputs=(X,))
-    assert plan["b"].producer_reason == "its way could not be followed: KeyError('val')"
+    with pytest.raises(KeyError, match="val"):
+        oftfx.plan(Pair(lambda m, y, x: y.contiguous()), {"b": OFT(4)}, example_inputs=(X,))
+
+
+def test_what_torch_does_not_take_of_labels_is_a_reason():
+    graph = record(Pair(lambda m, y, x: y.reshape(-1).new_ones(6).softmax(0) @ y), (X,)).graph
+    node = next(n for n in graph.nodes if name_of(n) == "matmul")
+    with pytest.raises(LostError, match="matmul could not be followed: "):
+        step(node, node.args[1], start(node.args[1]))
+
+
+def test_a_recording_without_tokens_is_a_reason():
+    plan = oftfx.plan(Pair(lambda m, y, x: y.contiguous()), {"b": OFT(4)}, example_inputs=(X[:0],))
+    assert plan["b"].producer_reason == "the example inputs hold no token for it"
 
 
 def test_a_step_by_itself_says_that_it_lost_the_features():

@@ -1,0 +1,117 @@
+"""What recording uses of torch that has no public name: the one place to mend when torch moves.
+
+Fake tensors and symbolic sizes take a second to import, so they are imported where they are used.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.nn as nn
+import torch.utils.checkpoint
+from torch.utils import _pytree as pytree
+
+__all__ = ["CALL", "pytree"]  # the rest is defined here
+
+CALL = "_call_impl"
+"""What ``nn.Module.__call__`` looks up on the instance and calls, so that an attribute of this name intercepts it."""
+
+
+def call_of(module: nn.Module) -> Any:
+    """The implementation of a call that a module has from its class."""
+    return getattr(type(module), CALL).__get__(module)
+
+
+def switches_gradients(function: Any) -> bool:
+    """Whether a torch function is the one behind ``torch.no_grad`` and its like."""
+    return function is torch._C._set_grad_enabled
+
+
+def inside_functorch(value: Any) -> bool:
+    """Whether a value belongs to a transformation (``vmap``, ``grad``) that runs now."""
+    return isinstance(value, torch.Tensor) and torch._C._functorch.maybe_get_level(value) > 0
+
+
+def in_checkpoint() -> bool:
+    """Whether reentrant checkpointing switches gradients on or off right now, around the code that it runs."""
+    frame: FrameType | None = sys._getframe(1)
+    for _ in range(_WAY_TO_CHECKPOINT):
+        if frame is None:
+            return False
+        if frame.f_code is torch.utils.checkpoint.CheckpointFunction.forward.__code__:
+            return True
+        frame = frame.f_back
+    return False
+
+
+_WAY_TO_CHECKPOINT = 8  # frames: ours, then __enter__ or __exit__ of no_grad and what they call
+
+
+@contextmanager
+def fake_tensors(values: list[Any], *, dynamic: bool) -> Iterator[tuple[Any, list[Any]]]:
+    """Fake tensors inside; gives the environment of symbolic sizes and ``values`` with every tensor replaced.
+
+    Args:
+        values: anything with tensors in it.
+        dynamic: keep their sizes symbolic.
+    """
+    from torch._dispatch.python import enable_python_dispatcher
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    count = iter(range(1_000_000))
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        # Sizes 0 and 1 are special to broadcasting, so they always stay fixed.
+        sizes = [DimDynamic.DYNAMIC if dynamic and s > 1 else DimDynamic.STATIC for s in tensor.shape]
+        context = StatelessSymbolicContext(dynamic_sizes=sizes)
+        return mode.from_tensor(tensor, source=_source(next(count)), symbolic_context=context)
+
+    replaced = [pytree.tree_map_only(torch.Tensor, fake, v) for v in values]
+    # Without the dispatcher, padding and interpolation fix the batch and the length.
+    with mode, enable_python_dispatcher():
+        yield mode.shape_env, replaced
+
+
+def is_fake(value: torch.Tensor) -> bool:
+    """Whether a tensor has no numbers."""
+    return hasattr(value, "fake_mode")
+
+
+def size_conditions(shape_env: Any, tensors: list[torch.Tensor]) -> str:
+    """What a recording relied on about the sizes of `fake_tensors`, as an expression for `sizes_hold`."""
+    found = shape_env.produce_guards(tensors, [_source(i) for i in range(len(tensors))], ignore_static=False)
+    # Strides and offsets of an input do not change what the recorded functions compute.
+    return " and ".join(g for g in found if ".stride()" not in g and ".storage_offset()" not in g)
+
+
+def size_name(index: int) -> str:
+    """How an expression names a tensor."""
+    return f"L['t{index}']"
+
+
+def sizes_hold(expression: str, tensors: list[Any]) -> bool:
+    """Evaluate an expression of `size_conditions`; never text from a file."""
+    from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+
+    return bool(eval(expression, dict(SYMPY_INTERP), {"L": {f"t{i}": t for i, t in enumerate(tensors)}}))
+
+
+def computed(expression: Any, symbols: dict[Any, Any]) -> Any:
+    """A symbolic expression computed by Python's operators on what stands for its symbols."""
+    from torch.utils._sympy.interp import sympy_interp
+    from torch.utils._sympy.reference import PythonReferenceAnalysis
+
+    return sympy_interp(PythonReferenceAnalysis, symbols, expression)
+
+
+def _source(index: int) -> Any:
+    from torch._dynamo.source import LocalSource
+
+    return LocalSource(f"t{index}")

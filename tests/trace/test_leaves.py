@@ -1,0 +1,37 @@
+import random
+
+import torch.nn as nn
+
+from oftfx.trace.leaves import leaf_modules
+
+
+def tree(rng, depth, shared):
+    """Containers of containers, some modules in several places."""
+    if depth == 0 or rng.random() < 0.2:
+        made = rng.choice([nn.ReLU, nn.Dropout, lambda: nn.Linear(2, 2), lambda: nn.Embedding(3, 2)])()
+        return rng.choice([made, *shared, made])
+    made = nn.ModuleList([tree(rng, depth - 1, shared) for _ in range(rng.randint(0, 4))])
+    shared.append(made)
+    return made
+
+
+def test_leaves_are_layers_and_what_holds_none():
+    for seed in range(50):
+        rng = random.Random(seed)
+        root = nn.ModuleList([tree(rng, 4, []), tree(rng, 4, [])])
+        every = list(root.modules())
+        look_into = set(rng.sample(every, k=min(2, len(every)) if seed % 2 else 0))
+        layers = {m for m in every if isinstance(m, (nn.Linear, nn.Embedding))} - look_into
+        expected = {m for m in every if m in layers or not set(m.modules()) & (layers | look_into)}
+        assert leaf_modules(root, look_into) == expected - {root}
+
+
+def test_every_module_is_visited_once(monkeypatch):
+    root = nn.Linear(2, 2)
+    for _ in range(60):
+        root = nn.Sequential(root, nn.ReLU())
+    calls = []
+    children = nn.Module.children
+    monkeypatch.setattr(nn.Module, "children", lambda module: calls.append(module) or children(module))
+    leaf_modules(root)
+    assert len(calls) == len(list(root.modules()))
