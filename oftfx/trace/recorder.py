@@ -25,6 +25,7 @@ from oftfx.placement.input import RotateInput
 from oftfx.placement.output import RotateOutput
 from oftfx.rotation.caching import no_cache
 from oftfx.trace.foreign import foreign
+from oftfx.trace.known_shapes import is_bare_linear, kind_of_call
 from oftfx.trace.symbols import SymbolNodes
 from oftfx.trace.torch_private import (
     CALL,
@@ -93,6 +94,7 @@ class Recorder(TorchFunctionMode):
         self._alive: list[Any] = []  # ids are only unique among living objects
         self._stack: list[str] = []
         self._on = True
+        self._made: dict[Any, tuple[tuple[int, ...], torch.dtype]] = {}
         self._autocast = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
 
     # -- values ---------------------------------------------------------------------------------
@@ -268,12 +270,26 @@ class Recorder(TorchFunctionMode):
     def _run_leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         x = args[0] if args else kwargs.get("input")
         if self.fake and isinstance(x, torch.Tensor):
+            if is_bare_linear(module, x):  # most calls of a model, and the shape is known without running them
+                return x.new_empty((*x.shape[:-1], len(module.weight)))
             weight_format = format_of(module)
             if weight_format is not None and not weight_format.lossless:
                 # A quantized layer's own forward may rewrite its weight or lack a fake kernel; its shape is known.
                 shape = weight_format.geometry(module)
                 return x.new_empty((*x.shape[:-1], shape.out_features))
+            return self._repeated(module, x, args, kwargs)
         return call_of(module)(*args, **kwargs)
+
+    def _repeated(self, module: nn.Module, x: torch.Tensor, args: Any, kwargs: Any) -> Any:
+        """What a leaf makes of its input; layers repeat, and of the second of a kind only the shape is made."""
+        kind = kind_of_call(module, x) if len(args) == 1 and not kwargs else None
+        if kind is not None and kind in self._made:
+            shape, dtype = self._made[kind]
+            return x.new_empty(shape, dtype=dtype)
+        out = call_of(module)(*args, **kwargs)
+        if kind is not None and type(out) is type(x) and all(type(s) is int for s in out.shape):
+            self._made[kind] = tuple(out.shape), out.dtype
+        return out
 
 
 def _names_by_id(module: nn.Module) -> dict[int, str]:

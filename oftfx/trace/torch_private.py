@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -74,8 +74,8 @@ def fake_tensors(values: list[Any], *, dynamic: bool) -> Iterator[tuple[Any, lis
         return mode.from_tensor(tensor, source=_source(next(count)), symbolic_context=context)
 
     replaced = [pytree.tree_map_only(torch.Tensor, fake, v) for v in values]
-    # Without the dispatcher, padding and interpolation fix the batch and the length.
-    with mode, enable_python_dispatcher():
+    # Without the dispatcher, padding and interpolation fix the batch and the length; with it, every call is slower.
+    with mode, enable_python_dispatcher() if dynamic else nullcontext():
         yield mode.shape_env, replaced
 
 

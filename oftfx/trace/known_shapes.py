@@ -1,0 +1,45 @@
+"""Calls whose result needs no run on fake tensors: nearly all of a recording's time goes into those."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn as nn
+
+from oftfx.placement.find import placements_on
+from oftfx.trace.torch_private import CALL
+
+_SCALARS = (type(None), bool, int, float, str, torch.dtype)
+_OF_EVERY_MODULE = {*vars(nn.Module()), CALL}
+
+
+def is_bare_linear(module: nn.Module, x: torch.Tensor) -> bool:
+    """Whether a call is ``x @ W^T + b`` and nothing else: torch's own layer, no hook but ours, no cast on the way."""
+    if type(module) is not nn.Linear or "forward" in vars(module) or module._forward_hooks:
+        return False
+    weight = module._parameters.get("weight")
+    fits = type(weight) is nn.Parameter and weight.dtype == x.dtype and weight.shape[1:] == x.shape[-1:]
+    ours = len(placements_on(module)) == len(module._forward_pre_hooks)
+    return fits and ours and not torch.is_autocast_enabled(x.device.type)
+
+
+def kind_of_call(module: nn.Module, x: torch.Tensor) -> Any:
+    """What decides the shape that a small module makes of one tensor, comparable between modules; None where unknown.
+
+    Layers repeat: norms and activations of one class, with equal settings and parameters of equal shape, do the same to
+    inputs of equal shape.
+    """
+    if module._modules or module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module):
+        return None
+    own = {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+    if not all(map(_is_setting, own.values())) or not all(type(s) is int for s in x.shape):
+        return None
+    tensors = [*module._parameters.items(), *module._buffers.items()]
+    held = tuple((n, None if t is None else (tuple(t.shape), t.dtype)) for n, t in tensors)
+    autocast = torch.is_autocast_enabled(x.device.type)
+    return type(module), module.training, tuple(own.items()), held, tuple(x.shape), x.dtype, x.device, autocast
+
+
+def _is_setting(value: Any) -> bool:
+    return isinstance(value, _SCALARS) or (isinstance(value, tuple) and all(map(_is_setting, value)))
