@@ -82,8 +82,7 @@ def landing(directory: Path, head: str, error: type[OftfxError], *, stale: Itera
         new = made / _NEW
         new.mkdir()
         yield new
-        for path in (*new.rglob("*"), new):
-            _sync(path)
+        settle(new)
         with _alone(directory):
             _land(directory, made, head, stale)
         for other in (head, *stale):
@@ -114,6 +113,14 @@ def staging(directory: Path, name: str, error: type[OftfxError]) -> Iterator[Pat
         for path in absent:
             with suppress(OSError):
                 path.rmdir()  # which only takes empty ones
+
+
+def check_place(path: Path, error: type[OftfxError]) -> None:
+    """Raise at once, before long work, what `landing` would raise for a place where no file can be written."""
+    if path.is_dir():
+        raise error(f"{path} is a directory; name a file in it")
+    with staging(path.parent, path.name, error):
+        pass
 
 
 def remains(directory: Path, *heads: str) -> str:
@@ -162,6 +169,12 @@ def _land(directory: Path, made: Path, head: str, stale: list[str]) -> None:
                 rename(target, source)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(directory: Path) -> None:
+    """Let all that is in a directory reach the disk."""
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
 
 
 def rename(source: Path, target: Path) -> None:

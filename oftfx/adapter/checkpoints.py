@@ -22,7 +22,8 @@ from oftfx.folding.checkpoint import ROTATION
 from oftfx.folding.report import FoldReport
 from oftfx.formats.base import WeightFormat
 from oftfx.formats.registry import format_of
-from oftfx.model.structure import replace_module
+from oftfx.model.structure import replace_module, structural_copy
+from oftfx.placement.find import rotated_sites
 
 Facts = Mapping[str, Any]
 """What a reader has to know besides the files, as JSON."""
@@ -58,18 +59,22 @@ class Hqq(Checkpoint):
 
     @classmethod
     def takes(cls, model: nn.Module) -> bool:
-        """Marked by hqq, and not by transformers."""
-        return bool(getattr(model, "hqq_quantized", False)) and _quantization(model) is None
+        """Marked by hqq, and not by transformers; with float layers only it is transformers' again."""
+        marked = bool(getattr(model, "hqq_quantized", False)) and _quantization(model) is None
+        return marked and bool(quantized_layers(model))
 
-    def write(self, model: nn.Module, report: FoldReport, directory: Path) -> Facts:
+    def write(self, model: nn.Module, report: FoldReport, directory: Path) -> Facts:  # noqa: ARG002
         """``qmodel.pt`` and ``config.json``."""
         from hqq.models.hf.base import AutoHQQHFModel
 
-        AutoHQQHFModel.save_quantized(model, str(directory))
-        dtypes = {str(m.compute_dtype) for m in quantized_layers(model).values() if hasattr(m, "compute_dtype")}
-        if len(dtypes) > 1 or (not dtypes and _float_sites(report)):
+        dtypes = {str(m.compute_dtype) for m in quantized_layers(model).values()}
+        if len(dtypes) > 1:
             raise FoldError(f"hqq reads all layers of a model with one compute_dtype; this one has {sorted(dtypes)}")
-        return {"compute_dtype": dtypes.pop().removeprefix("torch.") if dtypes else None}
+        bare = structural_copy(model)
+        for _, placement in [*rotated_sites(bare)]:
+            placement.drop()  # hqq leaves out layers that have children
+        AutoHQQHFModel.save_quantized(bare, str(directory))
+        return {"compute_dtype": dtypes.pop().removeprefix("torch.")}
 
     def read(self, directory: Path, facts: Facts, model: nn.Module | None, options: dict[str, Any]) -> nn.Module:
         """With the dtype it had, on a GPU where there is one."""
@@ -77,9 +82,8 @@ class Hqq(Checkpoint):
             return model
         from hqq.models.hf.base import AutoHQQHFModel
 
-        known = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
-        if facts["compute_dtype"]:
-            known["compute_dtype"] = getattr(torch, facts["compute_dtype"])
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        known = {"device": device, "compute_dtype": getattr(torch, facts["compute_dtype"])}
         return AutoHQQHFModel.from_quantized(str(directory), **{**known, **options}).eval()
 
 
