@@ -41,6 +41,7 @@ _HOME = {
     "Budget": "oftfx.folding.policies",
     "save_rotations": "oftfx.adapter.kept",
     "load_rotations": "oftfx.adapter.kept",
+    "load_folded": "oftfx.adapter.folded",
     "FoldResult": "oftfx.folds",
     "FoldReport": "oftfx.folding.report",
     "export_onnx": "oftfx.onnx.export",
@@ -53,6 +54,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from oftfx.adapter.folded import load_folded
     from oftfx.adapter.kept import load_rotations, save_rotations
     from oftfx.adapter.load import load_adapter
     from oftfx.adapter.save import save_adapter

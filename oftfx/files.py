@@ -1,13 +1,256 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files that belong together.
+
+All of a set is written and on the disk in a hidden directory beside its place before the first name changes. What is
+left then are renames, which need no room, and which an error takes back.
+"""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from oftfx.errors import OftfxError
 
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file beside its place and rename it: never a half-written one under the final name."""
-    partial = path.with_name(path.name + ".part")
-    partial.write_bytes(data)
-    os.replace(partial, path)
+try:
+    import fcntl
+except ImportError:  # Windows: nobody can tell there whether a process still writes, so its remains stay
+    fcntl = None  # type: ignore[assignment]
+
+_HIDDEN, _NEW, _OLD = ".oftfx-", "new", "old"
+_ADVICE = {
+    errno.ENOSPC: "make room there",
+    errno.EDQUOT: "make room there",
+    errno.EROFS: "choose a place that can be written to",
+    errno.EACCES: "choose a place that can be written to",
+    errno.EPERM: "choose a place that can be written to",
+    errno.EEXIST: "a file is where a directory is wanted; choose another place",
+    errno.EISDIR: "a directory is where a file is wanted; choose another place",
+    errno.ENOTDIR: "a file is where a directory is wanted; choose another place",
+}
+
+
+def write_whole(path: Path, data: bytes, error: type[OftfxError] = OftfxError) -> None:
+    """Write a file beside its place and rename it: never a half-written one under the final name.
+
+    Args:
+        path: the file; its directory is made.
+        data: its bytes.
+        error: what is raised where it cannot be written.
+    """
+    with landing(path.parent, path.name, error) as made:
+        write(made / path.name, data)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file into a directory that `landing` gave."""
+    with path.open("wb") as stream:
+        put(stream.fileno(), data)
+
+
+def put(file: int, data: bytes) -> None:
+    """All bytes into an open file."""
+    left = memoryview(data)
+    while left:
+        left = left[os.write(file, left) :]
+
+
+@contextmanager
+def landing(directory: Path, head: str, error: type[OftfxError], *, stale: Iterable[str] = ()) -> Iterator[Path]:
+    """A hidden directory to write into; on leaving, all that is in it lands in ``directory``, or nothing does.
+
+    A name that is there is replaced, whatever else is there stays. ``head`` is what no reader of the set does without.
+    It leaves first and comes last, so whoever reads, and whenever the process is killed, there is the old set, the new
+    one, or one without a head; see `remains`.
+
+    Args:
+        directory: made where it is not there.
+        head: name of one of the files. A set of one file is replaced by a single rename.
+        error: what is raised where something cannot be written.
+        stale: names that belong to the old set only, and go.
+
+    Raises:
+        OftfxError: ``error``, which names the place, the reason and what to do; ``directory`` is as it was.
+    """
+    stale = [*stale]
+    with staging(directory, head, error) as made:
+        new = made / _NEW
+        new.mkdir()
+        yield new
+        settle(new)
+        with _alone(directory):
+            _land(directory, made, head, stale)
+        for other in (head, *stale):
+            _sweep(directory, other, begun=True)
+
+
+@contextmanager
+def staging(directory: Path, name: str, error: type[OftfxError]) -> Iterator[Path]:
+    """A hidden directory inside ``directory``, gone afterwards; so is ``directory`` where it was made for nothing.
+
+    What a process that is no more left there under the same ``name`` goes as well, but for files that it had taken out
+    of their places. An `OSError` inside becomes ``error``.
+    """
+    made, lock = None, -1
+    absent = [p for p in (directory, *directory.parents) if not p.exists()]
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        _sweep(directory, name, begun=False)
+        made, lock = _hidden(directory, name)
+        yield made
+    except OSError as cause:
+        raise error(_explained(directory, cause)) from cause
+    finally:
+        if made is not None and not _holds(made / _OLD):  # what could not be put back stays in there
+            shutil.rmtree(made, ignore_errors=True)
+        if lock >= 0:
+            os.close(lock)
+        for path in absent:
+            with suppress(OSError):
+                path.rmdir()  # which only takes empty ones
+
+
+def check_place(path: Path, error: type[OftfxError]) -> None:
+    """Raise at once, before long work, what `landing` would raise for a place where no file can be written."""
+    if path.is_dir():
+        raise error(f"{path} is a directory; name a file in it")
+    with staging(path.parent, path.name, error):
+        pass
+
+
+def remains(directory: Path, *heads: str) -> str:
+    """What to do where a head is missing since a process was killed while its files took their places; or ``""``."""
+    for head in heads:
+        for made in _hidden_ones(directory, head):
+            if (made / _OLD).is_dir() and (made / _NEW / head).exists() and not (directory / head).exists():
+                return (
+                    "a save was killed while its files took their places: save again, or move all that is in "
+                    f"{made / _NEW} to {directory}"
+                )
+    return ""
+
+
+def of_version(found: object, read: int) -> str:
+    """Words for a file of a layout that is not read: which version it has, which is read, and what to do."""
+    newer = isinstance(found, int) and found > read
+    advice = "A newer oftfx wrote it: install that" if newer else "An older one wrote it: make it again with this"
+    return f"version {found}; this oftfx reads version {read}. {advice}"
+
+
+def _land(directory: Path, made: Path, head: str, stale: list[str]) -> None:
+    new, old = made / _NEW, made / _OLD
+    names = [*sorted(p.name for p in new.iterdir() if p.name != head), head]
+    for name in names:
+        if (directory / name).is_dir() and not (new / name).is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(directory / name))
+    leaving = [n for n in dict.fromkeys([head, *stale, *names]) if os.path.lexists(directory / n)]
+    alone = names == [head] and leaving in ([], [head]) and not (new / head).is_dir()
+    if alone:
+        leaving = []
+    moves = [(directory / n, old / n) for n in leaving] + [(new / n, directory / n) for n in names]
+    if not alone:
+        old.mkdir()  # also says that all of the new set is there
+    try:
+        for source, target in moves:
+            if target == directory / head:
+                _sync(directory)
+            rename(source, target)
+            if source == directory / head:
+                _sync(directory)
+        _sync(directory)
+    except BaseException:
+        for source, target in reversed(moves):
+            if os.path.lexists(target) and not os.path.lexists(source):
+                rename(target, source)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def settle(directory: Path) -> None:
+    """Let all that is in a directory reach the disk."""
+    for path in (*directory.rglob("*"), directory):
+        _sync(path)
+
+
+def rename(source: Path, target: Path) -> None:
+    """Move a file or directory within its file system, over a file that is there."""
+    os.replace(source, target)
+
+
+def _sync(path: Path) -> None:
+    """Let a file's bytes, or a directory's names, reach the disk."""
+    if path.is_dir() and os.name == "nt":  # has no handle for a directory
+        return
+    file = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def _hidden(directory: Path, name: str) -> tuple[Path, int]:
+    """A new hidden directory, and the handle that says that its process lives."""
+    while True:
+        made = Path(tempfile.mkdtemp(prefix=f"{_HIDDEN}{name}-", dir=directory))
+        lock = _lock(made)
+        if made.exists():  # nobody took it for a dead one's in between
+            return made, -1 if lock is None else lock
+        if lock is not None:
+            os.close(lock)
+
+
+def _hidden_ones(directory: Path, name: str) -> list[Path]:
+    pattern = re.compile(re.escape(f"{_HIDDEN}{name}-") + r"\w{8}")  # as tempfile ends its names
+    return [p for p in directory.iterdir() if pattern.fullmatch(p.name)] if directory.is_dir() else []
+
+
+def _sweep(directory: Path, name: str, *, begun: bool) -> None:
+    """Remove hidden directories of processes that are no more; with ``begun`` also such with files of an old set."""
+    for made in _hidden_ones(directory, name):
+        lock = _lock(made)
+        if lock is not None:
+            if begun or not (made / _OLD).is_dir():
+                shutil.rmtree(made, ignore_errors=True)
+            os.close(lock)
+
+
+def _holds(directory: Path) -> bool:
+    return directory.is_dir() and any(directory.iterdir())
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """One process after the other: two sets that land at once would be mixed."""
+    lock = _lock(directory, wait=True)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(directory: Path, *, wait: bool = False) -> int | None:
+    """A handle that no other process has until this one closes it or ends; None where another has, or nothing locks."""
+    if fcntl is None:
+        return None
+    handle = -1
+    try:
+        handle = os.open(directory, os.O_RDONLY)
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        if handle >= 0:
+            os.close(handle)
+        return None
+    return handle
+
+
+def _explained(directory: Path, cause: OSError) -> str:
+    what = cause.strerror or str(cause)
+    name = f" ({Path(os.fsdecode(cause.filename)).name})" if cause.filename else ""
+    advice = _ADVICE.get(cause.errno or 0, "see the cause")
+    return f"{directory}: cannot be written to: {what}{name}; {advice}. What was there is as it was"

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn as nn
 
 from oftfx.adapter.fingerprint import fingerprint
+from oftfx.adapter.folded import save_folded
+from oftfx.adapter.kept import guard_saving
 from oftfx.adapter.store import AdapterStore, drop_store, keep_store, located
 from oftfx.errors import AdapterError, FoldError
 from oftfx.folding.journal import Journal
@@ -47,6 +50,30 @@ class FoldResult:
     report: FoldReport
     _before: nn.Module | None = field(repr=False, default=None)
     _undo: Before | None = field(repr=False, default=None)
+
+    def save(self, directory: str | Path) -> Path:
+        """Write everything that `oftfx.load_folded` needs to bring ``.model`` back.
+
+        That is the checkpoint with its configuration as ``save_pretrained`` writes it (of other modules the
+        ``state_dict`` as ``model.safetensors``), the rotations that stay in front of quantized weights
+        (``oftfx_rotations.safetensors``), and ``oftfx_fold.json``: the report, and what tells whether the files belong
+        together. All land at once; an earlier save of ours is replaced whole, and files of others (a tokenizer, a
+        README) stay.
+
+        ``from_pretrained`` alone reads such a directory as well. Where there are rotations it **drops them**;
+        ``"oftfx_rotations"`` in ``config.json`` says so.
+
+        Args:
+            directory: made where it is not there.
+
+        Returns:
+            The directory.
+
+        Raises:
+            FoldError: it cannot be written, holds a checkpoint of others, or the model is one that its own loader would
+                not bring back (the message says why). What was there is as it was then.
+        """
+        return save_folded(self.model, self.report, directory)
 
 
 def fold(
@@ -143,6 +170,7 @@ def fold(
     for parameter in own.parameters(names):
         parameter.requires_grad_(False)
     drop_store(target)
+    guard_saving(target)
     sites = [_with_reason(s, folds[0].left) for each in folds for s in each.sites]
     note_float_layers(target, [s.fqn for s in sites if s.action == "dequantized"])
     measured = None if before is None or not batches else _measured(before, target, names, batches)
@@ -192,6 +220,7 @@ class Before:
             parameter.requires_grad_(True)
         self.quantizer.restore(model)
         forget_fold(model)
+        guard_saving(model)
 
 
 def _producers(store: AdapterStore, names: Sequence[str]) -> dict[str, Producer | str]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch.nn as nn
 from torch import Tensor
 
-from oftfx.errors import AdapterFileError, FoldError
-from oftfx.files import write_whole
+from oftfx.errors import AdapterFileError, FoldError, warn
+from oftfx.files import of_version, write_whole
+from oftfx.folding.checkpoint import checkpoint_digest
 from oftfx.formats.exact import choose_kernel, use_exact
-from oftfx.formats.registry import format_named
+from oftfx.formats.registry import format_of
 from oftfx.model.sites import weight_device
 from oftfx.placement.attach import attach
 from oftfx.placement.find import rotated_sites
@@ -21,7 +24,8 @@ from oftfx.planning.program import Program
 from oftfx.rotation.module import FrozenRotation
 
 FILE = "oftfx_rotations.safetensors"
-_VERSION = "1"
+CONFIG_KEY = "oftfx_rotations"
+_VERSION = 1
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,13 +40,14 @@ def save_rotations(model: nn.Module, path: str | Path) -> Path:
     Args:
         model: the folded model; one with trainable rotations is saved with `save_adapter`.
         path: directory; the file in it is ``oftfx_rotations.safetensors``: blocks ``(blocks, b, b)``, each rotation
-            once, and the module paths in its metadata.
+            once, and in its metadata the module paths and `checkpoint_digest` of the weights that are there.
 
     Returns:
         The file.
 
     Raises:
         FoldError: the model has no fixed rotations.
+        AdapterFileError: the file cannot be written; one that was there is as it was.
     """
     from safetensors.torch import save
 
@@ -57,8 +62,10 @@ def save_rotations(model: nn.Module, path: str | Path) -> Path:
     if not sites:
         raise FoldError("this model has no fixed rotations: fold(quantized='keep') leaves them, at quantized layers")
     file = Path(path) / FILE
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, save(tensors, {"oftfx_rotations": _VERSION, "sites": json.dumps(sites)}))
+    notes = {"oftfx_rotations": str(_VERSION), "sites": json.dumps(sites)}
+    if digest := checkpoint_digest(file.parent):
+        notes["checkpoint"] = digest
+    write_whole(file, save(tensors, notes), AdapterFileError)
     return file
 
 
@@ -73,7 +80,8 @@ def load_rotations(model: M, path: str | Path) -> M:
         ``model``, which now computes what the folded one did.
 
     Raises:
-        AdapterFileError: there is no such file, or it does not fit the model; nothing is changed then.
+        AdapterFileError: there is no such file, it was written for other weights than those beside it, or it does not
+            fit the model; nothing is changed then.
     """
     sites, tensors = _read(Path(path) / FILE)
     known = {s.fqn: s for s in Program.of(model).sites}
@@ -90,12 +98,10 @@ def load_rotations(model: M, path: str | Path) -> M:
                     f"{path}: {fqn} has in_features {known[fqn].in_features}, the saved rotation {count * size}"
                 )
     modules = dict(model.named_modules())
+    multiply_right({fqn: modules[known[fqn].module] for fqn in sites})
     made: dict[str, FrozenRotation] = {}
     for fqn, keys in sites.items():
         module = modules[known[fqn].module]
-        format_named(known[fqn].format).prepare(module)
-        if choose_kernel(module, "auto")[0] == "exact":
-            use_exact(module)
         placement = attach(modules, known[fqn], "activation")
         for index, key in enumerate(keys):
             first = key not in made
@@ -103,7 +109,24 @@ def load_rotations(model: M, path: str | Path) -> M:
             placement.fixed.append(rotation)
             if first:
                 placement.hold(FROZEN if len(keys) == 1 else f"{FROZEN}_{index}", rotation)
+    guard_saving(model)
     return model
+
+
+def multiply_right(layers: Mapping[str, nn.Module]) -> None:
+    """Prepare quantized layers as a fold leaves them: those whose own forward cannot be relied on multiply exactly."""
+    notices: dict[str, str] = {}
+    for fqn, layer in layers.items():
+        found = format_of(layer)
+        if found is None or found.lossless:
+            continue
+        if notice := found.prepare(layer):
+            notices[fqn] = notice
+        if choose_kernel(layer, "auto")[0] == "exact":
+            use_exact(layer)
+    if notices:
+        fqn, notice = next(iter(notices.items()))
+        warn(f"{fqn}: {notice}" + (f". So it is with {len(notices) - 1} more layers" if len(notices) > 1 else ""))
 
 
 def _read(file: Path) -> tuple[dict[str, list[str]], dict[str, Tensor]]:
@@ -115,8 +138,13 @@ def _read(file: Path) -> tuple[dict[str, list[str]], dict[str, Tensor]]:
         with safe_open(file, framework="pt") as opened:
             notes = opened.metadata() or {}
             tensors = {k: opened.get_tensor(k) for k in opened.keys()}  # noqa: SIM118
-        if notes["oftfx_rotations"] != _VERSION:
-            raise AdapterFileError(f"{file}: version {notes['oftfx_rotations']}; this oftfx reads {_VERSION}")
+        if (version := int(notes["oftfx_rotations"])) != _VERSION:
+            raise AdapterFileError(f"{file} has {of_version(version, _VERSION)}")
+        if notes.get("checkpoint", here := checkpoint_digest(file.parent)) != here and here is not None:
+            raise AdapterFileError(
+                f"{file} was written for other weights than those beside it. Take both from one save, or call "
+                "save_rotations again with the folded model"
+            )
         sites: dict[str, list[str]] = json.loads(notes["sites"])
         shapes = [tensors[k].shape for keys in sites.values() for k in keys]
     except (SafetensorError, KeyError, ValueError, AttributeError) as error:
@@ -124,3 +152,73 @@ def _read(file: Path) -> tuple[dict[str, list[str]], dict[str, Tensor]]:
     if wrong := [s for s in shapes if len(s) != 3 or s[1] != s[2]]:
         raise AdapterFileError(f"{file}: a rotation of shape {tuple(wrong[0])}; expected (blocks, b, b)")
     return sites, tensors
+
+
+class SavesRotations:
+    """``save_pretrained`` of one model with fixed rotations: it writes them beside the checkpoint, and says so.
+
+    It stands in the instance, in front of the class's own. A hook of the state_dict knows no directory, and another
+    class would no longer be the user's. Holding the model, it follows it through copies and pickles, and Trainer, the
+    Hub's mixin and the user all call it by name. `guard_saving` puts it there and takes it away.
+
+    Args:
+        model: the model.
+        own: what stood in the instance before, if anything did.
+    """
+
+    def __init__(self, model: nn.Module, own: Callable[..., Any] | None) -> None:
+        self.model, self.own = model, own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        """Write checkpoint and rotations; the arguments are those of the model's own method.
+
+        Raises:
+            FoldError: with ``push_to_hub=True``, which uploads before the rotations are there.
+        """
+        given = inspect.signature(self.native).bind(*args, **kwargs).arguments
+        if given.get("push_to_hub"):
+            raise FoldError(
+                "save_pretrained(push_to_hub=True) uploads before the rotations of this folded model are written; "
+                "call model.push_to_hub(name), or upload the directory after save_pretrained"
+            )
+        self.write(*args, **kwargs)
+        if given.get("is_main_process", True):
+            directory = str(next(iter(given.values())))
+            save_rotations(self.model, directory)
+            warn(
+                f"wrote {FILE} beside the checkpoint: this model has rotations in front of quantized layers, which "
+                f"from_pretrained alone drops. Load it with oftfx.load_folded({directory!r}), or call "
+                "oftfx.load_rotations after from_pretrained; FoldResult.save writes a directory that is checked whole"
+            )
+
+    def write(self, *args: Any, **kwargs: Any) -> None:
+        """The checkpoint alone; its configuration names the file of the rotations, for people who look at it."""
+        config = getattr(self.model, "config", None)
+        named = hasattr(config, "to_json_file")
+        if named:
+            setattr(config, CONFIG_KEY, FILE)
+        try:
+            self.native(*args, **kwargs)
+        finally:
+            if named:
+                delattr(config, CONFIG_KEY)
+
+    @property
+    def native(self) -> Callable[..., Any]:
+        """The model's own method."""
+        return self.own or type(self.model).save_pretrained.__get__(self.model)  # type: ignore[attr-defined]
+
+
+def guard_saving(model: nn.Module) -> None:
+    """Let ``save_pretrained`` of a model with fixed rotations write them as well; one without has its own back."""
+    own = vars(model).get("save_pretrained")
+    if any(p.fixed for _, p in rotated_sites(model)):
+        if hasattr(model, "save_pretrained") and not isinstance(own, SavesRotations):
+            vars(model)["save_pretrained"] = SavesRotations(model, own)
+    elif isinstance(own, SavesRotations):
+        del vars(model)["save_pretrained"]
+        if own.own is not None:
+            vars(model)["save_pretrained"] = own.own
+    # A configuration that was read with rotations names them; what is written says it anew.
+    if CONFIG_KEY in getattr(getattr(model, "config", None), "__dict__", {}):
+        delattr(model.config, CONFIG_KEY)  # type: ignore[union-attr, arg-type]

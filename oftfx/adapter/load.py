@@ -15,10 +15,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.adapter import peft_files
+from oftfx.adapter.belonging import check_belongs
 from oftfx.adapter.insert import insert
 from oftfx.adapter.save import PLAN_FILE, rotation_by_site
 from oftfx.adapter.store import AdapterStore, check_name, find_store, store_of, unwrapped
-from oftfx.errors import AdapterError, AdapterFileError
+from oftfx.errors import AdapterError, AdapterFileError, RuleError
+from oftfx.files import remains
 from oftfx.formats.exact import choose_kernel
 from oftfx.model.site import Site
 from oftfx.model.sites import choose_placement, fits
@@ -65,13 +67,13 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     """
     check_name(adapter)
     directory = Path(path)
-    tensors = _read(directory / peft_files.WEIGHT_FILE)
+    tensors, notes = _read(directory / peft_files.WEIGHT_FILE)
     skew_keys, parameter_keys = peft_files.read_keys(tensors, str(directory / peft_files.WEIGHT_FILE))
     skews = {fqn: tensors[k] for fqn, k in skew_keys.items()}
     parameters = {name: tensors[k] for name, k in parameter_keys.items()}
     store = find_store(model)
     root = unwrapped(model)
-    plan = _plan_of_file(root, directory, skews, parameters)
+    plan = _plan_of_file(root, directory, skews, parameters, notes)
     if store is not None and adapter in store.adapters:
         _check_same(store.adapters[adapter].plan, plan, skews, adapter)
     else:
@@ -91,17 +93,18 @@ def _recorded(program: Program) -> Program:
     return PassManager([ShareInputs(), FindProducers()]).run(recorded).program
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata."""
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     if not path.is_file():
         nearby = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no directory"
-        raise AdapterFileError(
-            f"no file {path} (there: {nearby or 'nothing'}); expected a directory of PEFT >= 0.16 or save_adapter"
-        )
+        advice = _interrupted(path) or "expected a directory of PEFT >= 0.16 or save_adapter"
+        raise AdapterFileError(f"no file {path} (there: {nearby or 'nothing'}); {advice}")
     try:
-        tensors = load(path.read_bytes())
+        data = path.read_bytes()
+        tensors = load(data)
     except SafetensorError as error:
         raise AdapterFileError(f"{path} is damaged or not a safetensors file: {error}") from None
     for key, tensor in tensors.items():
@@ -111,7 +114,12 @@ def _read(path: Path) -> dict[str, Tensor]:
             raise AdapterFileError(
                 f"{path}: {key} holds {_bad(tensor)} of {tensor.numel()} numbers that are not finite"
             )
-    return tensors
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__", {})
+
+
+def _interrupted(path: Path) -> str:
+    return remains(path.parent, peft_files.CONFIG_FILE, PLAN_FILE)
 
 
 def _bad(tensor: Tensor) -> int:
@@ -119,12 +127,17 @@ def _bad(tensor: Tensor) -> int:
 
 
 def _plan_of_file(
-    root: nn.Module, directory: Path, skews: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
+    root: nn.Module,
+    directory: Path,
+    skews: Mapping[str, Tensor],
+    parameters: Mapping[str, Tensor],
+    notes: Mapping[str, str],
 ) -> Plan:
     """The plan that a file stands for, checked against the model."""
     own = (directory / PLAN_FILE) if (directory / PLAN_FILE).is_file() else None
-    saved = Plan.from_json(own.read_text(encoding="utf-8")) if own else None
-    config = {} if saved else _config(directory / peft_files.CONFIG_FILE)
+    text = own.read_text(encoding="utf-8") if own else ""
+    saved = _saved_plan(text, directory / PLAN_FILE) if own else None
+    config = json.loads(text) if saved else _config(directory / peft_files.CONFIG_FILE)
     sites = {s.fqn: s for s in Program.of(root).sites}
     if saved:
         raw = [e.site for e in saved if not e.site.is_layer]
@@ -165,6 +178,7 @@ def _plan_of_file(
     else:
         modules = tuple(config.get("modules_to_save") or ())
         bias = {"oft_only": "oft"}.get(config.get("bias", "none"), config.get("bias", "none"))
+    check_belongs(notes, config, where, PLAN_FILE if saved else peft_files.CONFIG_FILE)
     return Plan(
         type(root).__name__,
         tuple(_with_kernel(e, root) for e in entries),
@@ -193,12 +207,20 @@ def _as_saved(entry: SitePlan, saved: SitePlan, skew: Tensor, where: Path) -> Si
     return entry
 
 
+def _saved_plan(text: str, path: Path) -> Plan:
+    try:
+        return Plan.from_json(text)
+    except RuleError as error:
+        raise AdapterFileError(f"{path}: {error}") from None
+
+
 def _config(path: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
         kind = config.get("peft_type")
     except FileNotFoundError:
-        raise AdapterFileError(f"no file {path}; it says how the numbers become a rotation") from None
+        advice = _interrupted(path) or "it says how the numbers become a rotation"
+        raise AdapterFileError(f"no file {path}; {advice}") from None
     except (ValueError, AttributeError) as error:
         raise AdapterFileError(f"{path} is not a JSON object: {error}") from None
     if kind != "OFT":

@@ -1,4 +1,4 @@
-"""Write adapter directories: whole, or not at all."""
+"""Write adapter directories: the old files or the new ones, never some of each."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.adapter import peft_files
+from oftfx.adapter.belonging import KEY, digest_of
 from oftfx.adapter.store import AdapterStore, located
-from oftfx.errors import AdapterError, warn
-from oftfx.files import write_whole
+from oftfx.errors import AdapterError, AdapterFileError, warn
+from oftfx.files import landing, write
 from oftfx.placement.find import rotated_sites
 from oftfx.planning.plans import Plan
 
@@ -36,6 +37,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
 
     Raises:
         AdapterError: an unknown adapter or layout, or a plan that PEFT's configuration cannot say.
+        AdapterFileError: the files cannot be written; an adapter that was there is as it was.
     """
     from safetensors.torch import save
 
@@ -46,20 +48,20 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     plan = store.adapters[adapter].plan
     if layout == "peft":
         _warn_of_peft(root, plan)
-        side = peft_files.CONFIG_FILE, json.dumps(peft_files.config_for(plan, root), indent=2, sort_keys=True)
+        side, other = peft_files.CONFIG_FILE, PLAN_FILE
+        text = json.dumps(peft_files.config_for(plan, root), indent=2, sort_keys=True)
     else:
-        side = PLAN_FILE, plan.to_json()
+        side, other, text = PLAN_FILE, peft_files.CONFIG_FILE, plan.to_json()
     tensors = {
         k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
         for k, v in adapter_tensors(root, store, adapter)
     }
     directory = Path(path)
-    directory.mkdir(parents=True, exist_ok=True)
     # The side file decides what the numbers mean; one of another layout must not stay beside them.
-    for stale in {peft_files.CONFIG_FILE, PLAN_FILE} - {side[0]}:
-        (directory / stale).unlink(missing_ok=True)
-    write_whole(directory / side[0], side[1].encode())
-    write_whole(directory / peft_files.WEIGHT_FILE, save(tensors, metadata={"format": "pt"}))
+    with landing(directory, side, AdapterFileError, stale=[other]) as made:
+        write(made / side, text.encode())
+        notes = {"format": "pt", KEY: digest_of(json.loads(text))}
+        write(made / peft_files.WEIGHT_FILE, save(tensors, metadata=notes))
     return directory
 
 

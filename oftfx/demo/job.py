@@ -17,6 +17,7 @@ import oftfx
 from oftfx.demo import figures, smollm, text
 from oftfx.demo import perplexity as ppl
 from oftfx.demo.train import train
+from oftfx.files import write_whole
 from oftfx.terminal import render
 
 LENGTH, BATCH, RATE = 128, 4, 2.5e-4
@@ -124,7 +125,7 @@ class Job:
             "survival": result.report.survival,
             "output_error": result.report.output_error,
         }
-        (self.folder / f"fold_{policy}.json").write_text(result.report.to_json())
+        write_whole(self.folder / f"fold_{policy}.json", result.report.to_json().encode())
         self._row(f"folded: {policy}", "torch", _bytes(result.model), lambda: ppl.in_torch(result.model), held_out)
         return result.model
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +11,8 @@ from torch import Tensor
 
 import oftfx
 from oftfx.demo import text
+from oftfx.errors import OftfxError
+from oftfx.files import landing
 
 EVERY = 5  # steps between checkpoints
 
@@ -100,9 +101,8 @@ def _checkpoint(
         "optimizer": optimizer.state_dict(),
         "losses": losses,
     }
-    partial = folder / "training.pt.part"
-    torch.save(state, partial)
-    os.replace(partial, folder / "training.pt")
+    with landing(folder, "training.pt", OftfxError) as made:
+        torch.save(state, made / "training.pt")
 
 
 def _resume(folder: Path, parameters: list[nn.Parameter], optimizer: torch.optim.Optimizer) -> list[float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch.nn as nn
@@ -34,6 +34,15 @@ def note_fold(model: nn.Module, report: FoldReport, hashes: Mapping[str, str]) -
 def fold_notes(model: nn.Module) -> list[dict[str, Any]]:
     """What was noted in a model and its parts, with the part's path as ``"module"``; oldest first."""
     return [{"module": path, **note} for path, m in model.named_modules() for note in vars(m).get(_ATTRIBUTE, ())]
+
+
+def note_again(model: nn.Module, notes: Sequence[Mapping[str, Any]]) -> None:
+    """Inverse of `fold_notes`, for a model that was read from a file."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for note in notes:
+        found.setdefault(note["module"], []).append({k: v for k, v in note.items() if k != "module"})
+    for path, own in found.items():
+        vars(model.get_submodule(path))[_ATTRIBUTE] = own
 
 
 def forget_fold(model: nn.Module) -> None:

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from oftfx.errors import MissingExtraError
+from oftfx.errors import FoldError, MissingExtraError
+from oftfx.files import write_whole
 from oftfx.folding.measure import Measured
 from oftfx.folding.record import SiteFold
 from oftfx.terminal import render
@@ -135,7 +136,7 @@ class FoldReport:
             raise MissingExtraError("jinja2", "report", "An HTML report") from error
         template = Environment(autoescape=True).from_string(_HTML)
         text = template.render(columns=COLUMNS, rows=self.rows(), summary=str(self).splitlines())
-        Path(path).write_text(text, encoding="utf-8")
+        write_whole(Path(path), text.encode(), FoldError)
 
 
 def _kept(site: SiteFold) -> float:

@@ -119,6 +119,10 @@ class WeightFormat(ABC):
         """
         return None
 
+    def load_state(self, module: nn.Module, state: dict[str, Tensor]) -> None:
+        """Take the weight that a layer of the same making has in its ``state_dict``."""
+        module.load_state_dict(state)
+
     @abstractmethod
     def read(self, module: nn.Module) -> WeightState:
         """What holds the weight now, for a later `write`: references, no copies."""

@@ -125,6 +125,17 @@ class Bnb4(ScalarFormat):
         module._parameters["weight"] = parameter
         module.quant_state = state["quant_state"]  # type: ignore[assignment]
 
+    def load_state(self, module: nn.Module, state: dict[str, Tensor]) -> None:
+        """As transformers does it: the package's own ``load_state_dict`` knows no quantized weight."""
+        stats = {k.removeprefix("weight."): v for k, v in state.items() if k.startswith("weight.")}
+        device = module.weight.device
+        weight = type(module.weight).from_prequantized(  # type: ignore[operator, union-attr]
+            state["weight"], stats, device=device, module=module
+        )
+        self.write(module, {"weight": weight, "quant_state": weight.quant_state})
+        if module.bias is not None:
+            module.bias.data.copy_(state["bias"])  # type: ignore[operator]
+
     def nbytes(self, module: nn.Module) -> int:
         """Codes and scales."""
         state = _state(module)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +12,7 @@ import torch.nn as nn
 
 from oftfx.adapter.store import drop_store, unwrapped
 from oftfx.errors import ExportError, MissingExtraError
+from oftfx.files import check_place, landing
 from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_of
 from oftfx.model.structure import structural_copy
@@ -112,11 +111,13 @@ def export_onnx(
 
     Raises:
         MissingExtraError: the ``onnx`` extra is not installed.
-        ExportError: the model cannot be exported, or the file does not compute what it does; no file is left behind.
+        ExportError: the model cannot be exported, the file does not compute what it does, or it cannot be written. What
+            was there is as it was.
     """
     _require_packages(verify)
     _check_arguments(adapters, dialect)
     path = Path(path)
+    check_place(path, ExportError)
     model = unwrapped(model)
     inputs = named_inputs(model, example_inputs)
     exact = exact_copy(model)
@@ -138,10 +139,9 @@ def export_onnx(
         with torch.no_grad():
             outputs = signature.outputs(reference)
         program = onnx_program(Exportable(lowered, signature, mode), outputs, chosen)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Beside the target and under its final name: external data is found by name, and a move is a rename.
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-            made = Path(folder) / path.name
+        # Under its final name, by which external data is found.
+        with landing(path.parent, path.name, ExportError, stale=[f"{path.name}.data"]) as folder:
+            made = folder / path.name
             operators, nbytes = finish(program, made, describe(model, mode), mode)
             checks: tuple[Verification, ...] = ()
             if verify:
@@ -150,7 +150,6 @@ def export_onnx(
                 except DifferentError as error:
                     where = first_difference(lowered, mode, signature, error, chosen, deviation)
                     raise ExportError(f"{error}. {where}") from None
-            _move(made, path)
     every = {n: dict(axes) for n, axes in (*signature.shapes.items(), *mode.shapes(signature).items())}
     return ExportReport(path, every, outputs, chosen, operators, nbytes, mode.named, checks)
 
@@ -212,16 +211,3 @@ def _frozen(model: nn.Module) -> nn.Module:
     PassManager([FreezeRotations()]).run(Program.of(model))
     drop_store(model)
     return model.requires_grad_(False)
-
-
-def _move(made: Path, path: Path) -> None:
-    """Interrupted, there is no file rather than one with the weights of another. Data of an older file goes."""
-    path.unlink(missing_ok=True)
-    _data(path).unlink(missing_ok=True)
-    if _data(made).exists():
-        os.replace(_data(made), _data(path))
-    os.replace(made, path)
-
-
-def _data(path: Path) -> Path:
-    return path.with_name(path.name + ".data")

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +11,7 @@ import torch.nn as nn
 
 from oftfx.adapter.store import find_store, unwrapped
 from oftfx.errors import ExportError
-from oftfx.files import write_whole
+from oftfx.files import landing, write
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks
 from oftfx.onnx.adapters.file import export_onnx_adapter
 from oftfx.onnx.decoders.decoder import PAST, PRESENT, Decoder
@@ -43,7 +40,7 @@ def export_genai(
 
     Args:
         model: folded, transformed or plain; a decoder of transformers.
-        directory: made if it is not there; files of the same names are replaced, ``genai_config.json`` last.
+        directory: made if it is not there; files of the same names are replaced, all at once.
         tokenizer: of the model; without one, GenAI takes and gives token ids.
         adapters: the active adapters in the graph, or all of them beside it. GenAI feeds no other inputs, so the other
             modes of `export_onnx` are not for it.
@@ -56,7 +53,8 @@ def export_genai(
 
     Raises:
         MissingExtraError: the ``onnx`` extra is not installed.
-        ExportError: the model cannot be exported, an adapter does not fit the graph, or the settings are not known.
+        ExportError: the model cannot be exported, an adapter does not fit the graph, the settings are not known, or the
+            directory cannot be written to. What was there is as it was.
     """
     if adapters not in ("fixed", "swappable"):
         raise ExportError(f"adapters: got {adapters!r}, expected 'fixed' or 'swappable'; GenAI feeds no other inputs")
@@ -67,9 +65,8 @@ def export_genai(
         slots = Slots.of(model, store.active[0])
         for name in store.adapters:
             adapter_blocks(model, name, slots)
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".oftfx-", dir=directory) as folder:
-        made = Path(folder)
+    # Without its settings a directory does not load, so half of another model is never taken for a whole one.
+    with landing(directory, CONFIG, ExportError, stale=[f"{GRAPH}.data"]) as made:
         report = export_onnx(
             model, made / GRAPH, _inputs(model), adapters=adapters, cache=True, opset=opset, verify=verify
         )
@@ -77,14 +74,7 @@ def export_genai(
             export_onnx_adapter(model, made / f"{name}{SUFFIX}", adapter=name, graph=made / GRAPH)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
-        # Without its settings a directory does not load, so half of another model is never taken for a whole one.
-        (directory / CONFIG).unlink(missing_ok=True)
-        for file in made.iterdir():
-            target = directory / file.name
-            if target.is_dir():  # a tokenizer may have several chat templates
-                shutil.rmtree(target)
-            os.replace(file, target)
-    write_whole(directory / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+        write(made / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return replace(report, path=directory / GRAPH)
 
 

@@ -10,6 +10,7 @@ from itertools import groupby
 from typing import Any
 
 from oftfx.errors import MissingExtraError, RuleError
+from oftfx.files import of_version
 from oftfx.formats.layout import Layout
 from oftfx.model.site import Site
 from oftfx.planning.coverage import Coverage, Unreached
@@ -86,7 +87,7 @@ class Plan:
         except (ValueError, KeyError, AttributeError, TypeError):
             raise RuleError("this text is not an oftfx plan; expected what Plan.to_json() wrote") from None
         if version != VERSION:
-            raise RuleError(f"this plan has version {version}; this oftfx reads version {VERSION}")
+            raise RuleError(f"this plan has {of_version(version, VERSION)}")
         try:
             return cls(
                 model_class=data["model_class"],

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import shutil
-import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Literal
 
 from oftfx.errors import ExportError, MissingExtraError
-from oftfx.files import write_whole
+from oftfx.files import rename, settle, staging, write_whole
 
 if TYPE_CHECKING:
     from oftfx.serving.copied.runtime import ServedModel
@@ -140,10 +139,9 @@ def write_repository(
     if place.exists():
         raise ExportError(f"{place} is there already; choose another version, or remove it first")
     files = _files(model, adapters or {})
-    out.mkdir(parents=True, exist_ok=True)
     # A version is made beside its place, opened there as the server will open it, and moved whole.
-    with tempfile.TemporaryDirectory(prefix=".oftfx-", dir=out) as folder:
-        made = Path(folder) / str(version)
+    with staging(out, options.name, ExportError) as folder:
+        made = folder / str(version)
         served = _fill(made, files)
         ours = module.server_files(served, options)
         names = tuple(served.adapter_names())
@@ -153,9 +151,9 @@ def write_repository(
             (made / path).write_text(text)
         for path, source in ours.runtime.items():
             _copy(COPIED / source, made / path)
-        _write_shared(out, ours, module)
-        place.parent.mkdir(exist_ok=True)
-        os.replace(made, place)
+        settle(made)
+        with _shared(place.parent, ours, module):
+            rename(made, place)
     command = ours.command.replace("{out}", shlex.quote(str(out)))
     return Repository(out, place, names, ours.backend, command)
 
@@ -203,11 +201,25 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _write_shared(out: Path, ours: ServerFiles, module: ModuleType) -> None:
-    """What is there and passes the check stays as it is: it holds for others too, and may be edited by hand."""
+@contextmanager
+def _shared(home: Path, ours: ServerFiles, module: ModuleType) -> Iterator[None]:
+    """The model's directory, with what all versions share.
+
+    What is there and passes the check stays as it is: it holds for others too, and may be edited by hand. What is made
+    here goes again where the version does not come after it.
+    """
+    out = home.parent
     missing = {path: text for path, text in ours.shared.items() if not (out / path).exists()}
     for path in ours.shared.keys() - missing.keys():
         module.check(str(out / path), (out / path).read_text(), ours.shared[path])
-    for path, text in missing.items():
-        (out / path).parent.mkdir(exist_ok=True)
-        write_whole(out / path, text.encode())
+    try:
+        home.mkdir(exist_ok=True)
+        for path, text in missing.items():
+            write_whole(out / path, text.encode(), ExportError)
+        yield
+    except BaseException:
+        for path in missing:
+            (out / path).unlink(missing_ok=True)
+        with suppress(OSError):
+            home.rmdir()  # which only takes an empty one
+        raise

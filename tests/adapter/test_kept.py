@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn as nn
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 import oftfx
 from oftfx import OFT
-from oftfx.errors import AdapterFileError, FoldError
+from oftfx.errors import AdapterFileError, FoldError, OftfxWarning
 from tests.reference import randomize
 
 
@@ -26,8 +27,11 @@ def test_a_kept_fold_survives_its_checkpoint(tiny_llama, tmp_path, share):
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "float", quantization_config=config)
     model = randomize(oftfx.transform(base, {"all-linear": OFT(16, share_input=share)}), std=0.1).eval()
     folded = oftfx.fold(model, quantized="keep").model
-    folded.save_pretrained(tmp_path / "folded")
+    with pytest.warns(OftfxWarning, match="wrote oftfx_rotations.safetensors beside the checkpoint"):
+        folded.save_pretrained(tmp_path / "folded")
+    written = contents(tmp_path / "folded" / "oftfx_rotations.safetensors")
     oftfx.save_rotations(folded, tmp_path / "folded")
+    assert contents(tmp_path / "folded" / "oftfx_rotations.safetensors")[0] == written[0]
 
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "folded").eval()
     loaded = oftfx.load_rotations(plain, tmp_path / "folded")
@@ -37,6 +41,7 @@ def test_a_kept_fold_survives_its_checkpoint(tiny_llama, tmp_path, share):
         assert torch.equal(loaded(ids).logits, folded(ids).logits)
     again = oftfx.save_rotations(loaded, tmp_path / "again")
     first, second = (contents(f) for f in (tmp_path / "folded" / "oftfx_rotations.safetensors", again))
+    assert len(first[0].pop("checkpoint")) == 64  # nothing is beside the second one
     assert first[0] == second[0]  # in whatever order safetensors writes it
     assert list(first[1]) == list(second[1])
     assert all(torch.equal(v, second[1][n]) for n, v in first[1].items())
@@ -62,3 +67,16 @@ def test_faults(tmp_path):
     file.write_bytes(b"nothing")
     with pytest.raises(AdapterFileError, match="damaged or not of oftfx"):
         oftfx.load_rotations(model, tmp_path)
+
+
+@pytest.mark.needs("bitsandbytes")
+@pytest.mark.parametrize(("version", "advice"), [(2, "A newer oftfx wrote it"), (0, "An older one wrote it")])
+def test_another_version_is_named(tmp_path, version, advice):
+    from oftfx.formats.bnb8 import make_linear8bit
+
+    folded = oftfx.fold(randomize(oftfx.transform(nn.Sequential(make_linear8bit(nn.Linear(64, 32))), {"0": OFT(8)})))
+    file = oftfx.save_rotations(folded.model, tmp_path)
+    notes, tensors = contents(file)
+    save_file(tensors, file, {**notes, "oftfx_rotations": str(version)})
+    with pytest.raises(AdapterFileError, match=rf"has version {version}; this oftfx reads version 1\. {advice}"):
+        oftfx.load_rotations(nn.Sequential(make_linear8bit(nn.Linear(64, 32))), tmp_path)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import oftfx
 from oftfx import OFT
+from oftfx.errors import FoldError
 from oftfx.formats.registry import format_of
 from tests.ecosystem.twin import skews
 from tests.reference import dense_rotation, randomize, rel
@@ -185,9 +186,41 @@ def test_without_the_note_a_saved_model_is_loaded_wrong(checkpoint, ids, tmp_pat
     with torch.no_grad():
         expected = twin(**ids()).logits
         assert rel(load(tmp_path / "plain")(**ids()).logits, expected) > 0.5
-        folded = oftfx.fold(model).model
-        folded.save_pretrained(tmp_path / "folded")
+        oftfx.fold(model).save(tmp_path / "folded")  # the rotations are the identity, so nothing is in front
+        assert not (tmp_path / "folded" / "oftfx_rotations.safetensors").exists()
         assert rel(load(tmp_path / "folded")(**ids()).logits, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy"),
+    [
+        *((kind, policy) for kind in ("gptq v1", "awq") for policy in ("keep", "float", "requantize", "mixed")),
+        *((kind, "keep") for kind in ("gptq v2", "gptq aten", "awq aten")),
+    ],
+)
+def test_a_folded_directory_brings_every_policy_back(checkpoint, ids, tmp_path, kind, policy):
+    path, twin = checkpoint(**KINDS[kind][0])
+    base = load(path)
+    layer = base.model.layers[0].self_attn.q_proj
+    bound = HALF if type(layer).__name__ == "AwqTorchLinear" else 1e-5
+    model = randomize(oftfx.transform(base, {"all-linear": OFT(16)}), std=0.05)
+    rotate(twin, model)
+    mixed = lambda site: "float" if "mlp" in site.fqn else "keep"  # noqa: E731
+    result = oftfx.fold(model, quantized=mixed if policy == "mixed" else policy)
+    if policy == "mixed" and "gptq" in kind:  # whose configuration has no list of exceptions
+        with pytest.raises(FoldError, match="became a float layer among quantized ones, which a GPTQConfig cannot say"):
+            result.save(tmp_path / "folded")
+        assert not (tmp_path / "folded").exists()
+        return
+    result.save(tmp_path / "folded")
+    again = oftfx.load_folded(tmp_path / "folded", dtype=torch.float32)
+    for module in again.modules():
+        vars(module).pop("dequantize_weight", None)
+    with torch.no_grad():
+        wanted = result.model(**ids()).logits
+        assert rel(again(**ids()).logits, wanted) < bound
+        if policy != "requantize":
+            assert rel(again(**ids()).logits, twin(**ids()).logits) < bound
 
 
 @pytest.mark.parametrize("kind", ["gptq v1", "gptq v1 sym", "gptq v2", "gptq aten", "awq", "awq aten"])

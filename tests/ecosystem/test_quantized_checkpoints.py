@@ -185,6 +185,42 @@ def test_a_folded_model_survives_its_formats_own_file(tiny_llama, ids, tmp_path,
     assert rel(restored(**ids()).logits, wanted) < (bound or 1e-5)
 
 
+OPTIONS = {"transformers": {"dtype": torch.float32, "device_map": {"": "cpu"}}, "hqq": {"device": "cpu"}}
+"""What `from_pretrained` above is given as well."""
+
+
+@pytest.mark.parametrize("policy", ["keep", "float", "requantize"])
+@pytest.mark.parametrize("case", [pytest.param(n, marks=pytest.mark.needs(c[0])) for n, c in CASES.items()])
+def test_a_folded_directory_brings_every_policy_back(tiny_llama, ids, tmp_path, case, policy):
+    """And is folded and saved again, as what was read from a quantized file may be another thing to its loader."""
+    base = CASES[case][1](tiny_llama(**SIZES), tmp_path / "base")
+    model = randomize(oftfx.transform(base, {"all-linear": OFT(16)}), std=0.1)
+    wanted = rotated_twin(tiny_llama(**SIZES), model)(**ids()).logits
+    result = oftfx.fold(model, quantized=policy)
+    result.save(tmp_path / "folded")
+    way = json.loads((tmp_path / "folded" / "oftfx_fold.json").read_text())["way"]
+    again = oftfx.load_folded(tmp_path / "folded", **OPTIONS[way])
+    if policy == "float":
+        assert not quantized_layers(again)
+    else:
+        assert_same_weights(again, result.model)
+    bound = RUNTIME.get(case, 1e-5)
+    with torch.no_grad():
+        logits = result.model(**ids()).logits
+        if bound is not None:
+            assert rel(again(**ids()).logits, logits) < bound
+        if policy != "requantize":
+            assert rel(again(**ids()).logits, wanted) < (bound or 1e-5)
+    if policy == "keep":
+        second = oftfx.fold(randomize(oftfx.transform(again, {"*.q_proj": OFT(16)}), std=0.1))
+        second.save(tmp_path / "second")
+        third = oftfx.load_folded(tmp_path / "second", **OPTIONS[way])
+        assert_same_weights(third, again)
+        with torch.no_grad():
+            assert rel(third(**ids()).logits, second.model(**ids()).logits) < (bound or 1e-5)
+            assert rel(third(**ids()).logits, logits) > 1e-3
+
+
 @pytest.mark.parametrize("case", [pytest.param(n, marks=pytest.mark.needs(c[0])) for n, c in CASES.items()])
 def test_calibrated_checkpoints_are_nearer_than_rounded_ones(tiny_llama, ids, tmp_path, case):
     """Of the layers' own outputs; all of them, on tokens that were not seen."""

@@ -1,6 +1,8 @@
 """Language models with their cache as inputs and outputs: tokens equal torch's own greedy generation."""
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 import torch.nn as nn
 
 import oftfx
-from oftfx import OFT
+from oftfx import OFT, files
 from oftfx.errors import ExportError
 from oftfx.onnx.decoders.generate import greedy
 from oftfx.onnx.genai import genai_config
@@ -338,6 +340,25 @@ def test_smollm2(tmp_path):
         assert (tokens(path, inputs, 64) == generated_by_torch(quantized)).all()
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_genai_directory_is_replaced_whole_or_not_at_all(tenants, tmp_path, monkeypatch):
+    oftfx.export_genai(tenants, tmp_path, adapters="swappable", verify=False)
+    (tmp_path / "README.md").write_text("a user's")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    real, calls = files.rename, []
+
+    def rename(source, target):
+        calls.append(target)
+        if calls.count(tmp_path / "model.onnx") == 1 and target == tmp_path / "model.onnx":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        real(source, target)
+
+    monkeypatch.setattr(files, "rename", rename)
+    with pytest.raises(ExportError, match="No space left on device .model.onnx.; make room there"):
+        oftfx.export_genai(tenants, tmp_path, context_length=64, verify=False)
+    assert len(calls) > 3
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
 
 
 @pytest.mark.needs("onnxruntime_genai")

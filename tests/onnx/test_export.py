@@ -1,10 +1,13 @@
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 
 import oftfx
-from oftfx import OFT
+from oftfx import OFT, files
 from oftfx.errors import ExportError
 from tests.reference import randomize, rel
 
@@ -230,6 +233,55 @@ def test_large_weights_lie_beside_the_file_under_its_name(tmp_path, monkeypatch)
     oftfx.export_onnx(model, tmp_path / "m.onnx", (torch.randn(2, 64),))
     assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]  # no data of the older file is left
     assert rel(run(tmp_path / "m.onnx", {"input": x}), model(x)) < 1e-6
+
+
+def test_a_file_and_its_data_are_replaced_together_or_not_at_all(tmp_path, monkeypatch):
+    monkeypatch.setattr("oftfx.onnx.finish.LARGE", 1000)
+
+    def export(seed):
+        torch.manual_seed(seed)
+        model = randomize(oftfx.transform(nn.Sequential(nn.Linear(64, 64)), {"0": OFT(8)}))
+        oftfx.export_onnx(model, tmp_path / "m.onnx", (torch.randn(2, 64),), verify=False)
+        return model
+
+    old = export(1)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    assert sorted(before) == ["m.onnx", "m.onnx.data"]
+    for last in range(4):  # two leave, two come
+        with monkeypatch.context() as patch:
+            disk_is_full_after(patch, last)
+            with pytest.raises(ExportError, match=f"{tmp_path}: cannot be written to: No space left on device"):
+                export(2)
+        assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    x = torch.randn(5, 64)
+    assert rel(run(tmp_path / "m.onnx", {"input": x}), old(x)) < 1e-6
+    assert rel(run(tmp_path / "m.onnx", {"input": x}), export(2)(x)) > 1e-3
+
+
+def disk_is_full_after(patch, count):
+    """The next rename, and those that put names back, succeed again."""
+    real, calls = files.rename, []
+
+    def rename(source, target):
+        calls.append(source)
+        if len(calls) == count + 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        real(source, target)
+
+    patch.setattr(files, "rename", rename)
+
+
+def test_a_place_that_cannot_be_written_to_is_refused_before_the_work(tmp_path):
+    class Unused(nn.Linear):
+        def forward(self, x):
+            raise AssertionError("the model was run")
+
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(ExportError, match=r"is a directory; name a file in it"):
+        oftfx.export_onnx(Unused(2, 2), tmp_path, (torch.randn(1, 2),))
+    with pytest.raises(ExportError, match=r"file: cannot be written to: .*a file is where a directory is wanted"):
+        oftfx.export_onnx(Unused(2, 2), tmp_path / "file" / "m.onnx", (torch.randn(1, 2),))
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
 class Outputs(nn.Module):

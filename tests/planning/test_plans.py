@@ -99,6 +99,15 @@ def test_from_json_refuses_what_is_not_a_plan(text):
         Plan.from_json(text)
 
 
+@pytest.mark.parametrize(
+    ("version", "advice"), [(7, "A newer oftfx wrote it: install that"), (0, "An older one wrote it: make it again")]
+)
+def test_a_plan_of_another_version_is_refused_with_the_version(model, version, advice):
+    text = oftfx.plan(model, {"*.q": OFT(4)}).to_json().replace('"oftfx_plan": 1', f'"oftfx_plan": {version}')
+    with pytest.raises(RuleError, match=rf"this plan has version {version}; this oftfx reads version 1\. {advice}"):
+        Plan.from_json(text)
+
+
 def test_a_plan_is_carried_out_on_the_model_it_fits(model):
     plan = oftfx.plan(model, {"*.q": OFT(4)})
     assert [n for n, _ in oftfx.transform(model, plan).named_parameters() if "oft" in n] == [

@@ -1,6 +1,8 @@
 """What is written, and what is refused before anything is written."""
 
+import errno
 import json
+import os
 import re
 import shlex
 import shutil
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 
 import oftfx
+from oftfx import files
 from oftfx.errors import ExportError, MissingExtraError
 
 pytestmark = pytest.mark.needs("onnx", "onnxruntime")
@@ -240,6 +243,27 @@ def test_bad_adapters_are_refused_and_nothing_is_left(graphs, model, tmp_path):
         with pytest.raises(ExportError, match="cannot name an adapter"):
             write(model, out, server="triton", adapters={name: foreign})
     assert not out.exists() or not list(out.iterdir())
+
+
+@pytest.mark.parametrize("server", ["triton", "mlserver"])
+def test_a_full_disk_leaves_nothing_and_every_version_that_was_there(model, tmp_path, monkeypatch, server):
+    out = tmp_path / "models"
+    real = files.rename
+
+    def rename(source, target):
+        if target == out / "tenant" / "2":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(target))
+        real(source, target)
+
+    monkeypatch.setattr("oftfx.serving.repository.rename", rename)
+    with pytest.raises(ExportError, match="models: cannot be written to: No space left on device"):
+        write(model, out, server=server, version=2)
+    assert not out.exists()
+    write(model, out, server=server)
+    before = {n: (out / n).read_bytes() for n in tree(out)}
+    with pytest.raises(ExportError, match="No space left on device"):
+        write(model, out, server=server, version=2)
+    assert {n: (out / n).read_bytes() for n in tree(out)} == before
 
 
 @pytest.mark.parametrize(

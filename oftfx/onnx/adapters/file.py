@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ import torch.nn as nn
 
 from oftfx.adapter.store import unwrapped
 from oftfx.errors import ExportError, MissingExtraError
+from oftfx.files import landing
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks
 from oftfx.onnx.adapters.model_number import interface_of
 from oftfx.serving.copied.runtime.contract import INTERFACE, MODEL, ROTATIONS
@@ -45,7 +45,7 @@ def export_onnx_adapter(
     Raises:
         MissingExtraError: no onnxruntime with adapters.
         AdapterError: no adapter of that name.
-        ExportError: it is more than rotations, or does not fit the graph.
+        ExportError: it is more than rotations, does not fit the graph, or the file cannot be written.
     """
     try:
         import onnxruntime
@@ -62,10 +62,8 @@ def export_onnx_adapter(
     written.set_model_version(interface_of(model, slots.names))
     written.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(b.numpy()) for n, b in sorted(blocks.items())})
     file = Path(path)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(file.name + ".part")
-    written.export_adapter(str(partial))
-    os.replace(partial, file)
+    with landing(file.parent, file.name, ExportError) as made:
+        written.export_adapter(str(made / file.name))
     return file
 
 

@@ -1,0 +1,284 @@
+"""How a folded model's own weights get into a directory and back: by transformers, by hqq, or as a state_dict."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.adapter.kept import SavesRotations
+from oftfx.errors import AdapterFileError, FoldError
+from oftfx.folding.checkpoint import ROTATION
+from oftfx.folding.report import FoldReport
+from oftfx.formats.base import WeightFormat
+from oftfx.formats.registry import format_of
+from oftfx.model.structure import replace_module, structural_copy
+from oftfx.placement.find import rotated_sites
+
+Facts = Mapping[str, Any]
+"""What a reader has to know besides the files, as JSON."""
+
+
+class Checkpoint(ABC):
+    """One way to write a model's weights and to read them again; rotations in front of them do not count."""
+
+    name: ClassVar[str]
+
+    @classmethod
+    @abstractmethod
+    def takes(cls, model: nn.Module) -> bool:
+        """Whether this is the way for ``model``."""
+
+    @abstractmethod
+    def write(self, model: nn.Module, report: FoldReport, directory: Path) -> Facts:
+        """Write into an empty directory.
+
+        Raises:
+            FoldError: what is written could not be read again.
+        """
+
+    @abstractmethod
+    def read(self, directory: Path, facts: Facts, model: nn.Module | None, options: dict[str, Any]) -> nn.Module:
+        """The model. One that is given was loaded by the caller, or is to be filled; see `Plain`."""
+
+
+class Hqq(Checkpoint):
+    """Models that hqq quantized itself: it writes and reads them, and no config says how."""
+
+    name = "hqq"
+
+    @classmethod
+    def takes(cls, model: nn.Module) -> bool:
+        """Marked by hqq, and not by transformers; with float layers only it is transformers' again."""
+        marked = bool(getattr(model, "hqq_quantized", False)) and _quantization(model) is None
+        return marked and bool(quantized_layers(model))
+
+    def write(self, model: nn.Module, report: FoldReport, directory: Path) -> Facts:  # noqa: ARG002
+        """``qmodel.pt`` and ``config.json``."""
+        from hqq.models.hf.base import AutoHQQHFModel
+
+        dtypes = {str(m.compute_dtype) for m in quantized_layers(model).values()}
+        if len(dtypes) > 1:
+            raise FoldError(f"hqq reads all layers of a model with one compute_dtype; this one has {sorted(dtypes)}")
+        bare = structural_copy(model)
+        for _, placement in [*rotated_sites(bare)]:
+            placement.drop()  # hqq leaves out layers that have children
+        AutoHQQHFModel.save_quantized(bare, str(directory))
+        return {"compute_dtype": dtypes.pop().removeprefix("torch.")}
+
+    def read(self, directory: Path, facts: Facts, model: nn.Module | None, options: dict[str, Any]) -> nn.Module:
+        """With the dtype it had, on a GPU where there is one."""
+        if model is not None:
+            return model
+        from hqq.models.hf.base import AutoHQQHFModel
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        known = {"device": device, "compute_dtype": getattr(torch, facts["compute_dtype"])}
+        return AutoHQQHFModel.from_quantized(str(directory), **{**known, **options}).eval()
+
+
+class Transformers(Checkpoint):
+    """``save_pretrained`` and ``from_pretrained``."""
+
+    name = "transformers"
+
+    @classmethod
+    def takes(cls, model: nn.Module) -> bool:
+        """By the class it descends from; nothing is imported."""
+        return any(
+            c.__name__ == "PreTrainedModel" and c.__module__ == "transformers.modeling_utils" for c in _mro(model)
+        )
+
+    def write(self, model: nn.Module, report: FoldReport, directory: Path) -> Facts:
+        """Checkpoint, configuration, generation configuration."""
+        config = _quantization(model)
+        if (layers := quantized_layers(model)) and config is None:
+            raise FoldError(
+                f"{next(iter(layers))} is quantized, but the configuration of {type(model).__name__} does not say so, "
+                "and from_pretrained would put a float layer there. Load the base with quantization_config=..., or "
+                "fold with quantized='float'"
+            )
+        floats = _float_sites(report)
+        if layers and floats and not any(hasattr(config, n) for n in _EXCEPTIONS):
+            raise FoldError(
+                f"{floats[0]} became a float layer among quantized ones, which a {type(config).__name__} cannot say, "
+                "so from_pretrained would not find its weight. Fold all layers with quantized='float', or none"
+            )
+        own = vars(model).get("save_pretrained")
+        save: Any = own.write if isinstance(own, SavesRotations) else model.save_pretrained
+        try:
+            save(str(directory))
+        except NotImplementedError:
+            # Of a model that was read from a quantized file, transformers cannot undo what it did while reading.
+            save(str(directory), save_original_format=False)
+        return {"class": type(model).__name__}
+
+    def read(self, directory: Path, facts: Facts, model: nn.Module | None, options: dict[str, Any]) -> nn.Module:
+        """By the class that the configuration names."""
+        if model is not None:
+            return model
+        maker = getattr(import_module("transformers"), facts["class"], None)
+        if maker is None:
+            raise AdapterFileError(
+                f"{directory}: transformers has no class {facts['class']}; load the model with its own "
+                "from_pretrained and pass it: oftfx.load_folded(directory, model)"
+            )
+        with _no_load_report():
+            loaded, found = maker.from_pretrained(directory, output_loading_info=True, **options)
+        wrong = [n for n in found["unexpected_keys"] if not ROTATION.search(n)]
+        wrong += [*found["missing_keys"], *map(str, found["mismatched_keys"])]
+        if wrong:
+            raise AdapterFileError(
+                f"{directory}: {facts['class']}.from_pretrained did not find the model that was saved: {wrong[0]}"
+                + (f" and {len(wrong) - 1} more" if len(wrong) > 1 else "")
+            )
+        return loaded.eval()
+
+
+class Plain(Checkpoint):
+    """Any other module: its ``state_dict``, which fills a module of the same making.
+
+    A layer that the fold made a float one is exchanged there as well. Formats whose layers do not take their weight
+    from a state_dict are found out by the numbers that they have afterwards.
+    """
+
+    name = "state_dict"
+    _FILE = "model.safetensors"
+
+    @classmethod
+    def takes(cls, model: nn.Module) -> bool:  # noqa: ARG003
+        """Every model."""
+        return True
+
+    def write(self, model: nn.Module, report: FoldReport, directory: Path) -> Facts:
+        """``model.safetensors``."""
+        from safetensors.torch import save_file
+
+        state = {k: v for k, v in model.state_dict().items() if not ROTATION.search(k)}
+        if foreign := [k for k, v in state.items() if not isinstance(v, Tensor)]:
+            raise FoldError(f"{foreign[0]} of the state_dict is a {type(state[foreign[0]]).__name__}, not a tensor")
+        taken: set[int] = set()
+        tensors: dict[str, Tensor] = {}
+        for name, value in state.items():
+            tensor = value.detach().cpu().contiguous()
+            place = tensor.untyped_storage().data_ptr()
+            tensors[name] = tensor.clone() if place in taken else tensor  # two names of a file's tensors share nothing
+            taken.add(place)
+        save_file(tensors, directory / self._FILE, metadata={"format": "pt"})
+        digests = {name: _weight_digest(layer) for name, layer in quantized_layers(model).items()}
+        return {"class": type(model).__name__, "floats": _float_sites(report), "quantized": digests}
+
+    def read(self, directory: Path, facts: Facts, model: nn.Module | None, options: dict[str, Any]) -> nn.Module:
+        """Fill ``model``."""
+        from safetensors.torch import load_file
+
+        if model is None or options:
+            raise AdapterFileError(
+                f"{directory} holds the state_dict of a {facts['class']}: make one and pass it, "
+                "oftfx.load_folded(directory, model), and nothing else"
+            )
+        state = load_file(directory / self._FILE)
+        for name in facts["floats"]:
+            layer = model.get_submodule(name)
+            found = format_of(layer)
+            if found is not None and not found.lossless and f"{name}.weight" in state:
+                replace_module(model, layer, found.float_module(layer, state[f"{name}.weight"]))
+        for name, layer in quantized_layers(model).items():
+            own = {k.removeprefix(f"{name}."): state.pop(k) for k in [*state] if k.startswith(f"{name}.")}
+            _format(layer).load_state(layer, own)
+        self._fill(model, state, directory, [*quantized_layers(model)])
+        for name, digest in facts["quantized"].items():
+            if _weight_digest(model.get_submodule(name)) != digest:
+                raise AdapterFileError(
+                    f"{directory}: {name}: a {type(model.get_submodule(name)).__name__} does not take all of its "
+                    "weight from a state_dict. Fold with quantized='float', or save the layers as their package does"
+                )
+        return model
+
+    def _fill(self, model: nn.Module, state: dict[str, Tensor], directory: Path, done: list[str]) -> None:
+        here = {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(f"{n}." for n in done))}
+        if apart := sorted(set(here) ^ set(state)):
+            side = "the model" if apart[0] in here else "the file"
+            raise AdapterFileError(f"{directory}: {apart[0]} is only in {side}; is it another model?")
+        for name, tensor in state.items():
+            if (tensor.shape, tensor.dtype) != (here[name].shape, here[name].dtype):
+                raise AdapterFileError(
+                    f"{directory}: {name} is {tuple(tensor.shape)} {tensor.dtype} in the file, "
+                    f"{tuple(here[name].shape)} {here[name].dtype} in the model"
+                )
+        model.load_state_dict(state, strict=False)
+
+
+CHECKPOINTS: tuple[type[Checkpoint], ...] = (Hqq, Transformers, Plain)
+_EXCEPTIONS = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+
+def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Layers of lossy formats by path."""
+    found = ((n, m, format_of(m)) for n, m in model.named_modules())
+    return {n: m for n, m, f in found if f is not None and not f.lossless}
+
+
+def _format(layer: nn.Module) -> WeightFormat:
+    found = format_of(layer)
+    assert found is not None
+    return found
+
+
+def _quantization(model: nn.Module) -> Any:
+    return getattr(getattr(model, "config", None), "quantization_config", None)
+
+
+def _float_sites(report: FoldReport) -> list[str]:
+    return [s.fqn for s in report if s.action == "dequantized"]
+
+
+def _mro(model: nn.Module) -> tuple[type, ...]:
+    return type(model).__mro__
+
+
+def _weight_digest(layer: nn.Module) -> str:
+    weight = _format(layer).dequantize(layer).detach().cpu().contiguous()
+    return hashlib.sha256(weight.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Not the warning that the rotations in a checkpoint can be ignored; what else it says is looked at here."""
+
+    def chosen(record: logging.LogRecord) -> bool:
+        return "LOAD REPORT" not in record.getMessage()
+
+    loggers = [logging.getLogger(f"transformers.{n}") for n in ("modeling_utils", "utils.loading_report")]
+    for logger in loggers:
+        logger.addFilter(chosen)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(chosen)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        AdapterFileError: it is none.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterFileError(f"{path} is not readable as JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise AdapterFileError(f"{path} is not a JSON object")
+    return found

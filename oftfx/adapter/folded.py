@@ -1,0 +1,133 @@
+"""A folded model as a directory with everything that brings it back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch.nn as nn
+
+from oftfx.adapter.checkpoints import CHECKPOINTS, read_json
+from oftfx.adapter.kept import FILE as ROTATIONS
+from oftfx.adapter.kept import load_rotations, multiply_right, save_rotations
+from oftfx.errors import AdapterFileError, FoldError
+from oftfx.files import landing, of_version, remains, write
+from oftfx.folding.checkpoint import checkpoint_digest
+from oftfx.folding.note import fold_notes, note_again
+from oftfx.folding.report import FoldReport
+from oftfx.placement.find import rotated_sites
+from oftfx.version import __version__
+
+NOTE = "oftfx_fold.json"
+_VERSION = 1
+_CONFIG = "config.json"
+
+
+def save_folded(model: nn.Module, report: FoldReport, directory: str | Path) -> Path:
+    """See `oftfx.FoldResult.save`."""
+    directory = Path(directory)
+    stale = _own_files(directory)
+    way = next(c for c in CHECKPOINTS if c.takes(model))()
+    head = NOTE if way.name == "state_dict" else _CONFIG
+    with landing(directory, head, FoldError, stale=stale) as made:
+        try:
+            facts = way.write(model, report, made)
+        except (ValueError, NotImplementedError, _safetensor_error()) as error:
+            raise FoldError(f"{directory}: {way.name} cannot write this {type(model).__name__}: {error}") from error
+        rotated = any(p.fixed for _, p in rotated_sites(model))
+        rotations = _sha256(save_rotations(model, made)) if rotated else None
+        note = {
+            "oftfx_fold": _VERSION,
+            "oftfx": __version__,
+            "way": way.name,
+            "facts": facts,
+            "files": sorted([*(p.name for p in made.iterdir()), NOTE]),
+            "checkpoint": checkpoint_digest(made),
+            "rotations": rotations,
+            "folds": fold_notes(model),
+            "report": json.loads(report.to_json()),
+        }
+        write(made / NOTE, (json.dumps(note, indent=1) + "\n").encode())
+    return directory
+
+
+def load_folded(directory: str | Path, model: nn.Module | None = None, **options: Any) -> nn.Module:
+    """Read what `FoldResult.save` wrote: the model that the fold gave, rotations that stay included.
+
+    Args:
+        directory: the directory.
+        model: for a plain ``nn.Module`` one of the same making, which is filled in place. A transformers model is made
+            here; one whose class transformers does not have is given as its own ``from_pretrained`` returned it.
+        **options: of ``from_pretrained`` (``device_map``, ``dtype``), or of hqq's ``from_quantized``.
+
+    Returns:
+        The model, in eval mode where it was made here.
+
+    Raises:
+        AdapterFileError: the directory is not complete, not of one save, of another version, or not of this model.
+    """
+    directory = Path(directory)
+    note = _read_note(directory)
+    way = next(c for c in CHECKPOINTS if c.name == note["way"])()
+    loaded = way.read(directory, note["facts"], model, options)
+    modules = dict(loaded.named_modules())
+    multiply_right({s["fqn"]: modules[s["fqn"]] for s in note["report"]["sites"] if s["fqn"] in modules})
+    if note["rotations"] is not None:
+        load_rotations(loaded, directory)
+    note_again(loaded, note["folds"])
+    return loaded
+
+
+def _read_note(directory: Path) -> dict[str, Any]:
+    """The note, once all that it names is there and is what was saved."""
+    if advice := remains(directory, _CONFIG, NOTE):
+        raise AdapterFileError(f"{directory}: {advice}")
+    if not (directory / NOTE).is_file():
+        there = "; load it with from_pretrained and oftfx.load_rotations" if (directory / ROTATIONS).is_file() else ""
+        raise AdapterFileError(f"there is no {NOTE} in {str(directory)!r}; FoldResult.save writes it{there}")
+    note = read_json(directory / NOTE)
+    try:
+        if (version := note["oftfx_fold"]) != _VERSION:
+            raise AdapterFileError(f"{directory / NOTE} has {of_version(version, _VERSION)}")
+        if missing := [name for name in note["files"] if not (directory / name).is_file()]:
+            raise AdapterFileError(
+                f"{directory}: {missing[0]} is missing, which {NOTE} names; is the directory complete?"
+            )
+        same = checkpoint_digest(directory) == note["checkpoint"]
+        wrong = "" if same else "the checkpoint"
+        if note["rotations"] is not None and _sha256(directory / ROTATIONS) != note["rotations"]:
+            wrong = ROTATIONS
+        note["facts"], note["folds"], note["report"]["sites"], note["way"]
+    except (KeyError, TypeError) as error:
+        raise AdapterFileError(f"{directory / NOTE} is damaged: {type(error).__name__}: {error}") from None
+    if wrong:
+        raise AdapterFileError(
+            f"{directory}: {wrong} is not what {NOTE} was written with: the files are of two saves. Take all from one, "
+            "or save again"
+        )
+    return note
+
+
+def _own_files(directory: Path) -> list[str]:
+    """What an earlier save of ours left there, to be replaced; what others left there must not be."""
+    if (directory / NOTE).is_file():
+        return [str(n) for n in read_json(directory / NOTE).get("files", ()) if Path(str(n)).name == str(n)]
+    if directory.is_dir() and ((directory / _CONFIG).exists() or checkpoint_digest(directory) is not None):
+        raise FoldError(
+            f"{directory} holds a checkpoint that FoldResult.save did not write, and only what it wrote itself is "
+            "replaced; choose another directory, or remove it first"
+        )
+    return []
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _safetensor_error() -> type[Exception]:
+    from safetensors import SafetensorError
+
+    return SafetensorError
