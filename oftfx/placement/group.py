@@ -65,12 +65,13 @@ class InputGroup:
         if torch.compiler.is_compiling():
             return self._find_together(placement)
         acting = tuple((p.active, len(p.fixed), len(p.rotations)) for p in self.placements.values())
-        if self._known[0] != acting:
-            self._known = (acting, {})
-        known = self._known[1]
-        if placement.site not in known:
-            known[placement.site] = self._find_together(placement)
-        return known[placement.site]
+        known = self._known  # read once: another thread may replace it
+        if known[0] != acting:
+            known = self._known = (acting, {})
+        found = known[1].get(placement.site)
+        if found is None:
+            found = known[1][placement.site] = self._find_together(placement)
+        return found
 
     def _find_together(self, placement: Placement) -> tuple[tuple[str, ...], list[Rotation | FrozenRotation], bool]:
         mine = placement.in_effect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,12 +10,48 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oftfx.placement.torch_private import saved_tensor_hooks, traced_version
+
+
+class _Waiting(dict[str, Tensor]):
+    """What the other members of a group have not taken yet.
+
+    Args:
+        results: of all members.
+        taken: the member that has its part.
+        source: the tensor they were made of.
+        key: what else they were made with.
+    """
+
+    def __init__(self, results: Mapping[str, Tensor], taken: str, source: Tensor, key: Any) -> None:
+        super().__init__((m, t) for m, t in results.items() if m != taken)
+        # A member that is never called must not keep its result: it goes with x, or when its graph is used up.
+        drop = _Drop(self)
+        self.source, self.key = weakref.ref(source, drop), key
+        for result in {id(t): t for t in results.values()}.values():
+            if result.requires_grad:
+                result.register_hook(drop)
+
+
+class _Drop:
+    """Empties what waits; keeps nothing alive, as it hangs on the very tensors that wait."""
+
+    def __init__(self, waiting: _Waiting) -> None:
+        self.waiting = weakref.ref(waiting)
+
+    def __call__(self, _: object) -> None:
+        waiting = self.waiting()
+        if waiting is not None:
+            waiting.clear()
+
 
 class HandOut:
     """Keeps what was made of a tensor only until each member of a group has taken its part.
 
     Nothing outlives the forward, and a recomputation (gradient checkpointing) starts afresh: a member that asks twice
-    gets a new result. The source tensor is known by identity and version, through a weak reference.
+    gets a new result. The source tensor is known by identity and version, through a weak reference. Each thread has its
+    own results: two that read the same tensor would otherwise share a graph, which only one of them can go back
+    through.
 
     Under ``torch.compile`` and ``torch.export`` the results are kept as an attribute of the traced tensor, which only
     exists while tracing. Dynamo forbids that for a tensor that comes from outside a checkpointed region, so it is done
@@ -32,7 +69,12 @@ class HandOut:
 
     def forget(self) -> None:
         """Drop what waits."""
-        self._pending: tuple[Any, Any, Mapping[str, Tensor]] | None = None
+        self._here = threading.local()
+
+    @property
+    def waiting(self) -> Mapping[str, Tensor]:
+        """What this thread's next members will be given."""
+        return getattr(self._here, "waiting", {})
 
     def take(
         self,
@@ -55,21 +97,14 @@ class HandOut:
             return self._take_traced(x, member, everything, alone)
         if x.is_inference():
             return alone()
-        key = (x._version, torch.is_grad_enabled(), _autocast(x), _checkpoint(), state())
-        pending = self._pending  # read once: another thread may replace it
-        if pending is not None:
-            source, known, waiting = pending
-            if source() is x and known == key and member in waiting:
-                left = {m: t for m, t in waiting.items() if m != member}
-                self._pending = (source, known, left) if left else None
-                return waiting[member]
+        key = (x._version, x.requires_grad, torch.is_grad_enabled(), _autocast(x), saved_tensor_hooks(), state())
+        waiting: _Waiting | None = getattr(self._here, "waiting", None)
+        if waiting is not None and waiting.source() is x and waiting.key == key:
+            part = waiting.pop(member, None)
+            if part is not None:
+                return part
         results = everything()
-        left = {m: t for m, t in results.items() if m != member}
-        # A member that is never called must not keep its result: it goes with x, or when its graph is used up.
-        self._pending = (weakref.ref(x, self._drop), key, left) if left else None
-        for result in {id(t): t for t in results.values()}.values():
-            if result.requires_grad:
-                result.register_hook(self._drop)
+        self._here.waiting = _Waiting(results, member, x, key)
         return results[member]
 
     def _take_traced(
@@ -77,23 +112,19 @@ class HandOut:
     ) -> Tensor:
         if torch.compiler.is_dynamo_compiling() and not self.local:
             return alone()
-        results = getattr(x, self.attribute, None)
-        if results is None:
-            results = everything()
-            setattr(x, self.attribute, results)
-        return results[member]
-
-    def _drop(self, _: object) -> None:
-        self._pending = None
+        version = traced_version(x)
+        made = getattr(x, self.attribute, None)
+        if made is None or made[0] != version:
+            made = (version, everything())
+            setattr(x, self.attribute, made)
+        return made[1][member]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_pending": None}
+        return {k: v for k, v in self.__dict__.items() if k != "_here"}
 
-
-def _checkpoint() -> Any:
-    """What tells one checkpointed region from another: each recomputes what it computed, so nothing crosses borders."""
-    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return hooks(True) if hooks is not None else None
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.forget()
 
 
 def _autocast(x: Tensor) -> tuple[bool, torch.dtype | None]:

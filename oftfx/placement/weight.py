@@ -2,37 +2,35 @@
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import torch
 import torch.nn as nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from oftfx.errors import OftfxError
 from oftfx.model.running import input_name
 from oftfx.placement.base import Placement
+from oftfx.placement.calls import close_call, is_inside, open_call, prepare, restore
+from oftfx.placement.torch_private import is_compiled, never_compiled_alone, pause_dynamo, resume_dynamo
 from oftfx.rotation.caching import caching
 from oftfx.rotation.identity import Identity
 from oftfx.rotation.module import FrozenRotation, Rotation
 
-_LOCK = threading.Lock()
-_LOCAL = threading.local()
-
-
-def _inside() -> list[tuple[RotateWeight, bool]]:
-    """The readers that this thread is in, and whether each has a rotated weight."""
-    if not hasattr(_LOCAL, "stack"):
-        _LOCAL.stack = []
-    return _LOCAL.stack
-
 
 class RotateWeight(Placement):
-    """While the reader runs, the weight's attribute holds ``W @ R2^T @ R1^T``; the Parameter itself never changes.
+    """While the reader runs, the weight's attribute is ``W @ R2^T @ R1^T``; the Parameter itself never changes.
 
-    The pre-hook puts the rotated tensor into the holder's ``__dict__``, where Python finds it before the Parameter of
-    that name; a hook that is always called takes it away. So names, class and ``state_dict`` stay, and
-    ``torch.compile`` and ``torch.export`` follow. For convolutions, functional uses and weights of attention and
-    experts. In eval mode without gradients the rotated weight is computed once.
+    The pre-hook makes the rotated tensor and lends it to this call alone, `calls` says how; a hook that is always
+    called ends that. So names, class and ``state_dict`` stay, and any number of threads may train and evaluate one
+    layer. For convolutions, functional uses and weights of attention and experts. In eval mode without gradients the
+    rotated weight is computed once, and threads share it.
+
+    Dynamo follows the hooks: in what it traces, the tensor stands in the holder's ``__dict__`` before the Parameter of
+    that name and is gone again when the reader ends, so what it compiles writes nothing there. A reader whose graph
+    breaks runs without Dynamo (see `calls`), as long as rotations act.
+
+    A thread that the reader itself starts is another thread: it reads the Parameter.
 
     Args:
         reader: the module in whose forward the weight is read; the holder itself where None.
@@ -46,7 +44,6 @@ class RotateWeight(Placement):
         weight_format = self.weight_format()
         assert weight_format is not None
         self.layout = weight_format.layout(self.module)
-        self._entered = 0
         self._identity = Identity()
         self._cached: tuple[Any, torch.Tensor] | None = None
 
@@ -57,13 +54,44 @@ class RotateWeight(Placement):
 
     def register(self) -> None:
         """Around the reader's forward."""
+        prepare(self, self.module, self.parameter)
         self.reader.register_forward_pre_hook(self, with_kwargs=True)
         self.reader.register_forward_hook(self.give_back, always_call=True)
 
+    @never_compiled_alone
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Put the rotated weight in the Parameter's place."""
+        """Let this call read the rotated weight in the Parameter's place."""
+        if torch.compiler.is_dynamo_compiling():
+            weight = self.acting(module)
+            if weight is not None:
+                self.module.__dict__[self.parameter] = weight
+            return None
+        compiler, opened = pause_dynamo(), False
+        try:
+            weight = self.acting(module)
+            if weight is not None or is_inside():  # a call inside a call may have another adapter, or none
+                open_call(self, self.module, self.parameter, weight, compiler)
+                opened = True
+        finally:
+            if not opened:
+                resume_dynamo(compiler)
+        if weight is None or torch.compiler.is_compiling():
+            return None
+        return with_right_gradient(module, args, kwargs or {})
+
+    @never_compiled_alone
+    def give_back(self, module: nn.Module, args: Any, output: Any) -> None:
+        """The call has ended."""
+        if torch.compiler.is_dynamo_compiling():
+            self.module.__dict__.pop(self.parameter, None)
+            return
+        compiler = pause_dynamo()
+        resume_dynamo(close_call(self) or compiler)
+
+    def acting(self, module: nn.Module) -> torch.Tensor | None:
+        """The rotated weight; None where no rotation acts now."""
         if getattr(module, "_is_replica", False):
             raise OftfxError(
                 f"{self.site}: nn.DataParallel copies modules without their parameters, so this weight cannot be "
@@ -71,42 +99,37 @@ class RotateWeight(Placement):
             )
         self.note_run()
         chain = self.in_effect()
-        if chain and hasattr(self.module, "_hf_hook") and self.module._parameters[self.parameter].is_meta:  # type: ignore[union-attr]
+        if not chain:
+            return None
+        if "_hf_hook" in self.module.__dict__ and self.module._parameters.get(self.parameter).is_meta:  # type: ignore[union-attr]
             raise OftfxError(
                 f"{self.site}: accelerate has offloaded this weight and brings it back only after its rotation; keep "
                 "this layer on a device, or fold first"
             )
-        weight = self.rotated(chain) if chain else None
-        if torch.compiler.is_compiling():
-            if weight is not None:
-                self.module.__dict__[self.parameter] = weight
-            return None
-        with _LOCK:  # several threads may be in the reader at once
-            _inside().append((self, weight is not None))
-            if weight is not None:
-                self._entered += 1
-                self.module.__dict__[self.parameter] = weight
-        return None if weight is None else with_right_gradient(module, args, kwargs or {})
+        if not torch.compiler.is_dynamo_compiling() and is_compiled(module.forward):
+            raise OftfxError(
+                f"{self.site}: the forward of {type(module).__name__} is compiled without the hooks around it, so it "
+                "would read this weight unrotated; compile the module (torch.compile(module) or module.compile()), or "
+                "fold first"
+            )
+        return self.rotated(chain)
 
-    def give_back(self, module: nn.Module, args: Any, output: Any) -> None:
-        """Uncover the Parameter, once no thread needs the rotated weight any more."""
-        if torch.compiler.is_compiling():
-            self.module.__dict__.pop(self.parameter, None)
-            return
-        with _LOCK:
-            stack = _inside()
-            # A reader may have several weights, whose hooks leave in the order in which they came.
-            mine = next((i for i in reversed(range(len(stack))) if stack[i][0] is self), None)
-            if mine is None:
-                return  # the pre-hook itself has failed
-            if stack.pop(mine)[1]:
-                self._entered -= 1
-            if self._entered == 0:
-                self.module.__dict__.pop(self.parameter, None)
+    def recomputed(self) -> torch.Tensor | None:
+        """What a checkpoint inside the reader's forward reads when backward comes to it."""
+        chain = self.in_effect()
+        if not chain:
+            return None
+        if any(isinstance(r, Rotation) and r.dropout is not None and r.training for r in chain):
+            raise OftfxError(
+                f"{self.site}: a checkpoint inside the forward of {type(self.reader).__name__} would drop other blocks "
+                "when it is run again; put the checkpoint around the module, or set dropout=0"
+            )
+        with saved_tensors_hooks(_as_it_is, _as_it_is):  # the checkpoint counts what its own part saves
+            return self.rotated(chain)
 
     def rotated(self, chain: list[Rotation | FrozenRotation]) -> torch.Tensor:
         """The weight as the reader sees it, in its own shape and dtype; the product is made in float32 at least."""
-        weight: Any = self.module._parameters[self.parameter]
+        weight: Any = self.module._parameters.get(self.parameter)
         states = [r.state() for r in chain]
         if None in states or not _cacheable(weight):
             return self._product(weight, chain)
@@ -133,10 +156,11 @@ class RotateWeight(Placement):
     def remove(self) -> None:
         """Take the hooks away, and what was computed."""
         super().remove()
+        restore(self, self.module, self.parameter)
         self.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None, "_entered": 0}
+        return {**self.__dict__, "_cached": None}
 
 
 def with_right_gradient(
@@ -154,6 +178,10 @@ def with_right_gradient(
     if x.dim() != 3 or x.is_contiguous():
         return None
     return ((x.contiguous(), *args[1:]), kwargs) if name is None else (args, {**kwargs, name: x.contiguous()})
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _cacheable(weight: torch.Tensor) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -9,9 +10,12 @@ from typing import Any
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 # Optimisers that are fused or write through `.data` leave a parameter's version as it is, so their steps are counted.
 _steps = 0
+_counting: RemovableHandle | None = None
+_LOCK = threading.Lock()
 
 
 def steps() -> int:
@@ -19,12 +23,19 @@ def steps() -> int:
     return _steps
 
 
+def count_steps() -> None:
+    """Count the steps of every optimiser in this process from now on; whoever makes a rotation asks for it."""
+    global _counting
+    if _counting is None:
+        with _LOCK:
+            if _counting is None:
+                _counting = register_optimizer_step_post_hook(_count_step)
+
+
 def _count_step(*_: Any) -> None:
     global _steps
     _steps += 1
 
-
-register_optimizer_step_post_hook(_count_step)
 
 _caching: ContextVar[bool] = ContextVar("oftfx_rotation_caching", default=True)
 

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from oftfx.rotation.caching import caching, steps
+from oftfx.rotation.caching import caching, count_steps, steps
 from oftfx.rotation.cayley import cayley
 from oftfx.rotation.cayley import project as project_norm
 from oftfx.rotation.identity import Identity
@@ -85,6 +85,7 @@ class Rotation(nn.Module):
         device: torch.device | None = None,
     ) -> None:
         super().__init__()
+        count_steps()
         self.spec = spec
         self._identity = Identity()
         self.copies, self.tied = copies, tied
@@ -166,13 +167,15 @@ class Rotation(nn.Module):
 
     def stamp(self) -> tuple[Any, ...]:
         """What tells this rotation from another, and from itself after a change."""
-        return id(self), 0 if self.skew.is_inference() else self.skew._version, self.training
+        skew = self.skew
+        version = 0 if skew.is_inference() else skew._version
+        return self._identity.of(skew), version, steps(), skew.requires_grad, self.training
 
     def state(self) -> tuple[Any, ...] | None:
         """What the blocks depend on, where they may be kept for the next forward; None where they may not."""
-        if not self._cacheable():
-            return None
         skew = self.skew
+        if not self._cacheable(skew):
+            return None
         return self._identity.of(skew), skew._version, skew.data_ptr(), skew.device, steps()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -191,13 +194,13 @@ class Rotation(nn.Module):
                 self._cached = cached
         return rotate(x, cached[1])
 
-    def _cacheable(self) -> bool:
+    def _cacheable(self, skew: Tensor) -> bool:
         if self.training or not caching():
             return False
-        if torch.is_grad_enabled() and self.skew.requires_grad:
+        if torch.is_grad_enabled() and skew.requires_grad:
             return False
         # No plain parameter: `functional_call` has put a tensor in its place, or FSDP a shard.
-        return type(self.skew) is nn.Parameter and not self.skew.is_meta and not self.skew.is_inference()
+        return type(skew) is nn.Parameter and not skew.is_meta and not skew.is_inference()
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -228,6 +231,10 @@ class Rotation(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_cached": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        count_steps()
+        super().__setstate__(state)
 
     def extra_repr(self) -> str:
         spec = self.spec
@@ -265,7 +272,7 @@ class FrozenRotation(nn.Module):
 
     def stamp(self) -> tuple[Any, ...]:
         """What tells this rotation from another, and from itself after a change."""
-        return id(self), 0 if self.blocks.is_inference() else self.blocks._version
+        return self._identity.of(self.blocks), 0 if self.blocks.is_inference() else self.blocks._version
 
     def effective(self) -> Tensor:
         """Blocks ``(blocks, b, b)``."""

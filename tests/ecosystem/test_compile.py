@@ -164,6 +164,96 @@ def test_module_compile_in_place_keeps_names_and_folds():
     assert rel(oftfx.fold(model).model(x), dense_twin(base, model)(x)) < 1e-12
 
 
+class Broken(torch.nn.Conv2d):
+    """A reader of its weight that breaks the graph."""
+
+    def forward(self, x):
+        x = x + 1
+        torch._dynamo.graph_break()
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("first", ["default", None], ids=["with", "without"])
+@pytest.mark.parametrize("place", ["forward", "hook before", "hook after rotation", "hook behind"])
+def test_a_break_in_what_reads_a_rotated_weight_costs_no_rotation_and_leaves_none(place, first):
+    torch.manual_seed(0)
+    layer = (Broken if place == "forward" else torch.nn.Conv2d)(4, 4, 3)
+    if place == "hook before":
+        layer.register_forward_pre_hook(_break)
+    model = randomize(oftfx.transform(torch.nn.Sequential(layer).eval(), {"*": OFT(6)}), std=0.3)
+    if place == "hook after rotation":
+        model[0].register_forward_pre_hook(_break)
+    elif place == "hook behind":
+        model[0].register_forward_hook(_break)
+    x = torch.randn(1, 4, 5, 5)
+    compiled = torch.compile(model, backend="aot_eager")
+    for adapter in (first, "default", None, "default", None):
+        oftfx.set_adapter(model, adapter)
+        loss = [m(x).square().sum() for m in (compiled, model)]
+        assert torch.equal(*loss)
+        assert (
+            rel(loss[0], layer(x).square().sum()) < 1e-6
+            if adapter is None
+            else abs(loss[0] / layer(x).square().sum() - 1) > 1e-3
+        )
+        assert "weight" not in vars(model[0])
+        if adapter is not None:
+            got = [torch.autograd.grad(value, skews(model).values())[0] for value in loss]
+            assert got[0].abs().max() > 0
+            assert rel(*got) < 1e-6
+
+
+def _break(*_):
+    torch._dynamo.graph_break()
+
+
+def test_experts_whose_graph_breaks_keep_their_weights():
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    torch.manual_seed(0)
+    base = MixtralForCausalLM(
+        MixtralConfig(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=4,
+                      num_key_value_heads=2, num_local_experts=4)
+    ).eval()  # fmt: skip
+    base.set_experts_implementation("eager")
+    tokens = torch.arange(14).view(2, 7)
+    model = randomize(oftfx.transform(base, {"*experts*": OFT(8)}), std=0.2)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        for adapter in ("default", None, "default", None):
+            oftfx.set_adapter(model, adapter)
+            expected = model(tokens).logits
+            assert rel(compiled(tokens).logits, expected) < 1e-6
+            assert (rel(expected, base(tokens).logits) < 1e-6) == (adapter is None)
+
+
+def test_what_is_compiled_while_others_train_writes_nothing():
+    import threading
+
+    torch.manual_seed(0)
+    model = randomize(oftfx.transform(torch.nn.Sequential(torch.nn.Conv2d(4, 4, 3)).eval(), {"*": OFT(6)}), std=0.3)
+    x, compiled = torch.randn(1, 4, 5, 5), torch.compile(model, backend="eager", fullgraph=True)
+    (expected,) = torch.autograd.grad(model(x).square().sum(), skews(model).values())
+    with torch.no_grad():
+        answer, wrong, done = compiled(x), [], threading.Event()
+
+    def serve():
+        while not done.is_set():
+            with torch.no_grad():
+                wrong.extend([1] if rel(compiled(x), answer) > 1e-6 else [])
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        for _ in range(200):
+            (got,) = torch.autograd.grad(model(x).square().sum(), skews(model).values())
+            assert rel(got, expected) < 1e-6
+    finally:
+        done.set()
+        thread.join()
+    assert not wrong
+
+
 @_no_compiler
 def test_inductor():
     base = mlp(torch.float32, 16)
