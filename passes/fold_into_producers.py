@@ -11,7 +11,7 @@ import torch.nn as nn
 from oftfx.folding.journal import Journal
 from oftfx.folding.probe import has_own_forward
 from oftfx.folding.record import Folds, SiteFold, Undo
-from oftfx.folding.turned import share, size
+from oftfx.folding.turned import norm, share
 from oftfx.formats.base import WeightFormat, WeightState
 from oftfx.model.huggingface import untie
 from oftfx.model.index import ModelIndex
@@ -21,6 +21,7 @@ from oftfx.placement.find import rotated_sites
 from oftfx.placement.frozen import product_of
 from oftfx.planning.program import Program
 from oftfx.planning.site_plan import Producer
+from oftfx.precision import pieces
 
 
 class FoldIntoProducers(Pass):
@@ -88,13 +89,13 @@ class FoldIntoProducers(Pass):
         placement.drop()
         if (untied := untie(index.model, f"{producer.fqn}.weight")) is not None:
             self.journal.note(untied)
-        moved = size(after - before)
+        moved = norm(a - b for a, b in pieces(after, before))
         note = f"its rotation is in {len(blocks) * chain[0].shape[1]} rows of {producer.fqn}"
         return SiteFold(
             fqn,
             own.name if own else "",
             "into producer",
-            update=share(moved, size(before)),
+            update=share(moved, norm(b for (b,) in pieces(before))),
             energy=moved**2,
             bytes_before=nbytes,
             bytes_after=nbytes,

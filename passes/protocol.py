@@ -32,7 +32,7 @@ import torch
 from oftfx.errors import PassError
 from oftfx.model.running import outputs_of
 from oftfx.planning.program import Program
-from oftfx.precision import BOUNDS, relative_error
+from oftfx.precision import BOUNDS, pieces, relative_error
 
 Preserves = Literal["exact", "rounding", "lossy"]
 
@@ -153,8 +153,10 @@ def _compare(step: Pass, expected: list[torch.Tensor], got: list[torch.Tensor]) 
     if len(expected) != len(got):
         raise PassError(f"pass {step.name}: the model had {len(expected)} outputs and has {len(got)} now")
     for index, (old, new) in enumerate(zip(expected, got, strict=True)):
+        if old.shape != new.shape:
+            raise PassError(f"pass {step.name}: output {index} had shape {tuple(old.shape)}, now {tuple(new.shape)}")
         if step.preserves == "exact" and not torch.equal(old, new):
-            worst = (old.double() - new.double()).abs().max().item()
+            worst = max(float((a.double() - b.double()).abs().max()) for a, b in pieces(old, new))
             raise PassError(f"pass {step.name} promises exact outputs; output {index} differs by up to {worst:.3g}")
         if step.preserves == "rounding" and old.is_floating_point():
             error = relative_error(new, old)

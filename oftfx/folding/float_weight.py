@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FoldError
+from oftfx.folding.arrived import Arrived
 from oftfx.folding.probe import has_own_forward, probe
 from oftfx.folding.record import SiteFold
 from oftfx.folding.turned import Turned
@@ -36,11 +37,10 @@ def fold_float(site: Turned, bench: Workbench) -> SiteFold:
     if untied is not None:
         bench.journal.note(untied)
     note = "; ".join(n for n in (site.note, _NOT_PROBED if tried and probed is None else "") if n)
-    error, survival = 0.0, 1.0
-    if weight_format.dtype(module) != site.target.dtype:  # else nothing was rounded
-        error, survival = site.arrived(weight_format.dequantize(module))
-    site.check_finite(error, weight_format.dtype(module))
-    return site.line("folded", error, survival, weight_format.nbytes(module), note=note)
+    rounds = weight_format.dtype(module) != site.target.dtype
+    got = site.arrived(weight_format, module) if rounds else Arrived()
+    site.check_finite(got, weight_format.dtype(module))
+    return site.line("folded", weight_format.nbytes(module), got, note=note)
 
 
 def _check_probe(fqn: str, module: nn.Module, x: Tensor, expected: Tensor) -> None:

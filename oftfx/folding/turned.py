@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,11 +11,15 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FoldError
+from oftfx.folding.arrived import Arrived, arrived
 from oftfx.folding.record import SiteFold
 from oftfx.formats.base import WeightFormat
 from oftfx.formats.layout import Layout
 from oftfx.placement.base import Placement
 from oftfx.placement.frozen import product_of
+from oftfx.precision import piece_on, pieces
+
+_EXACTLY = Arrived()
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,9 +65,9 @@ class Turned:
         base = weight_format.dequantize(module)
         layout = weight_format.layout(module)
         chain = [b.to(base.device) for b in chain]
-        target = layout.turned_by(base, chain)
-        difference = size(target - base)
-        update = share(difference, size(base))
+        target = _turned(layout, base, chain)
+        difference = norm(t - b for t, b in pieces(target, base))
+        update = share(difference, norm(b for (b,) in pieces(base)))
         if not math.isfinite(update):
             raise FoldError(f"{fqn}: the rotated weight is not finite; look at the adapter's values there")
         before = weight_format.nbytes(module)
@@ -73,21 +78,27 @@ class Turned:
         """The layer."""
         return self.placement.module
 
-    def arrived(self, folded: Tensor) -> tuple[float, float]:
-        """Relative error of the folded weight, and survival of the update."""
-        folded, wanted = folded.to(self.base.device), self.target - self.base
-        survival = float(torch.sum((folded - self.base) * wanted)) / self.energy if self.energy > 0 else 1.0
-        return share(size(folded - self.target), size(self.target)), survival
+    def turned(self, weight: Tensor) -> Tensor:
+        """Another weight of this layer, turned as its own."""
+        return _turned(self.layout, weight, self.chain)
+
+    def arrived(self, weight_format: WeightFormat, module: nn.Module, moments: Tensor | None = None) -> Arrived:
+        """What a layer that was written has got of the update."""
+
+        def parts() -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+            for rows, folded in weight_format.rows(module):
+                for some in pieces(folded.to(self.base.device), self.target[rows], self.base[rows]):
+                    yield some[0], some[1], some[2]
+
+        return arrived(parts(), moments)
 
     def line(
         self,
         action: str,
-        error: float,
-        survival: float,
         after: int,
+        got: Arrived = _EXACTLY,
         *,
         note: str | None = None,
-        outputs: tuple[float | None, float | None] = (None, None),
     ) -> SiteFold:
         """The site's line of the report."""
         return SiteFold(
@@ -96,22 +107,22 @@ class Turned:
             action=action,
             update=self.update,
             energy=self.energy,
-            relative_error=error,
-            survival=survival,
+            relative_error=got.error,
+            survival=got.survival,
             bytes_before=self.before,
             bytes_after=after,
             note=self.note if note is None else note,
-            output_error=outputs[0],
-            output_survival=outputs[1],
+            output_error=got.output_error,
+            output_survival=got.output_survival,
         )
 
-    def check_finite(self, error: float, dtype: torch.dtype) -> None:
+    def check_finite(self, got: Arrived, dtype: torch.dtype) -> None:
         """Refuse a weight that its dtype cannot hold.
 
         Raises:
             FoldError: the error of what was written is not finite.
         """
-        if not math.isfinite(error):
+        if not math.isfinite(got.error):
             raise FoldError(f"{self.fqn}: the rotated weight overflows {dtype}; fold in a wider dtype")
 
 
@@ -122,14 +133,27 @@ def untouched(fqn: str, placement: Placement, weight_format: WeightFormat) -> Si
     return SiteFold(fqn, weight_format.name, "untouched", bytes_before=nbytes, bytes_after=nbytes)
 
 
-def size(weight: Tensor) -> float:
-    """Frobenius norm; torch sums in a tree, so float32 is good to six digits."""
-    return float(torch.linalg.vector_norm(weight))
+def norm(parts: Iterable[Tensor]) -> float:
+    """Frobenius norm of a weight that comes in parts, each small enough for float32 to be good to six digits."""
+    return float(torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(p) for p in parts]).double()))
 
 
 def share(part: float, whole: float) -> float:
     """``part / whole``; a weight of zeros stays zeros under any rotation."""
     return part / whole if whole else part
+
+
+def _turned(layout: Layout, weight: Tensor, chain: Sequence[Tensor]) -> Tensor:
+    """`Layout.turned_by`, some blocks at a time: they are independent of each other, so it is the same to the bit."""
+    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    for blocks in layout.in_order(chain):
+        length = blocks.shape[1]
+        count = max(1, piece_on(weight.device) // (len(weight) * length))
+        columns = (weight.split(count * length, 1), result.split(count * length, 1))
+        for some, part, into in zip(blocks.split(count), *columns, strict=True):
+            into.copy_(layout.turned(part, some))
+        weight = result
+    return result
 
 
 def _is_identity(blocks: Tensor) -> bool:

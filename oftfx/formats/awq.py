@@ -12,6 +12,7 @@ given and rounds its own scales to the dtype of each input: both compute by `oft
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -54,11 +55,11 @@ class Awq(PackedWords):
         out_features, in_features = _shape(module)
         return Geometry("linear", in_features, out_features)
 
-    def dequantize(self, module: nn.Module) -> Tensor:
-        """In one go: layers that compute by it do so at every step."""
+    def rows(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
+        """Unpacked once: layers that compute by it do so at every step."""
         stored = _stored(module)
         columns = torch.arange(stored.codes.shape[1], device=stored.codes.device)
-        return stored.values(columns // module.group_size)  # type: ignore[operator]
+        yield from stored.rows(columns // module.group_size)  # type: ignore[operator]
 
     def grid(self, module: nn.Module) -> Grid:
         """Groups of consecutive columns; one zero for all where they are all in the middle."""

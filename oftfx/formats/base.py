@@ -6,7 +6,7 @@ A format reads and writes the weight of one kind of layer and knows what its run
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -94,6 +94,11 @@ class WeightFormat(ABC):
     @abstractmethod
     def dequantize(self, module: nn.Module) -> Tensor:
         """The weight as ``(out, in)``, float32 or wider, whatever the current packing; never a view of it."""
+
+    def rows(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
+        """`dequantize`, some rows at a time and in order; in one go where the format has nothing better."""
+        weight = self.dequantize(module)
+        yield slice(0, len(weight)), weight
 
     @abstractmethod
     def requantize(self, weight: Tensor, like: nn.Module) -> WeightState:

@@ -97,7 +97,9 @@ class Bnb4(ScalarFormat):
     def pack(self, coded: Codes, like: nn.Module) -> WeightState:
         """Two codes a byte, and a Params4bit and QuantState with the settings of ``like``."""
         old, state = like.weight, copy.copy(_state(like))
-        flat = torch.nn.functional.pad(coded.codes.reshape(-1), (0, coded.codes.numel() % 2))
+        flat = coded.codes.reshape(-1)
+        if flat.numel() % 2:
+            flat = torch.nn.functional.pad(flat, (0, 1))
         raw = (flat[::2] << 4) | flat[1::2]
         if state.nested:
             parts: _Nested = coded.parts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from oftfx.errors import FormatError
 from oftfx.formats.base import Geometry, WeightFormat, WeightState, parameter_of
 from oftfx.formats.layout import Layout
+from oftfx.precision import pieces
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 _CONVOLUTIONS = {nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d"}
@@ -66,6 +68,17 @@ class Dense(WeightFormat):
         if limit is not None:  # a look-up shortens the row first
             torch.embedding_renorm_(matrix, torch.arange(len(matrix), device=matrix.device), limit, module.norm_type)  # type: ignore[arg-type]
         return matrix
+
+    def rows(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
+        """Of the weight as it is stored, widened."""
+        if _max_norm(module) is not None:
+            yield from super().rows(module)
+            return
+        matrix = self.layout(module).matrix(self._weight(module).detach())
+        wide, start = torch.promote_types(matrix.dtype, torch.float32), 0
+        for (part,) in pieces(matrix):
+            yield slice(start, start + len(part)), part.to(wide)
+            start += len(part)
 
     def requantize(self, weight: Tensor, like: nn.Module) -> WeightState:
         """Round once to the weight's dtype; its shape and memory format are kept."""

@@ -13,6 +13,7 @@ gptqmodel's kernels take it as it is (loaders convert files of version 1 for the
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from importlib import import_module
 from typing import Any
 
@@ -57,9 +58,9 @@ class Gptq(PackedWords):
         out_features, in_features = _shape(module)
         return Geometry("linear", in_features, out_features)
 
-    def dequantize(self, module: nn.Module) -> Tensor:
+    def rows(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         """By ``g_idx`` itself, which need not cut the columns into equal groups."""
-        return _stored(module).values(_groups(module))
+        yield from _stored(module).rows(_groups(module))
 
     def grid(self, module: nn.Module) -> Grid:
         """Groups of columns in the order of ``g_idx``; one zero for all where they are all in the middle."""

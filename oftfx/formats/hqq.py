@@ -158,17 +158,19 @@ def _unpacked(packed: Tensor, packing: str, rows: int) -> Tensor:
     parts, bits = _layout(packing)
     shifts = range(bits * (parts - 1), -1, -bits)
     mask = 2**bits - 1
-    return torch.cat([(packed.to(torch.int32) >> s) & mask for s in shifts])[:rows]
+    return torch.cat([(packed >> s) & mask for s in shifts])[:rows]
 
 
 def _repacked(codes: Tensor, packing: str, dtype: torch.dtype) -> Tensor:
     parts, bits = _layout(packing)
-    codes = torch.nn.functional.pad(codes.to(torch.int32), (0, 0, 0, -len(codes) % parts))
+    codes = codes.to(dtype)
+    if missing := -len(codes) % parts:
+        codes = torch.nn.functional.pad(codes, (0, 0, 0, missing))
     shifts = range(bits * (parts - 1), -1, -bits)
     packed = torch.zeros_like(codes[: len(codes) // parts])
     for part, shift in zip(codes.chunk(parts), shifts, strict=True):
         packed |= part << shift
-    return packed.to(dtype)
+    return packed
 
 
 def _layout(packing: str) -> tuple[int, int]:

@@ -85,6 +85,10 @@ class Layout:
 
     def turned_by(self, matrix: Tensor, chain: Sequence[Tensor]) -> Tensor:
         """The same for several rotations in the order in which they act on activations."""
-        for blocks in chain if self.side == "output" else reversed(chain):  # x R1 R2 W^T = x (W R2^T R1^T)^T
+        for blocks in self.in_order(chain):
             matrix = self.turned(matrix, blocks)
         return matrix
+
+    def in_order(self, chain: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Rotations in the order in which they turn a matrix: ``x R1 R2 W^T = x (W R2^T R1^T)^T``."""
+        return chain if self.side == "output" else chain[::-1]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Iterator
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from oftfx.formats.base import WeightFormat, WeightState
-from oftfx.grids import Codes, Grid, compensated
+from oftfx.grids import Codes, Grid, compensated, joined
 
 
 class ScalarFormat(WeightFormat):
@@ -29,7 +30,12 @@ class ScalarFormat(WeightFormat):
 
     def dequantize(self, module: nn.Module) -> Tensor:
         """``(level(code) - zero) * scale``, multiplied in the dtype in which the format's runtime does."""
-        return self.grid(module).values(self.codes(module))
+        geometry = self.geometry(module)
+        return joined(self.rows(module), (geometry.out_features, geometry.in_features))
+
+    def rows(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
+        """Rows that share no scale with others, or all."""
+        yield from self.grid(module).rows(self.codes(module))
 
     @torch.no_grad()
     def requantize(self, weight: Tensor, like: nn.Module) -> WeightState:

@@ -3,6 +3,6 @@
 from oftfx.grids.compensate import compensated
 from oftfx.grids.grid import Codes, Grid
 from oftfx.grids.levels import Float8, Integers, Levels, Table
-from oftfx.grids.partition import Partition
+from oftfx.grids.partition import Partition, joined
 
-__all__ = ["Codes", "Float8", "Grid", "Integers", "Levels", "Partition", "Table", "compensated"]
+__all__ = ["Codes", "Float8", "Grid", "Integers", "Levels", "Partition", "Table", "compensated", "joined"]

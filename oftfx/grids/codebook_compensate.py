@@ -38,7 +38,8 @@ def compensated_sums(weight: Tensor, start: Additive, moments: Tensor, *, dampin
     mean = moments.diagonal().mean()
     if not mean > 0:  # the layer has only seen zeros
         return start
-    damped = moments / mean + damping * torch.eye(len(moments), device=moments.device)
+    damped = moments / mean
+    damped.diagonal().add_(damping)
     vectors = grouped(weight, start.codebooks.shape[2:])
     found = _spread(weight, start, damped)
     best, least = min(((f, _loss(weight, f, damped)) for f in (start, found)), key=lambda pair: pair[1])
@@ -55,7 +56,7 @@ def _spread(weight: Tensor, start: Additive, moments: Tensor) -> Additive:
     wide = start.codebooks.shape[3]
     tiles = torch.argsort(moments.diagonal().view(-1, wide).mean(1), descending=True)
     order = (tiles.unsqueeze(1) * wide + torch.arange(wide, device=tiles.device)).flatten()
-    upper = inverse_factor(moments[order][:, order], 0.0)
+    upper = inverse_factor(moments, 0.0, order)
     rest = weight[:, order]
     codes = torch.empty_like(start.codes)
     for i, tile in enumerate(tiles.tolist()):

@@ -31,52 +31,52 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
 
     Source: Frantar et al., GPTQ, arXiv 2210.17323.
     """
-    weight, moments = weight.float(), moments.float()
-    sets = _largest_first(grid.partition.column_sets(), moments.diagonal())
+    weight = weight.float()
+    moments = moments.to(weight)
+    sets = _largest_first(grid.partition.column_sets(weight.device), moments.diagonal())
     order = torch.cat(sets)
-    back = torch.argsort(order)
-    upper = inverse_factor(moments[order][:, order], damping)
+    upper = inverse_factor(moments, damping, order)
     # What an error in a column costs once the later ones make up for it.
     importance = upper.diagonal().square().reciprocal()
     fixed: Codes | None = None
     if grid.couple is not None or len(sets) == 1:  # scales that tie all columns are chosen before any is rounded
-        fixed = grid.fit(weight, search=True, importance=importance[back])
+        fixed = grid.fit(weight, search=True, importance=importance[torch.argsort(order)])
+        scale, zero = fixed.scale, fixed.zero
+    else:
+        scale = weight.new_empty(grid.partition.groups)
+        zero = None if grid.symmetric else torch.empty_like(scale)
 
     rest = weight.T[order]  # (columns, rows), in the order of rounding; what is still to be rounded changes
-    scales, zeros = torch.empty_like(rest), None if grid.symmetric else torch.empty_like(rest)
-    if fixed is not None:
-        scales = grid.partition.expand(fixed.scale).T[order]
-        zeros = None if fixed.zero is None else grid.partition.expand(fixed.zero).T[order]
-    codes = []
+    codes: Tensor | None = None
     start = 0
     for columns in sets:
         stop = start + len(columns)
         if fixed is None:
             part = grid.narrowed(len(columns))
             coded = part.fit(rest[start:stop].T.contiguous(), search=True, importance=importance[start:stop])
-            scales[start:stop] = part.partition.expand(coded.scale).T
-            if zeros is not None and coded.zero is not None:
-                zeros[start:stop] = part.partition.expand(coded.zero).T
+            at = grid.partition.groups_of(columns)
+            scale[at] = part.partition.expand(coded.scale)
+            if zero is not None and coded.zero is not None:
+                zero[at] = part.partition.expand(coded.zero)
         for first in range(start, stop, _BLOCK):
             block = slice(first, min(first + _BLOCK, stop))
-            codes.append(_rounded(grid, rest, block, upper, scales, zeros))
+            at = grid.partition.groups_of(order[block]).T
+            rounded = _rounded(grid, rest, block, upper, scale[at], None if zero is None else zero[at])
+            codes = rounded.new_empty(weight.shape) if codes is None else codes
+            codes[:, order[block]] = rounded.T
         start = stop
-    ordered = torch.cat(codes)[back].T.contiguous()
-    if fixed is not None:
-        return replace(fixed, codes=ordered)
-    pick = grid.partition.pick
-    return Codes(ordered, pick(scales[back].T), None if zeros is None else pick(zeros[back].T))
+    assert codes is not None
+    return Codes(codes, scale, zero) if fixed is None else replace(fixed, codes=codes)
 
 
 def _rounded(grid: Grid, rest: Tensor, block: slice, upper: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
-    """Codes ``(columns of the block, rows)``; ``rest`` is changed to make up for their errors."""
+    """Codes of the block's columns, ``(columns, rows)`` like its scales; ``rest`` is changed for their errors."""
     codes, errors = [], torch.empty_like(rest[block])
-    for j in range(block.start, block.stop):
-        zero = None if zeros is None else zeros[j]
-        codes.append(grid.code(rest[j], scales[j], zero))
-        error = (rest[j] - grid.value(codes[-1], scales[j], zero)) / upper[j, j]
-        rest[j + 1 : block.stop].addr_(upper[j, j + 1 : block.stop], error, alpha=-1)
-        errors[j - block.start] = error
+    for i, j in enumerate(range(block.start, block.stop)):
+        zero = None if zeros is None else zeros[i]
+        codes.append(grid.code(rest[j], scales[i], zero))
+        errors[i] = (rest[j] - grid.value(codes[-1], scales[i], zero)) / upper[j, j]
+        rest[j + 1 : block.stop].addr_(upper[j, j + 1 : block.stop], errors[i], alpha=-1)
     rest[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
     return torch.stack(codes)
 
@@ -84,20 +84,26 @@ def _rounded(grid: Grid, rest: Tensor, block: slice, upper: Tensor, scales: Tens
 def _largest_first(sets: list[Tensor], diagonal: Tensor) -> list[Tensor]:
     """Sets of columns, and the columns of each, by the size of their inputs; errors are better made up for later."""
     size = torch.stack([diagonal[s].mean() for s in sets])
-    return [sets[i][torch.argsort(diagonal[sets[i]], descending=True)] for i in torch.argsort(size, descending=True)]
+    return [
+        sets[i][torch.argsort(diagonal[sets[i]], descending=True)]
+        for i in torch.argsort(size, descending=True).tolist()
+    ]
 
 
-def inverse_factor(moments: Tensor, damping: float) -> Tensor:
-    """Upper triangular ``U`` with ``U^T U = (moments + damping)^-1``."""
-    diagonal = moments.diagonal()
-    mean = diagonal.mean()
+def inverse_factor(moments: Tensor, damping: float, order: Tensor) -> Tensor:
+    """Upper triangular ``U`` with ``U^T U = (moments[order][:, order] + damping)^-1``, in one new matrix."""
+    mean = moments.diagonal().mean()
     if not mean > 0:  # the layer has only seen zeros: every rounding is as good
         return torch.eye(len(moments), device=moments.device)
     for factor in (1, 10, 100, 1000):  # few inputs or strongly dependent ones: more damping
-        damped = moments + torch.diag_embed((damping * factor * mean).expand(len(moments)))
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        # By columns, as the solver wants it, so that each step takes the place of the one before.
+        matrix = moments[order, order.unsqueeze(1)].mT
+        matrix.diagonal().add_(damping * factor * mean)
+        failed = torch.empty((), dtype=torch.int32, device=moments.device)
+        torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            torch.cholesky_inverse(matrix, out=matrix)
+            torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, failed))
             if not failed:
-                return upper
-    return torch.diag(1 / (diagonal + damping * mean).sqrt())
+                return matrix
+    return torch.diag(1 / (moments.diagonal()[order] + damping * mean).sqrt())

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from oftfx.grids.levels import Integers, Levels
-from oftfx.grids.partition import Partition
+from oftfx.grids.partition import Partition, joined
+from oftfx.precision import piece_on
 
 _NARROWEST, _STEPS = 0.65, 8  # finer steps measured no better on SmolLM2
 _SMALLEST = 2.0**-24  # above 0 in float16
@@ -33,6 +34,10 @@ class Codes:
     scale: Tensor
     zero: Tensor | None = None
     parts: Any = None
+
+    def cut(self, rows: slice, groups: slice) -> Codes:
+        """Those of some rows and their groups."""
+        return Codes(self.codes[rows], self.scale[groups], None if self.zero is None else self.zero[groups])
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,9 +79,21 @@ class Grid:
 
     def values(self, coded: Codes) -> Tensor:
         """The weight ``(rows, columns)``, float32."""
+        return joined(self.rows(coded), (self.partition.rows, self.partition.columns))
+
+    def rows(self, coded: Codes) -> Iterator[tuple[slice, Tensor]]:
+        """The same, some rows at a time and in order."""
+        for rows, groups, grid in self._bands(coded.codes.device):
+            yield rows, grid._values(coded.cut(rows, groups))
+
+    def _bands(self, device: torch.device) -> Iterator[tuple[slice, slice, Grid]]:
+        """See `Partition.bands`: what is done to a weight is done band by band, so that temporaries are small."""
+        for rows, groups, partition in self.partition.bands(piece_on(device)):
+            yield rows, groups, replace(self, partition=partition)
+
+    def _values(self, coded: Codes) -> Tensor:
         expand = self.partition.expand
-        zero = None if coded.zero is None else expand(coded.zero)
-        return self.value(coded.codes, expand(coded.scale), zero)
+        return self.value(coded.codes, expand(coded.scale), None if coded.zero is None else expand(coded.zero))
 
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Values of codes whose scales and zeros are given element by element (or broadcast)."""
@@ -105,23 +122,41 @@ class Grid:
             search: narrow each group's range as far as that lessens its squared error; else the range is the group's.
             importance: what the squared error of an element counts, ``(rows, columns)`` or broadcast to it.
         """
-        groups = self.partition.split(weight)
-        counts = None if importance is None else self.partition.split(importance.expand_as(weight))
-        best: _Fit | None = None
-        for scale, zero in self._ranges(groups, search):
-            error = self._error(groups, scale, zero, counts)
-            best = (error, scale, zero) if best is None else _better(best, (error, scale, zero))
-        assert best is not None
-        _, scale, zero = best
+        if importance is not None:
+            importance = importance.expand_as(weight)
+        found = [
+            grid._range(weight[rows], search, None if importance is None else importance[rows])
+            for rows, _, grid in self._bands(weight.device)
+        ]
+        scales, zeros = zip(*found, strict=True)
+        scale = torch.cat(scales)
+        zero = None if self.symmetric else torch.cat([z for z in zeros if z is not None])
         if self.couple is None:
             return self.encode(weight, scale, zero)
         scale, parts = self.couple(scale)  # stored together, whatever was chosen for each
         return replace(self.encode(weight, scale, zero), parts=parts)
 
+    def _range(self, weight: Tensor, search: bool, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Scales and zeros with the least error."""
+        groups = self.partition.split(weight)
+        counts = None if importance is None else self.partition.split(importance)
+        best: _Fit | None = None
+        for scale, zero in self._ranges(groups, search):
+            error = self._error(groups, scale, zero, counts)
+            best = (error, scale, zero) if best is None else _better(best, (error, scale, zero))
+        assert best is not None
+        return best[1:]
+
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Codes:
         """The nearest codes under given scales and zeros, ``(groups,)`` each."""
-        expand = self.partition.expand
-        return Codes(self.code(weight, expand(scale), None if zero is None else expand(zero)), scale, zero)
+        codes: Tensor | None = None
+        for rows, groups, grid in self._bands(weight.device):
+            expand = grid.partition.expand
+            part = grid.code(weight[rows], expand(scale[groups]), None if zero is None else expand(zero[groups]))
+            codes = part.new_empty(weight.shape) if codes is None else codes
+            codes[rows] = part
+        assert codes is not None
+        return Codes(codes, scale, zero)
 
     def nearest(self, weight: Tensor, old: Codes | None = None) -> Codes:
         """Round a weight; groups in which it equals ``old`` keep their bytes.
@@ -132,12 +167,18 @@ class Grid:
         new = self.fit(weight)
         if old is None:
             return new
-        same = (self.partition.split(weight) == self.partition.split(self.values(old))).all(dim=1)
+        unchanged = []
+        for rows, groups, grid in self._bands(weight.device):
+            split = grid.partition.split
+            unchanged.append((split(weight[rows]) == split(grid._values(old.cut(rows, groups)))).all(dim=1))
+        same = torch.cat(unchanged)
         if self.couple is not None:  # scales stand together
             return old if bool(same.all()) else new
         scale = torch.where(same, old.scale, new.scale)
         zero = None if new.zero is None or old.zero is None else torch.where(same, old.zero, new.zero)
-        return Codes(torch.where(self.partition.expand(same), old.codes, new.codes), scale, zero)
+        for rows, groups, grid in self._bands(weight.device):
+            new.codes[rows] = torch.where(grid.partition.expand(same[groups]), old.codes[rows], new.codes[rows])
+        return Codes(new.codes, scale, zero)
 
     def _error(self, groups: Tensor, scale: Tensor, zero: Tensor | None, counts: Tensor | None) -> Tensor:
         column, offset = scale.unsqueeze(1), None if zero is None else zero.unsqueeze(1)
@@ -146,7 +187,7 @@ class Grid:
 
     def _ranges(self, groups: Tensor, search: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Scales and zeros to choose from, the group's own range first."""
-        shares = torch.linspace(1.0, _NARROWEST, _STEPS + 1).tolist() if search else [1.0]
+        shares = torch.linspace(1.0, _NARROWEST, _STEPS + 1, device="cpu").tolist() if search else [1.0]
         if self.symmetric:
             largest = groups.abs().amax(1)
             for share in shares:

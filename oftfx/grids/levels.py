@@ -71,7 +71,7 @@ class Table(Levels):
 
     def encode(self, values: Tensor) -> Tensor:
         """The nearest entry; of two equally near, the lower."""
-        return self._sorted[torch.bucketize(values.contiguous(), self._middles)]
+        return self._sorted[torch.bucketize(values.contiguous(), self._middles, out_int32=True)]
 
     def decode(self, codes: Tensor) -> Tensor:
         """Look up."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -94,9 +96,19 @@ class Partition:
         """The value of each group ``(groups,)`` from a matrix that is constant on it; inverse of `expand`."""
         return self.split(matrix)[:, 0].contiguous()
 
-    def column_sets(self) -> list[Tensor]:
+    def groups_of(self, columns: Tensor) -> Tensor:
+        """The group of each element of some columns, int64 ``(rows, len(columns))``."""
+        rows = torch.arange(self.rows, device=columns.device).unsqueeze(1)
+        if self.kind == "tiles":
+            if self.order is not None:
+                columns = torch.argsort(self.order)[columns]
+            return rows // self.tile[0] * _ceil(self.columns, self.tile[1]) + columns // self.tile[1]
+        flat = rows * self.columns + columns
+        return flat // self.tile[1] if self.kind == "flat" else flat % self.groups
+
+    def column_sets(self, device: torch.device) -> list[Tensor]:
         """The columns in sets that no group crosses, int64 each; all in one where groups tie them together."""
-        every = torch.arange(self.columns) if self.order is None else self.order
+        every = torch.arange(self.columns, device=device) if self.order is None else self.order.to(device)
         if self.kind == "tiles":
             return list(every.split(self.tile[1]))
         free = self.kind == "strided" and self.rows % self.tile[1] == 0
@@ -109,6 +121,34 @@ class Partition:
         if self.kind == "tiles":
             return Partition.tiles((self.rows, columns), self.tile)
         return Partition(self.rows, columns, self.kind, self.tile)
+
+    def bands(self, elements: int) -> list[tuple[slice, slice, Partition]]:
+        """Rows that no group crosses, their groups, and the partition of these rows by itself; about so many elements.
+
+        One band of all rows where groups lie across them, and for a compiler, whose program would grow with them.
+        """
+        step = {"tiles": self.tile[0], "flat": self.tile[1] // math.gcd(self.tile[1], self.columns)}
+        if self.kind not in step or torch.compiler.is_compiling():
+            return [(slice(0, self.rows), slice(0, self.groups), self)]
+        high = max(1, elements // (self.columns * step[self.kind])) * step[self.kind]
+        found, first = [], 0
+        for start in range(0, self.rows, high):
+            part = replace(self, rows=min(high, self.rows - start))
+            found.append((slice(start, start + part.rows), slice(first, first + part.groups), part))
+            first += part.groups
+        return found
+
+
+def joined(parts: Iterable[tuple[slice, Tensor]], shape: tuple[int, int]) -> Tensor:
+    """A matrix of its rows."""
+    whole: Tensor | None = None
+    for rows, part in parts:
+        if part.shape == shape:
+            return part
+        whole = part.new_empty(shape) if whole is None else whole
+        whole[rows] = part
+    assert whole is not None
+    return whole
 
 
 def _ceil(count: int, size: int) -> int:

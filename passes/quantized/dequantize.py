@@ -33,9 +33,9 @@ class Dequantize(QuantizedPolicy):
         now = format_of(new)
         if now is None:
             raise FoldError(f"{site.fqn}: no known format reads the {type(new).__name__} that {site.format.name} made")
-        error, survival = site.arrived(now.dequantize(new))
-        site.check_finite(error, now.dtype(new))
-        return site.line("dequantized", error, survival, now.nbytes(new))
+        got = site.arrived(now, new)
+        site.check_finite(got, now.dtype(new))
+        return site.line("dequantized", now.nbytes(new), got)
 
 
 def _activation_dtype(model: nn.Module, module: nn.Module, weight_format: WeightFormat) -> torch.dtype:

@@ -26,7 +26,6 @@ class FromReference(QuantizedPolicy):
 
     def fold(self, site: Turned, bench: Workbench, moments: Tensor | None, bound: float) -> SiteFold | None:  # noqa: ARG002
         """Rotate the original and round it, compensated where moments are known."""
-        original = self.reference.weight(site.fqn, tuple(site.base.shape))
-        wanted = site.layout.turned_by(original.to(site.base.device), site.chain)
+        wanted = site.turned(self.reference.weight(site.fqn, tuple(site.base.shape)).to(site.base.device))
         action = "from reference" if moments is None else "from reference, calibrated"
         return write_rounded(site, rounded(site, wanted, moments), action, moments, bound)

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from oftfx.errors import FoldError
 from oftfx.folding.journal import Journal
-from oftfx.folding.moments import output_arrived
 from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.turned import Turned, untouched
 from oftfx.folding.workbench import Workbench
@@ -67,22 +66,20 @@ def write_rounded(
     module, weight_format = site.module, site.format
     old = weight_format.read(module)
     weight_format.write(module, state)
-    folded = weight_format.dequantize(module).to(site.base.device)
-    error, survival = site.arrived(folded)
-    outputs = (None, None) if moments is None else output_arrived(site.base, site.target, folded, moments)
-    if (error if outputs[0] is None else outputs[0]) > bound:
+    got = site.arrived(weight_format, module, moments)
+    if (got.error if got.output_error is None else got.output_error) > bound:
         weight_format.write(module, old)
         return None
     site.placement.drop()
-    site.check_finite(error, weight_format.dtype(module))
-    return site.line(action, error, survival, weight_format.nbytes(module), outputs=outputs)
+    site.check_finite(got, weight_format.dtype(module))
+    return site.line(action, weight_format.nbytes(module), got)
 
 
 def rounded(site: Turned, wanted: Tensor, moments: Tensor | None) -> WeightState:
     """``wanted`` on the grid of the site's format: the nearest codes, or with ``moments`` error-compensated ones."""
     if moments is None:
         return site.format.requantize(wanted, site.module)
-    if not torch.isfinite(moments).all():
+    if not torch.isfinite(torch.stack(torch.aminmax(moments))).all():  # NaN is both
         raise FoldError(
             f"{site.fqn}: the layer's inputs are not finite on the calibration data; look for the first NaN"
         )

@@ -141,7 +141,7 @@ def test_moments_that_float32_cannot_invert():
     x = torch.randn(50, 8)
     x = torch.cat([x, x, x * 1e5, x * 1e-5], 1)
     moments = x.T @ x
-    upper = inverse_factor(moments, 0.01)
+    upper = inverse_factor(moments, 0.01, torch.arange(len(moments)))
     assert upper.isfinite().all()
     assert torch.equal(upper, upper.triu())
     shape = (6, 32)
@@ -155,9 +155,11 @@ def test_the_factor_inverts_the_damped_moments():
     x = torch.randn(60, 20, dtype=torch.float64)
     moments = x.T @ x
     damped = moments + 0.01 * moments.diagonal().mean() * torch.eye(20, dtype=torch.float64)
-    upper = inverse_factor(moments, 0.01)
+    order, kept = torch.randperm(20), moments.clone()
+    upper = inverse_factor(moments, 0.01, order)
     assert torch.equal(upper, upper.triu())
-    assert rel(upper.T @ upper, torch.linalg.inv(damped)) < 1e-12
+    assert rel(upper.T @ upper, torch.linalg.inv(damped[order][:, order])) < 1e-12
+    assert torch.equal(moments, kept)
 
 
 def searched(weight, importance, top):
@@ -211,3 +213,21 @@ def test_it_is_gptq_column_by_column(columns, group):
     got = grid.values(compensated(grid, weight, moments))
     assert rel(got, expected) < 1e-6
     assert rel(grid.values(grid.fit(weight, search=True)), expected) > 0.05
+
+
+def test_everything_is_made_on_the_weights_device(grid):
+    """Under another default device; ``meta`` takes part in no operation with a CPU's tensors."""
+    weight, moments = torch.randn(SHAPE) * 0.05, inputs(200)[0].T @ inputs(200)[0]
+    expected = compensated(grid, weight, moments)
+    with torch.device("meta"):
+        got = compensated(grid, weight, moments)
+        nearest = grid.nearest(weight, got)
+    assert torch.equal(grid.values(got), grid.values(expected))
+    assert torch.equal(grid.values(nearest), grid.values(grid.nearest(weight, expected)))
+
+
+def test_moments_stay_as_they_are(grid):
+    weight, moments = torch.randn(SHAPE) * 0.05, inputs(200)[0].T @ inputs(200)[0]
+    kept = moments.clone()
+    compensated(grid, weight, moments)
+    assert torch.equal(moments, kept)

@@ -203,3 +203,31 @@ def test_float8_saturates_and_tables_may_be_unsorted():
     table, x = Table(shuffled), torch.randn(500)
     nearest = (x[:, None] - shuffled).abs().argmin(1)
     assert torch.equal(table.encode(x).long(), nearest)
+
+
+def test_a_weight_in_bands_is_rounded_as_the_whole(grid, monkeypatch):
+    weight, importance = torch.randn(SHAPE) * 0.1, torch.rand(SHAPE)
+    near = weight.clone()
+    near[2:4] *= 1.5
+
+    def results():
+        old = grid.fit(weight, search=True, importance=importance)
+        return old, grid.values(old), grid.nearest(grid.values(old), old), grid.nearest(near, old), grid.fit(weight)
+
+    whole = results()
+    monkeypatch.setattr("oftfx.grids.grid.piece_on", lambda _: 1)
+    assert len(list(grid._bands(weight.device))) == len(grid.partition.bands(1))
+    for got, wanted in zip(results(), whole, strict=True):
+        if isinstance(wanted, torch.Tensor):
+            assert torch.equal(got, wanted)
+            continue
+        assert torch.equal(got.codes, wanted.codes)
+        assert got.codes.dtype == wanted.codes.dtype
+        assert torch.equal(got.scale, wanted.scale)
+        assert (got.zero is None) == (wanted.zero is None)
+        assert got.zero is None or torch.equal(got.zero, wanted.zero)
+
+
+def test_most_grids_have_several_bands():
+    several = {name for name, grid in GRIDS.items() if len(grid.partition.bands(1)) > 1}
+    assert set(GRIDS) - several == {"one scale", "strided"}

@@ -70,7 +70,7 @@ def test_expand_writes_each_group_and_pick_reads_it(case):
 @given(case=cases())
 def test_no_group_crosses_column_sets_and_the_narrowed_partition_is_the_restriction(case):
     partition, groups = case
-    sets = partition.column_sets()
+    sets = partition.column_sets(torch.device("cpu"))
     assert sorted(torch.cat(sets).tolist()) == list(range(partition.columns))
     home = {c: i for i, s in enumerate(sets) for c in s.tolist()}
     assert all(len({home[c] for _, c in cells}) == 1 for cells in groups)
@@ -104,10 +104,10 @@ def test_sets_are_as_small_as_the_groups_allow():
         "strided within columns": ([64, 64, 2], Partition.strided((6, 130), 3)),
         "strided across columns": ([10], Partition.strided((3, 10), 6)),
     }
-    assert {k: [len(s) for s in p.column_sets()] for k, (_, p) in sizes.items()} == {
+    assert {k: [len(s) for s in p.column_sets(torch.device("cpu"))] for k, (_, p) in sizes.items()} == {
         k: w for k, (w, _) in sizes.items()
     }
-    assert torch.equal(torch.cat(sizes["act-order"][1].column_sets()), order)
+    assert torch.equal(torch.cat(sizes["act-order"][1].column_sets(torch.device("cpu"))), order)
 
 
 def test_runs_that_fit_rows_are_tiles():
@@ -131,3 +131,66 @@ def test_nothing_depends_on_the_memory_layout(kind):
     assert torch.equal(partition.join(partition.split(weight)), weight)
     assert torch.equal(partition.expand(partition.pick(partition.expand(torch.arange(partition.groups)))),
                        partition.expand(torch.arange(partition.groups)))  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(case=cases(), data=st.data())
+def test_the_groups_of_some_columns(case, data):
+    partition, groups = case
+    number = {cell: i for i, cells in enumerate(groups) for cell in cells}
+    columns = data.draw(st.permutations(range(partition.columns)))[: data.draw(st.integers(1, partition.columns))]
+    expected = [[number[row, column] for column in columns] for row in range(partition.rows)]
+    assert partition.groups_of(torch.tensor(columns)).tolist() == expected
+
+
+@settings(deadline=None, max_examples=300)
+@given(case=cases(), elements=st.integers(1, 60))
+def test_bands_are_the_partition_in_parts(case, elements):
+    partition, groups = case
+    bands = partition.bands(elements)
+    starts = [rows.start for rows, _, _ in bands]
+    assert starts == [0, *(rows.stop for rows, _, _ in bands[:-1])]
+    assert bands[-1][0].stop == partition.rows
+    values, weight = torch.randn(partition.groups), torch.randn(partition.rows, partition.columns)
+    assert torch.equal(torch.cat([p.expand(values[g]) for _, g, p in bands]), partition.expand(values))
+    if partition.kind == "strided":
+        assert len(bands) == 1
+        return
+    assert torch.equal(torch.cat([p.split(weight[r]) for r, _, p in bands]), partition.split(weight))
+    # As many rows as were asked for, and never fewer than groups tie together.
+    ends = {max(row for row, _ in cells) for cells in groups}
+    free = [r for r in range(1, partition.rows) if not any(min(c)[0] < r <= max(c)[0] for c in groups)]
+    assert ends >= {rows.stop - 1 for rows, _, _ in bands}
+    if free and len(bands) > 1:
+        assert bands[0][0].stop <= max(free[0], elements // partition.columns)
+
+
+def test_a_band_of_runs_across_rows_ends_where_a_run_does():
+    bands = Partition.flat((9, 6), 4).bands(1)
+    assert [(r.start, r.stop, g.start, g.stop) for r, g, _ in bands] == [
+        (0, 2, 0, 3), (2, 4, 3, 6), (4, 6, 6, 9), (6, 8, 9, 12), (8, 9, 12, 14),
+    ]  # fmt: skip
+
+
+def test_a_compiler_gets_one_band(monkeypatch):
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert len(Partition.tiles((64, 64), (1, 8)).bands(64)) == 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_everything_is_made_on_the_device_that_was_asked_for(kind):
+    """Under another default device; ``meta`` takes part in no operation with a CPU's tensors."""
+    shape, values = (6, 8), torch.arange(100.0)
+    partition = {
+        "tiles": Partition.tiles(shape, (4, 3)),
+        "act-order": Partition.tiles(shape, (1, 3), torch.randperm(8)),
+        "flat": Partition.flat(shape, 5),
+        "strided": Partition.strided(shape, 4),
+    }[kind]
+    with torch.device("meta"):
+        sets = partition.column_sets(torch.device("cpu"))
+        assert {s.device.type for s in sets} == {"cpu"}
+        assert {partition.groups_of(s).device.type for s in sets} == {"cpu"}
+        assert partition.expand(values[: partition.groups]).device.type == "cpu"
+    if kind != "act-order":
+        assert {s.device.type for s in partition.column_sets(torch.device("meta"))} == {"meta"}

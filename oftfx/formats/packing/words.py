@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-_WORD = 32
+_WORD, _BYTE = 32, 8
 _PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 7: (4, 2, 1), 8: (8,)}
 """Bits a code to the widths of its planes, from the lowest bits up."""
 _INTERLEAVED = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -86,16 +86,19 @@ def to_interleaved(codes: Tensor) -> Tensor:
 
 
 def _from_fields(words: Tensor, width: int) -> Tensor:
-    """Fields that no word boundary cuts."""
-    shifts = torch.arange(0, _WORD, width, dtype=torch.int32, device=words.device)
-    return ((words.unsqueeze(-1) >> shifts) & (2**width - 1)).to(torch.int16).flatten(-2)
+    """Fields that no byte boundary cuts."""
+    held = words.contiguous().view(torch.uint8)  # the lowest byte first
+    shifts = torch.arange(0, _BYTE, width, dtype=torch.uint8, device=words.device)
+    return ((held.unsqueeze(-1) >> shifts) & (2**width - 1)).to(torch.int16).flatten(-2)
 
 
 def _to_fields(codes: Tensor, width: int) -> Tensor:
-    per_word = _WORD // width
-    filled = pad(codes, (0, -codes.shape[-1] % per_word)).unflatten(-1, (-1, per_word))
-    shifts = torch.arange(0, _WORD, width, device=codes.device)
-    return (filled.long() << shifts).sum(-1).to(torch.int32)
+    held = codes.to(torch.uint8)
+    if missing := -codes.shape[-1] % (_WORD // width):
+        held = pad(held, (0, missing))
+    shifts = torch.arange(0, _BYTE, width, dtype=torch.uint8, device=codes.device)
+    packed = (held.unflatten(-1, (-1, _BYTE // width)) << shifts).sum(-1, dtype=torch.uint8)
+    return packed.view(torch.int32)
 
 
 def _places(bits: int, count: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from oftfx.grids import Codes, Grid, Integers, Partition
+from oftfx.precision import piece_on
 
 
 class Stored(NamedTuple):
@@ -23,14 +25,19 @@ class Stored(NamedTuple):
     zeros: Tensor
     scales: Tensor
 
-    def values(self, groups: Tensor) -> Tensor:
-        """The weight, float32 ``(out, in)``.
+    def rows(self, groups: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """The weight, some rows at a time and in order, float32; all at once for a compiler.
 
         Args:
             groups: the group of each column, int64 ``(in,)``.
         """
-        levels = self.codes - self.zeros.T.index_select(1, groups)
-        return (levels.to(self.scales.dtype) * self.scales.T.index_select(1, groups)).float()
+        count, columns = self.codes.shape
+        step = count if torch.compiler.is_compiling() else max(1, piece_on(groups.device) // columns)
+        for start in range(0, count, step):
+            rows = slice(start, start + step)
+            levels = self.codes[rows] - self.zeros.T[rows].index_select(1, groups)
+            scales = self.scales.T[rows].index_select(1, groups)
+            yield rows, (levels.to(scales.dtype) * scales).float()
 
     def is_symmetric(self, bits: int) -> bool:
         """Whether all zeros are in the middle; a quantizer that chose them one by one would not have hit that."""
