@@ -17,6 +17,7 @@ from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_of
 from oftfx.model.structure import structural_copy
 from oftfx.onnx.adapters import MODES
+from oftfx.onnx.attempt import Attempt
 from oftfx.onnx.checks.bisect import first_difference
 from oftfx.onnx.checks.verify import DifferentError, Verification, verify_onnx
 from oftfx.onnx.decoders.decoder import Decoder
@@ -134,10 +135,11 @@ def export_onnx(
     lowered, least, needs, deviation = lower_quantized(structural_copy(reference), dialect)
     _check_dtypes(lowered)
     chosen = _opset(opset, least, needs, dialect)
-    mode.prepare(lowered)
+    mode = mode.prepared(lowered)
     with capture_settings(lowered), capture_settings(reference), capture_settings(exact):
         with torch.no_grad():
             outputs = signature.outputs(reference)
+        attempt = Attempt(lowered, reference, mode, signature, outputs, chosen, deviation)
         program = onnx_program(Exportable(lowered, signature, mode), outputs, chosen)
         # Under its final name, by which external data is found.
         with landing(path.parent, path.name, ExportError, stale=[f"{path.name}.data"]) as folder:
@@ -146,9 +148,9 @@ def export_onnx(
             checks: tuple[Verification, ...] = ()
             if verify:
                 try:
-                    checks = verify_onnx(made, reference, mode, signature, outputs, deviation)
+                    checks = verify_onnx(made, attempt)
                 except DifferentError as error:
-                    where = first_difference(lowered, mode, signature, error, chosen, deviation)
+                    where = first_difference(attempt, error)
                     raise ExportError(f"{error}. {where}") from None
     every = {n: dict(axes) for n, axes in (*signature.shapes.items(), *mode.shapes(signature).items())}
     return ExportReport(path, every, outputs, chosen, operators, nbytes, mode.named, checks)

@@ -60,8 +60,9 @@ class AdapterMode:
 
     slots: Slots | None = None
 
-    def prepare(self, lowered: nn.Module) -> None:
-        """Change the frozen model as the mode needs it."""
+    def prepared(self, lowered: nn.Module) -> AdapterMode:  # noqa: ARG002
+        """Change the frozen model as the mode needs it; the mode for that model."""
+        return self
 
     def inputs(self, signature: Signature) -> dict[str, Tensor]:  # noqa: ARG002
         """The graph's inputs for adapters, with examples."""

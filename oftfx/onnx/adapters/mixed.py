@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -22,8 +23,6 @@ from oftfx.onnx.signature import Signature
 from oftfx.placement.find import rotated_sites
 from oftfx.rotation.module import FrozenRotation
 from oftfx.serving.copied.runtime.contract import ADAPTER_INDEX, ADAPTER_NAMES
-
-"""Input of the graph: for each row its adapter's place in the stack, int64 ``(batch,)``; 0 is the base."""
 
 
 class Choice:
@@ -85,8 +84,10 @@ class Mixed(AdapterMode):
         }
         self._choice = Choice()
 
-    def prepare(self, lowered: nn.Module) -> None:
-        """Put a stack in the place of each frozen rotation."""
+    def prepared(self, lowered: nn.Module) -> Mixed:
+        """With a stack in the place of each frozen rotation, and a choice of its own."""
+        result = copy.copy(self)
+        result._choice = Choice()
         made: dict[int, RowRotation] = {}
         for fqn, placement in list(rotated_sites(lowered)):
             if placement.kind != "activation":
@@ -95,13 +96,14 @@ class Mixed(AdapterMode):
                     "rotations of activations. Leave the site out by a rule, or export with adapters='swappable'"
                 )
             (frozen,) = placement.fixed
-            row = made.setdefault(id(frozen), RowRotation(self._stacks[self.slots.names[fqn]], self._choice, fqn))
+            row = made.setdefault(id(frozen), RowRotation(self._stacks[self.slots.names[fqn]], result._choice, fqn))
             placement.fixed[:] = [row]
             placement.forget()
             holder = placement.holder
             for child, held in list(holder.named_children()) if holder is not None else ():
                 if held is frozen:
                     setattr(holder, child, row)
+        return result
 
     def inputs(self, signature: Signature) -> dict[str, Tensor]:
         """``adapter_index``."""

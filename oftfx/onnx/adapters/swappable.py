@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -12,12 +13,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import ExportError
+from oftfx.model.index import ModelIndex
 from oftfx.onnx.adapters.base import AdapterMode, Case
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks, identity_like
 from oftfx.onnx.signature import Signature
 from oftfx.placement.find import rotated_sites
 from oftfx.rotation.cayley import cayley
-from oftfx.rotation.module import FrozenRotation
 from oftfx.rotation.skew import skew_size
 from oftfx.serving.copied.runtime.contract import ROTATIONS
 
@@ -36,14 +37,17 @@ class Swappable(AdapterMode):
         active = only_active(self)
         self.slots = Slots.of(model, active)
         self.blocks = adapter_blocks(model, active, self.slots)
-        self._buffers: dict[str, str] = {}
+        self._buffers: Mapping[str, str] = {}
 
-    def prepare(self, lowered: nn.Module) -> None:
-        """Learn which buffer is which input."""
-        paths = {id(m): n for n, m in lowered.named_modules() if isinstance(m, FrozenRotation)}
-        for fqn, placement in rotated_sites(lowered):
+    def prepared(self, lowered: nn.Module) -> Swappable:
+        """The mode that knows which buffer of the model is which input."""
+        index, buffers = ModelIndex(lowered), dict[str, str]()
+        for fqn, placement in rotated_sites(index):
             (frozen,) = placement.fixed
-            self._buffers[self.slots.names[fqn]] = f"{paths[id(frozen)]}.blocks"
+            buffers[self.slots.names[fqn]] = f"{index.path(frozen)}.blocks"
+        result = copy.copy(self)
+        result._buffers = buffers
+        return result
 
     def inputs(self, signature: Signature) -> dict[str, Tensor]:  # noqa: ARG002
         """Blocks ``(blocks, b, b)`` by name."""

@@ -12,33 +12,22 @@ from torch import Tensor
 from oftfx.errors import ExportError
 from oftfx.formats.registry import format_of
 from oftfx.model.structure import structural_copy
-from oftfx.onnx.adapters import AdapterMode
+from oftfx.onnx.attempt import Attempt
 from oftfx.onnx.checks.verify import DifferentError, allowed_error, open_session, run_session
 from oftfx.onnx.exportable import Exportable, onnx_program
 from oftfx.onnx.finish import finish
-from oftfx.onnx.signature import Signature
 from oftfx.precision import relative_error
 
 
 @torch.no_grad()
-def first_difference(
-    lowered: nn.Module,
-    mode: AdapterMode,
-    signature: Signature,
-    seen: DifferentError,
-    opset: int,
-    deviation: float,
-) -> str:
+def first_difference(attempt: Attempt, seen: DifferentError) -> str:
     """Export once more with the result of every layer as an output, and say which is the first to differ.
 
     Args:
-        lowered: the model that was exported.
-        mode: of the adapters.
-        signature: how both are called.
+        attempt: the export whose file differs.
         seen: the error, with the inputs and the adapters it was seen with.
-        opset: of the export.
-        deviation: largest relative change of a quantized weight that the file may make.
     """
+    lowered, signature, mode = attempt.lowered, attempt.signature, attempt.mode
     model = seen.case.model
     if model is None:
         return "Export with adapters='swappable' to be told at which layer"
@@ -67,7 +56,7 @@ def first_difference(
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tapped.onnx"
-            finish(onnx_program(Exportable(copied, signature, mode, taps), names, opset), path, {}, mode)
+            finish(onnx_program(Exportable(copied, signature, mode, taps), names, attempt.opset), path, {}, mode)
             values = run_session(open_session(path), names, {**seen.inputs, **seen.case.given})
     except ExportError as error:
         return f"Where, cannot be told: {error}"
@@ -75,7 +64,9 @@ def first_difference(
     for name, want in expected.items():
         got = found[name]
         want, got = (signature.comparable(name, v, seen.inputs) for v in (want, got))
-        if got.shape != want.shape or not relative_error(got, want.cpu()) <= allowed_error(want.dtype, deviation):
+        if got.shape != want.shape or not relative_error(got, want.cpu()) <= allowed_error(
+            want.dtype, attempt.deviation
+        ):
             kind = type(model.get_submodule(name)).__name__
             return f"The first layer whose result differs is {name} ({kind})"
     return "No layer's result differs by itself: it is what the model's own code makes of them"

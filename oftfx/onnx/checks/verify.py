@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import ExportError
-from oftfx.onnx.adapters import AdapterMode, Case
-from oftfx.onnx.signature import Signature
+from oftfx.onnx.adapters import Case
+from oftfx.onnx.attempt import Attempt
 from oftfx.precision import relative_error
 
 # Largest relative error of any output. Measured: float32 1e-6, float16 6e-4.
@@ -101,23 +100,12 @@ def run_session(session: Any, names: tuple[str, ...], inputs: Mapping[str, Tenso
 
 
 @torch.no_grad()
-def verify_onnx(
-    path: Path,
-    reference: nn.Module,
-    mode: AdapterMode,
-    signature: Signature,
-    outputs: tuple[str, ...],
-    deviation: float = 0.0,
-) -> tuple[Verification, ...]:
+def verify_onnx(path: Path, attempt: Attempt) -> tuple[Verification, ...]:
     """Compare the file with torch on two other shapes (or the example's own, where all are fixed).
 
     Args:
         path: the file.
-        reference: what it has to compute, with the active adapters.
-        mode: what else it has to compute.
-        signature: how both are called.
-        outputs: names of the outputs.
-        deviation: largest relative change of a quantized weight that the file may make; see `lower_quantized`.
+        attempt: what it was made by, and what it has to compute.
 
     Raises:
         DifferentError: a result differs by more than rounding, or the difference is not far below what the adapters
@@ -126,21 +114,16 @@ def verify_onnx(
     """
     session = open_session(path)
     checks = []
-    for seed, sizes in enumerate(signature.sizes()):
-        inputs = signature.fresh(sizes, seed)
-        cases = mode.cases(reference, signature, inputs)
-        checks += [_check(session, case, signature, inputs, outputs, deviation) for case in cases]
+    for seed, sizes in enumerate(attempt.signature.sizes()):
+        inputs = attempt.signature.fresh(sizes, seed)
+        cases = attempt.mode.cases(attempt.reference, attempt.signature, inputs)
+        checks += [_check(session, case, attempt, inputs) for case in cases]
     return tuple(checks)
 
 
-def _check(
-    session: Any,
-    case: Case,
-    signature: Signature,
-    inputs: Mapping[str, Tensor],
-    outputs: tuple[str, ...],
-    deviation: float,
-) -> Verification:
+def _check(session: Any, case: Case, attempt: Attempt, inputs: Mapping[str, Tensor]) -> Verification:
+    signature, outputs = attempt.signature, attempt.outputs
+
     def comparable(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return {n: signature.comparable(n, v, inputs) for n, v in found.items()}
 
@@ -158,7 +141,7 @@ def _check(
             )
         got = signature.comparable(name, got, inputs)
         distance = relative_error(got, want)
-        bound = allowed_error(want.dtype, deviation)
+        bound = allowed_error(want.dtype, attempt.deviation)
         if not distance <= bound:
             raise DifferentError(
                 f"output {name} {where}: ONNX Runtime differs from torch by a relative {distance:.2e}, "
