@@ -72,6 +72,8 @@ class FindFunctional(Pass):
             if node.op == "get_attr" and node.target in parameters and is_matrix(parameters[str(node.target)]):
                 reads[str(node.target)].append(node)
         for name, nodes in reads.items():
+            if _path(name) in program.refused:
+                continue  # a site that was refused is not there any more to speak against it
             names = program.index.names[id(parameters[name])]
             known = sites.get(name)
             if known is not None and not known.is_layer and len(names) == 1:
@@ -88,7 +90,7 @@ class FindFunctional(Pass):
                     changes.append(Change(_path(each), "not a site", str(reason), refused=True))
                 continue
             sites[name] = site
-            changes.append(Change(site.fqn, f"read by {site.reader or site.module}"))
+            changes.append(Change(site.fqn, f"read by {site.called or 'the model itself'}"))
         found = tuple(sites.values())
         result = program.with_(sites=_in_order(found, program.index), refused=refused)
         return PassResult(result, bool(changes), tuple(changes))

@@ -82,7 +82,7 @@ class MatchRules(Pass):
         )
         changes = [Change(e.fqn, "planned") for e in entries]
         changes += [Change(s.fqn, "skipped", s.reason, refused=True) for s in skipped]
-        return PassResult(program.with_(plan=plan), True, tuple(changes))
+        return PassResult(program.with_(plan=plan), plan != program.plan, tuple(changes))
 
     def check(self, result: Program) -> None:
         """There is a plan."""

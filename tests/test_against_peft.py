@@ -32,9 +32,10 @@ def _tool():
 
 
 tool = _tool()  # and with it, its parts
-measures, models = (importlib.import_module(f"tools.peft_{part}") for part in ("measures", "models"))
+measures, models, sides = (importlib.import_module(f"tools.peft_{part}") for part in ("measures", "models", "sides"))
 CASES = {case.name: case for case in tool.CASES}
 COST = "cost of a fold, Linear 2048x2048"
+SCALE = "scale to a half (PEFT: scale_layer, ours: halve the skew)"
 
 # What is not an error against the reference with the bound 1e-6 and a base left bit for bit.
 HALF = {"forward": 4e-3, "folded": 4e-3}  # measured 2.5e-3: bfloat16 itself
@@ -42,7 +43,6 @@ OURS = {
     "Conv2d k=3, bfloat16": HALF,
     "Conv2d k=1, bfloat16": HALF,
     "block size 32 asked, in_features 53": {"insert": "RuleError"},
-    "convert to LoRA": {"convert to LoRA": "AttributeError"},  # there is none here either
 }
 NOTHING = {"identity", "parameter changed", "embed changed", "head changed", "n = 1 to 5:", "in eval"}
 
@@ -73,11 +73,10 @@ FAULTS = {
     "tied weights, adapter on the head": {"folded": 0.3, "embed changed": 0.3},
     "tied weights, adapter on the embedding": {"folded": 0.3, "head changed": 0.3},
     "GPT-2 Conv1D": {"insert": "TypeError"},
-    "scale to a half (ours: halve the skew)": {"forward at half the skew": "AttributeError"},
+    SCALE: {"forward at half the skew": 0.1},
     "fold and unfold n times, bfloat16": {"n = 1 to 5:": 1e-3},
     "fold and unfold n times, NF4": {"n = 1 to 5:": 0.1},
     "ONNX, exact Cayley, unfolded": {"ONNX Runtime": "ConversionError"},
-    "convert to LoRA": {"convert to LoRA": "TypeError"},
 }
 # Rows with a test of their own below.
 OTHERWISE = {"dropout 0.9", "block size 32 asked, in_features 53", COST}
@@ -139,6 +138,17 @@ def test_dropout_replaces_blocks_in_training_only():
     assert measured["oftfx"]["blocks replaced in training"] == pytest.approx(0.9, abs=0.03)
     assert measured["oftfx"]["in eval"] == 0.0
     assert measured["PEFT"] == {"blocks replaced in training": 0.0, "in eval": 0.0}
+
+
+def test_pefts_scale_warns_and_leaves_the_layer_as_it_was():
+    case = CASES[SCALE]
+    side, inputs = sides.Peft(case), case.inputs()
+    sides.fill(side)
+    with torch.no_grad():
+        before = side.model(*inputs)
+        with pytest.warns(UserWarning, match="Scaling operation for OFT not supported"):
+            side.scale(0.5)
+        assert torch.equal(side.model(*inputs), before)
 
 
 def test_an_indivisible_block_size_is_refused_and_never_replaced():

@@ -17,7 +17,6 @@ from tools.peft_measures import (
     errors,
     files,
     half,
-    lora,
     onnx,
     parameter_changes,
     recomputed,
@@ -113,7 +112,7 @@ CASES = (
     Case("tied weights, adapter on the head", tied, tokens, tie, target="head", std=0.3),
     Case("tied weights, adapter on the embedding", tied, tokens, tie, target="embed", std=0.3),
     Case("GPT-2 Conv1D", gpt2_layer, noise(7, 16), config={"fan_in_fan_out": True}),
-    Case("scale to a half (ours: halve the skew)", LINEAR, noise(7, 16), half),
+    Case("scale to a half (PEFT: scale_layer, ours: halve the skew)", LINEAR, noise(7, 16), half),
     Case("fold and unfold n times, float32", one(nn.Linear, in_features=256, out_features=256), noise(7, 256), drift),
     Case(
         "fold and unfold n times, bfloat16",
@@ -144,7 +143,6 @@ CASES = (
         std=0.02,
         brief=False,
     ),
-    Case("convert to LoRA", LINEAR, noise(7, 16), lora, brief=False),
     Case("Linear", LINEAR, noise(2, 5, 16)),
     Case(
         "Linear, exact Cayley",

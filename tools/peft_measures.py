@@ -244,12 +244,6 @@ def block_size(case, kind):
 
 
 @each
-def lora(case, kind):
-    side = kind(case)
-    return {"convert to LoRA": attempt(side.to_lora)}
-
-
-@each
 def files(case, kind):
     """Each side reads what the other wrote."""
     base, inputs, other = case.build(), case.inputs(), OTHER[kind](case)

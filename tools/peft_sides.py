@@ -45,10 +45,7 @@ class Peft:
     def scale(self, factor):
         for module in self.model.modules():
             if isinstance(module, OFTLayer):
-                module.set_scale("default", factor)
-
-    def to_lora(self):
-        peft.convert_to_lora(self.model, rank=4)
+                module.scale_layer(factor)
 
     def save(self, path):
         self.model.save_pretrained(path)
@@ -94,9 +91,6 @@ class Oftfx:
         with torch.no_grad():
             for skew in self.skews():
                 skew.mul_(factor)
-
-    def to_lora(self):
-        oftfx.convert_to_lora(self.model, rank=4)
 
     def save(self, path):
         oftfx.save_adapter(self.model, path)

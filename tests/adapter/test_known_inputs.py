@@ -7,6 +7,7 @@ import torch
 
 import oftfx
 from oftfx import OFT
+from oftfx.adapter import load
 from oftfx.errors import AdapterFileError
 from oftfx.placement.find import rotated_sites
 from tests.reference import randomize, rel
@@ -36,6 +37,14 @@ PAIRS = [
 
 
 @pytest.fixture
+def recorded(monkeypatch):
+    """The models that reading a file recorded."""
+    models, record = [], load.record_best
+    monkeypatch.setattr(load, "record_best", lambda model, *a, **k: models.append(model) or record(model, *a, **k))
+    return models
+
+
+@pytest.fixture
 def file_of_peft(tiny_llama, tmp_path):
     peft = pytest.importorskip("peft")
     config = peft.OFTConfig(target_modules="all-linear", oft_block_size=8)
@@ -49,13 +58,14 @@ def file_of_peft(tiny_llama, tmp_path):
 
 @pytest.mark.needs("peft")
 @pytest.mark.parametrize("others", [False, True], ids=["alone", "beside another"])
-def test_a_file_of_pefts(tiny_llama, ids, file_of_peft, monkeypatch, others):
+def test_a_file_of_pefts(tiny_llama, ids, file_of_peft, monkeypatch, recorded, others):
     base = tiny_llama(num_key_value_heads=4)
     wanted = known(oftfx.plan(base, {"all-linear": OFT(8)}))
     model = tiny_llama(num_key_value_heads=4)
     if others:  # it acts while the file is read
         model = randomize(oftfx.transform(model, {"*.q_proj": OFT(4)}, adapter="other"), std=0.1)
     model = oftfx.load_adapter(model, file_of_peft)
+    assert len(recorded) == 1  # what the next two tests say does not happen there
     plan = oftfx.adapters(model)["default"]
     assert known(plan) == wanted
     assert plan.trace.rung == "graph"
@@ -76,12 +86,13 @@ def test_a_file_of_pefts(tiny_llama, ids, file_of_peft, monkeypatch, others):
 
 
 @pytest.mark.needs("peft")
-def test_values_alone_need_no_recording(tiny_llama, ids, file_of_peft, monkeypatch):
+def test_values_alone_need_no_recording(tiny_llama, ids, file_of_peft, recorded):
     model = oftfx.load_adapter(tiny_llama(num_key_value_heads=4), file_of_peft)
     expected = model(**ids()).logits
     randomize(model, std=0.3, seed=5)
-    monkeypatch.setattr("oftfx.adapter.load.record_best", None, raising=False)
+    recorded.clear()
     assert torch.equal(oftfx.load_adapter(model, file_of_peft)(**ids()).logits, expected)
+    assert recorded == []
 
 
 @pytest.mark.parametrize(
@@ -89,12 +100,12 @@ def test_values_alone_need_no_recording(tiny_llama, ids, file_of_peft, monkeypat
     [{"all-linear": OFT(8, share_input=True)}, {"*.o_proj": OFT(8, into="producer")}],
     ids=["shared", "tied"],
 )
-def test_a_saved_plan_keeps_what_it_knows(tiny_llama, ids, tmp_path, monkeypatch, rules):
+def test_a_saved_plan_keeps_what_it_knows(tiny_llama, ids, tmp_path, recorded, rules):
     model = randomize(oftfx.transform(tiny_llama(), {"*.v_proj": OFT(4), **rules}), std=0.1)
     plan = oftfx.adapters(model)["default"]
     oftfx.save_adapter(model, tmp_path, layout="oftfx")
-    monkeypatch.setattr("oftfx.adapter.load.record_best", None, raising=False)  # the plan says it all
     loaded = oftfx.load_adapter(tiny_llama(), tmp_path)
+    assert recorded == []  # the plan says it all
     again = oftfx.adapters(loaded)["default"]
     assert known(again) == known(plan)
     assert again.trace == plan.trace

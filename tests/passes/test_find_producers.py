@@ -1,4 +1,4 @@
-"""The analyses that run by default read calls however they are written, and never fail on what they cannot read."""
+"""The layer that makes what a site reads: found however the calls are written, and else what is in the way."""
 
 import re
 from dataclasses import dataclass
@@ -11,9 +11,12 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import oftfx
-from oftfx import OFT
+from oftfx import OFT, Rule
+from oftfx.errors import PassError, RuleError
+from oftfx.passes import FindProducers, MatchRules, ShareInputs
 from oftfx.trace.labels import LostError, name_of, start, step
 from oftfx.trace.record import record
+from tests.passes.programs import IDS, Awkward, program_of, run, said
 from tests.reference import randomize, rel
 
 X = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0))
@@ -206,72 +209,114 @@ def test_a_step_by_itself_says_that_it_lost_the_features():
         start(graph.call_function(torch.split, (nodes["a"], 4)))
 
 
-# Weights that code uses by itself.
-
-
-class Uses(nn.Module):
-    def __init__(self, use, *shape):
+class Net(nn.Module):
+    def __init__(self, kind):
         super().__init__()
-        self.w, self.use = nn.Parameter(torch.randn(shape)), use
+        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm, self.kind = nn.LayerNorm(8), kind
 
     def forward(self, x):
-        return self.use(x, self.w)
+        y = self.a(x)
+        if self.kind == "plain":
+            return self.b(y)
+        if self.kind == "moved":
+            return self.b(y.flip(-1))
+        if self.kind == "scaled":
+            return self.b((y * 0.5).contiguous())
+        if self.kind == "also read":
+            return self.b(y) + y
+        if self.kind == "read by another":
+            return self.b(y) + self.c(y)
+        if self.kind == "norm":
+            return self.b(self.norm(y))
+        if self.kind == "residual":
+            return self.b(x + y)
+        if self.kind == "gate":
+            return self.b(y * self.c(x))
+        return self.b(torch.softmax(y @ y.transpose(-1, -2), dim=-1) @ y)
 
 
-IDS = torch.arange(12).view(2, 6) % 5
-USED = {  # how, shape, stored, input
-    "linear by keywords": (lambda x, w: F.linear(input=x, weight=w), (6, 8), "rows", X),
-    "linear, weight by keyword": (lambda x, w: F.linear(x, weight=w), (6, 8), "rows", X),
-    "matmul(x, other=w)": (lambda x, w: torch.matmul(x, other=w), (8, 6), "columns", X),
-    "matmul by keywords": (lambda x, w: torch.matmul(input=x, other=w), (8, 6), "columns", X),
-    "mm by keywords": (lambda x, w: torch.mm(input=x.flatten(0, 1), mat2=w), (8, 6), "columns", X),
-    "x.matmul(other=w)": (lambda x, w: x.matmul(other=w), (8, 6), "columns", X),
-    "w.matmul(other=x)": (lambda x, w: w.matmul(other=x.mT), (6, 8), "rows", X),
-    "addmm by keywords": (
-        lambda x, w: torch.addmm(input=x.new_ones(6), mat1=x[0], mat2=w), (8, 6), "columns", X,
-    ),
-    "baddbmm by keywords": (
-        lambda x, w: torch.baddbmm(input=x.new_ones(1), batch1=x, batch2=w), (2, 8, 4), "experts_columns", X,
-    ),
-    "transpose by keywords": (lambda x, w: x @ w.transpose(dim0=0, dim1=1), (6, 8), "rows", X),
-    "torch.transpose by keywords": (lambda x, w: x @ torch.transpose(input=w, dim0=1, dim1=0), (6, 8), "rows", X),
-    "swapaxes by keywords": (lambda x, w: x @ w.swapaxes(axis0=-1, axis1=-2), (6, 8), "rows", X),
-    "t by keyword": (lambda x, w: x @ torch.t(input=w), (6, 8), "rows", X),
-    "T": (lambda x, w: x @ w.T, (6, 8), "rows", X),
-    "mT": (lambda x, w: x @ w.mT, (2, 4, 8), "experts", X),
-    "conv1d by keywords": (lambda x, w: F.conv1d(input=x, weight=w), (4, 6, 1), "rows", X),
-    "embedding by keywords": (lambda x, w: F.embedding(input=x, weight=w), (5, 8), "rows", IDS),
-    "dtype read": (lambda x, w: F.linear(x.to(w).type_as(w), w), (6, 8), "rows", X),
-}  # fmt: skip
-UNUSED = {
-    "swap of other axes by keywords": (lambda x, w: x.mT @ w.transpose(dim0=0, dim1=2), (3, 6, 2), "used by transpose"),
-    "swap of other axes": (lambda x, w: x.mT @ w.transpose(0, 2), (3, 6, 2), "used by transpose"),
-    "computed axes": (lambda x, w: w.permute(dims=(1, 0)) @ x[0], (6, 5), "used by permute"),
-    "twice in one call": (lambda x, w: torch.matmul(w, other=w), (8, 8), "used by matmul"),
-    "as bias": (lambda x, w: F.linear(x, torch.ones(8, 8), bias=w[0]), (8, 8), "used by"),
-    "several results": (lambda x, w: x @ torch.split(w, 8)[0], (16, 4), "used by split"),
-    "returned": (lambda x, w: (F.linear(x, w), w), (6, 8), "the model returns it"),
-    "only its dtype": (lambda x, w: x.type_as(w), (6, 8), "not used as an operand"),
-    "written to": (lambda x, w: x + w.detach().clone().fill_(2)[0, 0], (6, 8), "used by detach"),
-}
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("plain", None),
+        ("scaled", None),
+        ("moved", "flip in the model itself does not commute"),
+        ("also read", "add in the model itself reads the same rows of a"),
+        ("read by another", "Linear c reads the same rows of a"),
+        ("norm", "LayerNorm norm does not commute"),
+        ("residual", "add in the model itself does not commute"),
+        ("gate", "mul in the model itself does not commute"),
+        ("self", "transpose in the model itself reads the same rows|matmul in the model itself reads the same rows"),
+    ],
+)
+def test_what_is_in_the_way_is_named(kind, reason):
+    base, x = Net(kind), torch.randn(2, 3, 8)
+    plan = oftfx.plan(base, {"b": OFT(4)}, example_inputs=(x,))
+    if reason is None:
+        model = randomize(oftfx.transform(base, {"b": OFT(4, into="producer")}, example_inputs=(x,)), std=0.3)
+        folded = oftfx.fold(model, into="producer").model
+        assert rel(folded(x), model(x)) < 1e-6
+        assert torch.equal(folded.b.weight, base.b.weight)
+        return
+    assert re.search(reason, plan["b"].producer_reason), plan["b"].producer_reason
+    with pytest.raises(RuleError, match="b: cannot be folded into a producer"):
+        oftfx.transform(base, {"b": OFT(4, into="producer")}, example_inputs=(x,))
 
 
-@pytest.mark.parametrize("how", USED)
-def test_uses_by_keywords_are_read(how):
-    use, shape, stored, x = USED[how]
-    base = Uses(use, *shape).requires_grad_(False)
-    model = oftfx.transform(base, {"w": OFT(2)}, example_inputs=(x,))
-    (entry,) = oftfx.adapters(model)["default"]
-    assert entry.site.layout.stored == stored
-    with torch.no_grad():  # for a weight that needs a gradient torch takes another kernel
-        assert torch.equal(model(x), base(x))
-    randomize(model, std=0.3)
-    assert rel(model(x), base(x)) > 1e-2
-    assert rel(oftfx.fold(model).model(x), model(x)) < 1e-6
+@pytest.mark.needs("transformers")
+def test_blocks_over_several_heads_are_refused(tiny_llama):
+    plan = oftfx.plan(tiny_llama(), {"*.o_proj": OFT(32)})
+    assert "blocks of 32 reach over several heads" in plan.entries[0].producer_reason
 
 
-@pytest.mark.parametrize("how", UNUSED)
-def test_uses_without_an_input_axis_are_refused(how):
-    use, shape, reason = UNUSED[how]
-    with pytest.raises(oftfx.errors.RuleError, match=re.escape(reason)):
-        oftfx.plan(Uses(use, *shape), {"w": OFT(2)}, example_inputs=(X,))
+# The pass by itself.
+
+
+def searched(rules, *inputs):
+    return run(run(program_of(Awkward(), *inputs), MatchRules(rules), ShareInputs()).program, FindProducers())
+
+
+def test_every_planned_site_has_a_producer_or_a_reason():
+    result = searched([Rule("*", OFT(2, on_indivisible="nearest"))], IDS)
+    reasons = {
+        "emb": "only what a linear layer reads can be turned before it, not the output of emb (Embedding)",
+        "q": "Embedding emb does not commute with a rotation",
+        "k": "Embedding emb does not commute with a rotation",
+        "v": "Embedding emb does not commute with a rotation",
+        "conv": "only what a linear layer reads can be turned before it, not the weight of conv (Conv1d)",
+        "head": "getattr in the model itself does not commute with a rotation",
+        "never": "never called in the recorded forward",
+    }
+    assert said(result) == {
+        "o": ("can be folded into v", "", False),
+        **{name: ("fold into producer", reason, True) for name, reason in reasons.items()},
+    }
+    assert {e.fqn: e.producer_reason for e in result.program.plan if e.producer is None} == reasons
+    assert (result.program.plan["o"].producer.fqn, result.program.plan["o"].producer.starts) == ("v", (0, 2, 4))
+    assert result.modified
+    again = run(result.program, FindProducers())
+    assert not again.modified
+    assert again.changes == result.changes
+
+
+def test_without_a_recording_that_is_the_reason():
+    result = searched([Rule("o", OFT(2))])
+    assert said(result) == {"o": ("fold into producer", "not recorded", True)}
+    assert not result.modified  # it is what a plan starts with
+
+
+def test_what_asks_for_a_producer_and_has_none_is_an_error_that_lists_all_such_sites():
+    pushed = OFT(2, into="producer")
+    with pytest.raises(RuleError) as caught:
+        searched([Rule("[qko]", pushed)], IDS)
+    assert str(caught.value).splitlines() == [
+        f"{n}: cannot be folded into a producer: Embedding emb does not commute with a rotation" for n in "qk"
+    ]
+    assert searched([Rule("o", pushed)], IDS).program.plan["o"].tied_blocks == (0, 1, 2)
+
+
+def test_it_has_to_come_after_those_whose_plan_it_reads():
+    for earlier in (MatchRules([Rule("o", OFT(2))]), ShareInputs()):
+        with pytest.raises(PassError, match=f"pass find_producers has to run after {earlier.name}; order given"):
+            run(program_of(Awkward(), IDS), FindProducers(), earlier)

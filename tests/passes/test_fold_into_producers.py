@@ -1,14 +1,15 @@
 """Rotations that go into the layer before: where that is possible, where not and why, and that it is exact."""
 
-import re
-
 import pytest
 import torch
 import torch.nn as nn
 
 import oftfx
-from oftfx import OFT
-from oftfx.errors import RuleError
+from oftfx import OFT, Rule
+from oftfx.errors import PassError
+from oftfx.passes import FoldIntoProducers, InsertRotations, MatchRules, ShareInputs
+from oftfx.planning.site_plan import Producer
+from tests.passes.programs import IDS, Awkward, fill, program_of, run, said
 from tests.reference import dense_rotation, randomize, rel
 from tests.zoo.architectures import ARCHITECTURES
 
@@ -104,62 +105,97 @@ def test_tied_blocks_are_saved_whole_and_load_again(tiny_llama, ids, tmp_path):
     assert rel(result.model(**ids()).logits, free(**ids()).logits) < 1e-5
 
 
-class Net(nn.Module):
-    def __init__(self, kind):
-        super().__init__()
-        self.a, self.b, self.c = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
-        self.norm, self.kind = nn.LayerNorm(8), kind
+# The pass by itself: `Awkward` reads with o what v made.
 
+BLOCKS = {"o": Producer("v", (0, 3)), "q": "emb does not commute"}
+
+
+def rotated(model, target="[oq]", size=3, **settings):
+    planned = run(program_of(model, IDS), MatchRules([Rule(target, OFT(size))]), ShareInputs()).program
+    return run(planned, InsertRotations(**settings)).program
+
+
+def test_one_site_is_pushed_and_the_other_stays_with_its_reason():
+    base, program = Awkward(), rotated(Awkward())
+    skews = fill(program.model)
+    result = run(program, FoldIntoProducers(BLOCKS), verify=(IDS,))
+    assert result.modified
+    assert said(result) == {
+        "q": ("fold into producer", "emb does not commute", True),
+        "o": ("fold into producer", "", False),
+    }
+    model, turn = result.program.model, dense_rotation(skews["o"], 3)
+    assert torch.equal(model.o.weight, base.o.weight)
+    assert rel(model.v.weight, turn.T @ base.v.weight.double()) < 1e-6
+    assert rel(model.v.bias, base.v.bias.double() @ turn) < 1e-6
+    assert rel(model.v.weight, base.v.weight) > 1e-2
+    assert [n for n, _ in model.named_parameters() if ".oft." in n] == ["q.oft.default.skew"]
+
+
+def test_rows_that_no_block_turns_stay_bit_for_bit():
+    """Blocks of the same rows turn them once."""
+    base, program = Awkward(), rotated(Awkward(), "o", 2)
+    fill(program.model)
+    skew = program.model.o.oft.default.skew
+    skew.data[2] = skew.data[0]
+    run(program, FoldIntoProducers({"o": Producer("v", (4, 0, 4))}))
+    turn = dense_rotation(skew.detach()[[0, 1]], 2)
+    assert torch.equal(program.model.v.weight[2:4], base.v.weight[2:4])
+    rows = torch.tensor([4, 5, 0, 1])
+    assert rel(program.model.v.weight[rows], turn.T @ base.v.weight[rows].double()) < 1e-6
+
+
+class Own(nn.Linear):
     def forward(self, x):
-        y = self.a(x)
-        if self.kind == "plain":
-            return self.b(y)
-        if self.kind == "moved":
-            return self.b(y.flip(-1))
-        if self.kind == "scaled":
-            return self.b((y * 0.5).contiguous())
-        if self.kind == "also read":
-            return self.b(y) + y
-        if self.kind == "read by another":
-            return self.b(y) + self.c(y)
-        if self.kind == "norm":
-            return self.b(self.norm(y))
-        if self.kind == "residual":
-            return self.b(x + y)
-        if self.kind == "gate":
-            return self.b(y * self.c(x))
-        return self.b(torch.softmax(y @ y.transpose(-1, -2), dim=-1) @ y)
+        return super().forward(x)
 
 
-@pytest.mark.parametrize(
-    ("kind", "reason"),
-    [
-        ("plain", None),
-        ("scaled", None),
-        ("moved", "flip in the model itself does not commute"),
-        ("also read", "add in the model itself reads the same rows of a"),
-        ("read by another", "Linear c reads the same rows of a"),
-        ("norm", "LayerNorm norm does not commute"),
-        ("residual", "add in the model itself does not commute"),
-        ("gate", "mul in the model itself does not commute"),
-        ("self", "transpose in the model itself reads the same rows|matmul in the model itself reads the same rows"),
-    ],
-)
-def test_what_is_in_the_way_is_named(kind, reason):
-    base, x = Net(kind), torch.randn(2, 3, 8)
-    plan = oftfx.plan(base, {"b": OFT(4)}, example_inputs=(x,))
-    if reason is None:
-        model = randomize(oftfx.transform(base, {"b": OFT(4, into="producer")}, example_inputs=(x,)), std=0.3)
-        folded = oftfx.fold(model, into="producer").model
-        assert rel(folded(x), model(x)) < 1e-6
-        assert torch.equal(folded.b.weight, base.b.weight)
-        return
-    assert re.search(reason, plan["b"].producer_reason), plan["b"].producer_reason
-    with pytest.raises(RuleError, match="b: cannot be folded into a producer"):
-        oftfx.transform(base, {"b": OFT(4, into="producer")}, example_inputs=(x,))
+def test_whatever_cannot_be_exact_is_refused_and_nothing_changes():
+    def refused(model, producer=BLOCKS["o"], prepare=lambda model: None, **settings):
+        program = rotated(model, "o", **settings)
+        fill(program.model)
+        prepare(program.model)
+        before = program.fingerprint()
+        result = run(program, FoldIntoProducers({} if producer is None else {"o": producer}), verify=(IDS,))
+        assert not result.modified
+        assert program.fingerprint() == before
+        (change,) = result.refusals
+        return change.reason
+
+    assert refused(Awkward(), None) == "not recorded"
+    assert refused(Awkward(), activate=False) == "no rotation acts here"
+    shared = "grouped heads have different rotations; train with OFT(into='producer') (v)"
+    assert refused(Awkward(), Producer("v", (0, 0))) == shared
+    own = Awkward()
+    own.v = Own(12, 6)
+    assert refused(own) == "its producer v (Own) has a forward of its own"
+    unknown = Awkward()
+    unknown.v = nn.utils.parametrizations.weight_norm(nn.Linear(12, 6))
+    assert refused(unknown) == "its producer v is stored by no known format, where turned rows would be rounded"
+
+    def second(model):
+        program = run(program_of(model, IDS), MatchRules([Rule("o", OFT(2))]), ShareInputs()).program
+        run(program, InsertRotations("other", activate=False))
+        (hook,) = model.o._forward_pre_hooks.values()
+        hook.active = ("default", "other")
+        fill(model)
+
+    assert refused(Awkward(), prepare=second) == "several rotations of different block sizes act here"
 
 
-@pytest.mark.needs("transformers")
-def test_blocks_over_several_heads_are_refused(tiny_llama):
-    plan = oftfx.plan(tiny_llama(), {"*.o_proj": OFT(32)})
-    assert "blocks of 32 reach over several heads" in plan.entries[0].producer_reason
+@pytest.mark.needs("bitsandbytes")
+def test_rows_of_a_quantized_producer_are_not_turned():
+    from oftfx.formats.registry import format_named
+
+    model = nn.Sequential(format_named("bnb4").make_tiny(64, 6), nn.Linear(6, 4))
+    program = run(run(program_of(model), MatchRules([Rule("1", OFT(3))])).program, InsertRotations()).program
+    fill(model)
+    result = run(program, FoldIntoProducers({"1": Producer("0", (0, 3))}))
+    reason = "its producer 0 is stored as bnb4, where turned rows would be rounded"
+    assert said(result) == {"1": ("fold into producer", reason, True)}
+
+
+def test_it_has_to_come_after_the_rotations():
+    program = run(program_of(Awkward(), IDS), MatchRules([Rule("o", OFT(3))]), ShareInputs()).program
+    with pytest.raises(PassError, match="pass fold_into_producers has to run after insert_rotations"):
+        run(program, FoldIntoProducers(BLOCKS), InsertRotations())
