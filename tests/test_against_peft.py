@@ -1,4 +1,4 @@
-"""Every row of tools/compare_peft.py: here it is right, and PEFT still does what the table says of it."""
+"""Every row of tools/compare/compare_peft.py: here it is right, and PEFT still does what the table says of it."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ peft = pytest.importorskip("peft")
 
 
 def _tool():
-    path = Path(__file__).parents[1] / "tools" / "compare_peft.py"
+    path = Path(__file__).parents[1] / "tools/compare/compare_peft.py"
     spec = importlib.util.spec_from_file_location("compare_peft", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -32,7 +32,9 @@ def _tool():
 
 
 tool = _tool()  # and with it, its parts
-measures, models, sides = (importlib.import_module(f"tools.peft_{part}") for part in ("measures", "models", "sides"))
+measures, models, sides = (
+    importlib.import_module(f"tools.compare.peft_{part}") for part in ("measures", "models", "sides")
+)
 CASES = {case.name: case for case in tool.CASES}
 COST = "cost of a fold, Linear 2048x2048"
 SCALE = "scale to a half (PEFT: scale_layer, ours: halve the skew)"

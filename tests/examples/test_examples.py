@@ -27,17 +27,10 @@ ELSEWHERE = "first_example"
 """Run by tests/test_readme.py, as the README prints it."""
 APART = {"write_a_format"}
 """Run in a process of their own: what they register would be there for every test that follows."""
-COMING = {"save_folded"}
-"""Written for names that are not public yet; when they are, these pass and have to leave this list."""
 
 
 def mark(name):
-    marks = [pytest.mark.needs(*NEEDS[name])]
-    if name in COMING:
-        marks.append(
-            pytest.mark.xfail(raises=(ImportError, AttributeError, subprocess.CalledProcessError), strict=True)
-        )
-    return pytest.param(name, marks=marks)
+    return pytest.param(name, marks=pytest.mark.needs(*NEEDS[name]))
 
 
 def test_every_example_is_listed():

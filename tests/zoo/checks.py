@@ -1,4 +1,4 @@
-"""What has to hold for every model: each check measures, `tests/zoo/test_zoo.py` and `tools/zoo_table.py` judge."""
+"""What has to hold for every model: each check measures; `tests/zoo/test_zoo.py` judges."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What each fold policy keeps of an adapter, on real models in real 4-bit formats; PEFT's own merge beside it.
 
     tools/environment-layers
-    PYTHONPATH=. .venv-layers/bin/python tools/bench_fold_quality.py [--only NF4] [--quick]
+    PYTHONPATH=. .venv-layers/bin/python tools/bench/bench_fold_quality.py [--only NF4] [--quick]
 
 An OFT adapter is trained on every base (and one on the float model), then folded by every policy. Trained adapters and
 finished rows are kept in the folder, so an interrupted run goes on. Writes tools/results/fold_quality.json, from which
@@ -24,10 +24,10 @@ import torch
 import torch.nn as nn
 
 import oftfx
-from tools.fold_models import FORMATS, Encoder, Language, Task, merged_by_peft
-from tools.fold_updates import measure as measure_updates
+from tools.bench.fold_models import FORMATS, Encoder, Language, Task, merged_by_peft
+from tools.bench.fold_updates import measure as measure_updates
 
-RESULTS = Path(__file__).parent / "results" / "fold_quality.json"
+RESULTS = Path(__file__).parents[1] / "results" / "fold_quality.json"
 
 
 class Bench:

@@ -1,4 +1,4 @@
-"""The clients of tools/bench_serving.py: serving_load.py PLAN.json, in a server's environment, which has tritonclient.
+"""The clients of bench_serving.py: serving_load.py PLAN.json, in a server's environment, which has tritonclient.
 
 Writes, as JSON, what `load` returns.
 """

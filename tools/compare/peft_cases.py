@@ -1,4 +1,4 @@
-"""The rows of tools/compare_peft.py, as data."""
+"""The rows of tools/compare/compare_peft.py, as data."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 
 from oftfx import OFT
-from tools.peft_measures import (
+from tools.compare.peft_measures import (
     block_size,
     cost,
     drift,
@@ -23,7 +23,7 @@ from tools.peft_measures import (
     tie,
     two_adapters,
 )
-from tools.peft_models import conv, gpt2_layer, identity, nf4_layer, noise, one, tied, tokens
+from tools.compare.peft_models import conv, gpt2_layer, identity, nf4_layer, noise, one, tied, tokens
 
 PLAIN = OFT(4)
 

@@ -1,4 +1,4 @@
-"""Check every architecture of tests/zoo and write the figures: .venv/bin/python -m tools.zoo_table [NAME ...]
+"""Check every architecture of tests/zoo and write the figures: .venv/bin/python -m tools.bench.zoo_table [NAME ...]
 
 One row an architecture goes to tools/results/zoo.json, which tools/docs/update_tables.py turns into a table. With
 names, only those are run and shown, and nothing is written.
@@ -19,7 +19,7 @@ from oftfx.errors import OftfxError
 from tests.zoo.architectures import ARCHITECTURES, Architecture
 from tests.zoo.checks import Subject
 
-OUT = Path(__file__).parent / "results/zoo.json"
+OUT = Path(__file__).parents[1] / "results/zoo.json"
 
 
 def row(arch: Architecture) -> dict:

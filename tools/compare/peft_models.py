@@ -1,4 +1,4 @@
-"""The models that tools/compare_peft.py adapts, each of one layer or two, and their inputs."""
+"""The models that tools/compare/compare_peft.py adapts, each of one layer or two, and their inputs."""
 
 import torch
 import torch.nn as nn

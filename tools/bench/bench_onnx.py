@@ -1,8 +1,8 @@
 """SmolLM2-135M in ONNX Runtime, in every form: size, perplexity, latency; and one session for ten adapters.
 
-    PYTHONPATH=. .venv/bin/python tools/bench_onnx.py [--quick] [--folder oftfx-bench/onnx]
+    PYTHONPATH=. .venv/bin/python tools/bench/bench_onnx.py [--quick] [--folder oftfx-bench/onnx]
 
-An adapter is trained on the float model and one on NF4 (or taken from the folder of tools/bench_fold_quality.py). Files
+An adapter is trained on the float model and one on NF4 (or taken from the folder of bench_fold_quality.py). Files
 and finished rows are kept, so an interrupted run goes on. Perplexity is measured in ONNX Runtime on 40 held-out blocks
 of 128 tokens; the relative error is that of the logits against torch. Latencies come from one interleaved run at the
 end, as ratios of medians to the folded graph. Writes tools/results/onnx.json. About 15 minutes on two cores.
@@ -28,10 +28,10 @@ from torch import Tensor
 import oftfx
 from oftfx.demo import perplexity as ppl
 from oftfx.files import write_whole
-from tools.fold_cost import resident
-from tools.fold_models import Language
+from tools.bench.fold_cost import resident
+from tools.bench.fold_models import Language
 
-RESULTS = Path(__file__).parent / "results" / "onnx.json"
+RESULTS = Path(__file__).parents[1] / "results" / "onnx.json"
 LENGTHS = {1: 60, 16: 30, 128: 12}
 """Tokens of a request, and how often it is timed."""
 ADAPTERS, REQUESTS = 10, 1000

@@ -1,6 +1,6 @@
 """Load test: folded, fixed, swappable and mixed files side by side, in ONNX Runtime alone, in Triton, in MLServer.
 
-    .venv/bin/python -m tools.bench_serving [--model smollm2|minilm] [--requests N] [--rounds N] [--out FILE]
+    .venv/bin/python -m tools.bench.bench_serving [--model smollm2|minilm] [--requests N] [--rounds N] [--out FILE]
 
 Every layer of the model is rotated in blocks of 32 and there are three random adapters. Clients send one request after
 the other, by gRPC to the servers; to the swappable and the mixed file each request names the next adapter. The variants
@@ -30,7 +30,7 @@ from oftfx import OFT
 from oftfx.demo import smollm
 from oftfx.terminal import render
 from tests.serving.servers import Server, free_ports
-from tools.serving_load import load, summary
+from tools.bench.serving_load import load, summary
 
 warnings.simplefilter("ignore")
 
@@ -112,7 +112,7 @@ def inputs(batch: int = SHAPE[0]) -> dict[str, np.ndarray]:
 
 
 def plan(folder: Path, requests: int, rounds: int) -> dict[str, Any]:
-    """What `tools.serving_load` does, in the same order everywhere."""
+    """What `tools.bench.serving_load` does, in the same order everywhere."""
     np.savez(folder / "inputs.npz", **inputs())
     return {
         "variants": {v: list(names) or [None] for v, names in VARIANTS.items()},
@@ -177,7 +177,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=12, help="of each client, of each variant, in a round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of one run in ONNX Runtime")
-    parser.add_argument("--out", type=Path, default=HERE / "results/serving.json")
+    parser.add_argument("--out", type=Path, default=HERE.parent / "results/serving.json")
     options = parser.parse_args()
     title, make = MODELS[options.model]
     with tempfile.TemporaryDirectory(prefix="oftfx-bench-serving-") as name:

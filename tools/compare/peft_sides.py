@@ -1,4 +1,4 @@
-"""The two sides of tools/compare_peft.py: what a comparison does, in PEFT's words and in ours."""
+"""The two sides of tools/compare/compare_peft.py: what a comparison does, in PEFT's words and in ours."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""What tools/compare_peft.py measures of a case, on both sides, each against a float64 reference.
+"""What tools/compare/compare_peft.py measures of a case, on both sides, each against a float64 reference.
 
 A measurement gives, for each side, figures by name; where a side cannot do something, the class of its exception.
 """
@@ -17,8 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.dense_layers import clipped, dense_conv2d, dense_embedding, dense_linear
 from tests.reference import dense_rotation, rel
-from tools.peft_models import Tied
-from tools.peft_sides import OTHER, SIDES, Peft, attempt, fill
+from tools.compare.peft_models import Tied
+from tools.compare.peft_sides import OTHER, SIDES, Peft, attempt, fill
 
 
 def blocks_of(case, skew, length):

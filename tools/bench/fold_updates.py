@@ -12,7 +12,7 @@ from torch import Tensor
 
 import oftfx
 from oftfx.formats.registry import format_of
-from tools.fold_models import Encoder
+from tools.bench.fold_models import Encoder
 
 UPDATE = 0.01
 """How far the rotation moves the weight, relative to its norm."""

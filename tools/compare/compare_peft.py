@@ -1,6 +1,6 @@
 """PEFT's OFT and oftfx in one process on the same weights, inputs and rotations, each against a float64 reference.
 
-    .venv/bin/python tools/compare_peft.py [--only TEXT] [--out FILE]
+    .venv/bin/python tools/compare/compare_peft.py [--only TEXT] [--out FILE]
 
 Every figure is a relative Frobenius error unless its name says otherwise; an exception is reported by its class.
 """
@@ -16,8 +16,8 @@ import torch
 import oftfx
 from oftfx.terminal import render
 
-sys.path.insert(0, str(Path(__file__).parents[1]))  # the references are the tests' own
-from tools.peft_cases import CASES
+sys.path.insert(0, str(Path(__file__).parents[2]))  # the references are the tests' own
+from tools.compare.peft_cases import CASES
 
 
 def cell(figures):
@@ -48,7 +48,7 @@ def main():
             print(f"{len(rows)} {case.name}", file=sys.stderr)
     title = f"PEFT {peft.__version__} and oftfx {oftfx.__version__}, torch {torch.__version__}, CPU"
     print(render(title, ("case", "PEFT", "oftfx"), [(r["case"], r["PEFT"], r["oftfx"]) for r in rows]))
-    out = options.out or (None if options.only else Path(__file__).parent / "results" / "compare_peft.json")
+    out = options.out or (None if options.only else Path(__file__).parents[1] / "results" / "compare_peft.json")
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
         versions = {"peft": peft.__version__, "torch": torch.__version__}

@@ -1,6 +1,6 @@
 """Base, PEFT OFT, PEFT LoRA and oftfx on the real SmolLM2-135M: one process, interleaved, medians, ratios to base.
 
-    .venv/bin/python tools/bench_speed.py [--rounds N] [--out FILE]
+    .venv/bin/python tools/bench/bench_speed.py [--rounds N] [--out FILE]
 
 All 210 linear layers are adapted; OFT with block 32 and five Cayley-Neumann terms, LoRA with rank 16. Every adapter
 has random weights, so nothing is skipped as an identity. The machine is noisy: compare ratios of one run.
@@ -119,7 +119,7 @@ def merge_seconds(base, rounds):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "speed.json")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parents[1] / "results" / "speed.json")
     options = parser.parse_args()
     torch.manual_seed(0)
     base, _ = smollm.load()

@@ -1,6 +1,6 @@
 """Seconds and memory that a calibrated fold of SmolLM2-135M takes, in a process of its own.
 
-    PYTHONPATH=. .venv-layers/bin/python tools/fold_cost.py ADAPTER_DIRECTORY
+    PYTHONPATH=. .venv-layers/bin/python tools/bench/fold_cost.py ADAPTER_DIRECTORY
 
 Prints one line of JSON. Memory is the process's largest resident size during the fold less that before it, of which the
 folded weights themselves are a part.
@@ -20,7 +20,7 @@ import torch
 import torch.nn as nn
 
 import oftfx
-from tools.fold_models import Language
+from tools.bench.fold_models import Language
 
 
 def resident(what: str) -> int:
