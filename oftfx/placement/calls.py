@@ -28,10 +28,11 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Protocol
 
+import torch
 import torch.nn as nn
 from torch import Tensor
 
-from oftfx.placement.torch_private import is_recomputing
+from oftfx.placement.torch_private import is_recomputing, never_compiled_alone
 
 
 class Owner(Protocol):
@@ -61,6 +62,7 @@ class _Call:
     frame: FrameType | None
     compiler: Any
 
+    @never_compiled_alone
     def is_running(self) -> bool:
         """Whether the call has not ended."""
         frame: FrameType | None = sys._getframe(1)
@@ -91,14 +93,18 @@ class Parameters(dict[str, Any]):
         super().__init__(*args)
         self.owners: dict[str, Owner] = {}
 
+    @never_compiled_alone
     def __getitem__(self, name: str) -> Any:
         """What an attribute of that name is in this thread now; in any other use, the Parameter."""
+        if torch.compiler.is_dynamo_compiling():
+            return super().__getitem__(name)
         if name in self.owners and sys._getframe(1).f_code.co_name == "__getattr__":
             tensor = self._read(name)
             if tensor is not None:
                 return tensor
         return super().__getitem__(name)
 
+    @never_compiled_alone
     def _read(self, name: str) -> Tensor | None:
         for call in reversed(_OPEN.calls):
             if call.name == name and call.parameters is self and call.is_running():

@@ -17,11 +17,6 @@ def saved_tensor_hooks() -> Any:
     return hooks(True) if hooks is not None else None
 
 
-def is_recomputing() -> bool:
-    """Whether backward runs a part of a forward again in this thread: it computes with gradients, as hooks do not."""
-    return torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
-
-
 def never_compiled_alone(function: F) -> F:
     """Dynamo traces the function where it traces the caller, and never compiles a call of it for itself.
 
@@ -31,6 +26,12 @@ def never_compiled_alone(function: F) -> F:
     skip = frames._FrameExecStrategy(frames._FrameAction.SKIP, frames._FrameAction.DEFAULT)
     frames.set_code_exec_strategy(function.__code__, skip)
     return function
+
+
+@never_compiled_alone
+def is_recomputing() -> bool:
+    """Whether backward runs a part of a forward again in this thread: it computes with gradients, as hooks do not."""
+    return torch.is_grad_enabled() and torch._C._current_graph_task_id() != -1
 
 
 @never_compiled_alone
