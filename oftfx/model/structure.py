@@ -74,6 +74,7 @@ def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
 
 
 _LEFT_OUT = ("_compiled_call_impl",)  # bound to the module that was compiled; nn.Module.__getstate__ drops it too
+_ATOMS = (bool, int, float, str)
 _CUSTOMS = ("new", "deepcopy", "reduce_ex", "reduce", "getstate", "setstate", "getnewargs_ex", "getnewargs")
 
 
@@ -86,7 +87,7 @@ def _is_plain(cls: type[nn.Module]) -> bool:
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """As ``copy.deepcopy``, which takes its time over the many empty dictionaries of a module."""
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in _ATOMS:
         return value
     if type(value) in (dict, OrderedDict) and not value:
         return memo.setdefault(id(value), type(value)())
@@ -102,20 +103,21 @@ def _sharing(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Tensors reachable from a value without entering other modules."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in list(value.values()):
-            yield from tensors_in(item, seen)
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from tensors_in(item, seen)
-    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
-        yield from tensors_in(vars(value), seen)
+    """Tensors reachable from a value without entering other modules; objects in ``seen`` are passed over, and added."""
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if value is None or type(value) in _ATOMS or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            todo += value
+        elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
+            todo.append(vars(value))
 
 
 def is_own_module(module: nn.Module) -> bool:
