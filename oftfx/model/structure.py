@@ -53,8 +53,7 @@ def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
             for value in getattr(tensor, "__dict__", {}).values():
                 if not isinstance(value, nn.Module):
                     memo.setdefault(id(value), value)
-    plain = {c for c in {type(m) for m in model.modules()} if _is_plain(c)}
-    shells = {m: object.__new__(type(m)) for m in model.modules() if type(m) in plain}
+    shells = {m: object.__new__(type(m)) for m in _plain_modules(model)}
     memo.update((id(m), shell) for m, shell in shells.items())
     try:
         for module, shell in shells.items():
@@ -78,8 +77,20 @@ _ATOMS = (bool, int, float, str)
 _CUSTOMS = ("new", "deepcopy", "reduce_ex", "reduce", "getstate", "setstate", "getnewargs_ex", "getnewargs")
 
 
+def _plain_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules that ``copy.deepcopy`` would copy attribute by attribute, which is done faster here.
+
+    What is inside a module with a way of its own stays to that way: it may use its children before it is done.
+    """
+    plain = {c: _is_plain(c) for c in {type(m) for m in model.modules()}}
+    others = set[nn.Module]()
+    for module in model.modules():
+        if not plain[type(module)] and module not in others:
+            others.update(module.modules())
+    return [m for m in model.modules() if m not in others]
+
+
 def _is_plain(cls: type[nn.Module]) -> bool:
-    """Whether ``copy.deepcopy`` would copy such a module attribute by attribute, which is done faster here."""
     missing = object()
     own = (getattr(cls, f"__{n}__", missing) is not getattr(nn.Module, f"__{n}__", missing) for n in _CUSTOMS)
     return not any(own) and not any(vars(c).get("__slots__") for c in cls.__mro__)
