@@ -53,8 +53,7 @@ def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
             for value in getattr(tensor, "__dict__", {}).values():
                 if not isinstance(value, nn.Module):
                     memo.setdefault(id(value), value)
-    plain = {c for c in {type(m) for m in model.modules()} if _is_plain(c)}
-    shells = {m: object.__new__(type(m)) for m in model.modules() if type(m) in plain}
+    shells = {m: object.__new__(type(m)) for m in _plain_modules(model)}
     memo.update((id(m), shell) for m, shell in shells.items())
     try:
         for module, shell in shells.items():
@@ -74,11 +73,24 @@ def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
 
 
 _LEFT_OUT = ("_compiled_call_impl",)  # bound to the module that was compiled; nn.Module.__getstate__ drops it too
+_ATOMS = (bool, int, float, str)
 _CUSTOMS = ("new", "deepcopy", "reduce_ex", "reduce", "getstate", "setstate", "getnewargs_ex", "getnewargs")
 
 
+def _plain_modules(model: nn.Module) -> list[nn.Module]:
+    """Modules that ``copy.deepcopy`` would copy attribute by attribute, which is done faster here.
+
+    What is inside a module with a way of its own stays to that way: it may use its children before it is done.
+    """
+    plain = {c: _is_plain(c) for c in {type(m) for m in model.modules()}}
+    others = set[nn.Module]()
+    for module in model.modules():
+        if not plain[type(module)] and module not in others:
+            others.update(module.modules())
+    return [m for m in model.modules() if m not in others]
+
+
 def _is_plain(cls: type[nn.Module]) -> bool:
-    """Whether ``copy.deepcopy`` would copy such a module attribute by attribute, which is done faster here."""
     missing = object()
     own = (getattr(cls, f"__{n}__", missing) is not getattr(nn.Module, f"__{n}__", missing) for n in _CUSTOMS)
     return not any(own) and not any(vars(c).get("__slots__") for c in cls.__mro__)
@@ -86,7 +98,7 @@ def _is_plain(cls: type[nn.Module]) -> bool:
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
     """As ``copy.deepcopy``, which takes its time over the many empty dictionaries of a module."""
-    if value is None or type(value) in (bool, int, float, str):
+    if value is None or type(value) in _ATOMS:
         return value
     if type(value) in (dict, OrderedDict) and not value:
         return memo.setdefault(id(value), type(value)())
@@ -102,20 +114,21 @@ def _sharing(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def tensors_in(value: Any, seen: set[int]) -> Iterator[torch.Tensor]:
-    """Tensors reachable from a value without entering other modules."""
-    if id(value) in seen:
-        return
-    seen.add(id(value))
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for item in list(value.values()):
-            yield from tensors_in(item, seen)
-    elif isinstance(value, (list, tuple, set)):
-        for item in value:
-            yield from tensors_in(item, seen)
-    elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
-        yield from tensors_in(vars(value), seen)
+    """Tensors reachable from a value without entering other modules; objects in ``seen`` are passed over, and added."""
+    todo = [value]
+    while todo:
+        value = todo.pop()
+        if value is None or type(value) in _ATOMS or id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, dict):
+            todo += value.values()
+        elif isinstance(value, (list, tuple, set)):
+            todo += value
+        elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
+            todo.append(vars(value))
 
 
 def is_own_module(module: nn.Module) -> bool:

@@ -6,21 +6,26 @@ from collections.abc import Collection
 
 import torch.nn as nn
 
-from oftfx.formats.registry import format_of
 from oftfx.model.sites import is_experts
 from oftfx.model.structure import is_own_module
 from oftfx.placement.find import rotated_sites
 from oftfx.rotation.module import Rotation
 
 
-def leaf_modules(root: nn.Module, look_into: Collection[nn.Module] = ()) -> set[nn.Module]:
+def leaf_modules(
+    root: nn.Module, layers: Collection[nn.Module], look_into: Collection[nn.Module] = ()
+) -> set[nn.Module]:
     """Layers, attention and experts, and whatever has none of these inside. Rotations are looked through.
 
-    ``look_into`` names modules that are looked through all the same, as are those whose weight rotates inside.
+    Args:
+        root: the model.
+        layers: its modules with a format.
+        look_into: modules that are looked through all the same, as are those whose weight rotates inside.
     """
     rotated = {p.reader for _, p in rotated_sites(root) if p.kind == "weight" and p.in_effect()}
     kept = rotated.union(look_into)
-    opaque = {m for m in root.modules() if _is_opaque(m)} - kept
+    others = (m for m in root.modules() if isinstance(m, nn.MultiheadAttention) or is_experts(m))
+    opaque = {*layers, *others} - kept
     above = _holding(root, opaque | kept)
     leaves: set[nn.Module] = set()
     for module in root.modules():
@@ -30,10 +35,6 @@ def leaf_modules(root: nn.Module, look_into: Collection[nn.Module] = ()) -> set[
             leaves.add(module)
     leaves.discard(root)
     return leaves
-
-
-def _is_opaque(module: nn.Module) -> bool:
-    return format_of(module) is not None or isinstance(module, nn.MultiheadAttention) or is_experts(module)
 
 
 def _holding(root: nn.Module, wanted: set[nn.Module]) -> set[nn.Module]:

@@ -115,7 +115,7 @@ def record(
         stand_in = StandIn(model, real=not fake, training=training, bare=bare)
         root = stand_in.module
         inside = {root.get_submodule(n) for n, m in model.named_modules() if m in look_into}
-        recorder = Recorder(root, model, leaf_modules(root, inside), fake=fake)
+        recorder = Recorder(root, model, leaf_modules(root, stand_in.formats, inside), fake=fake)
         stack.enter_context(plain_configs(root))
         shape_env = None
         if fake:

@@ -159,7 +159,7 @@ class Recorder(TorchFunctionMode):
             self.bind(out, node)
             return
         for key, item, getter in _items(out):
-            if any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(item)):
+            if _has_tensor(item):
                 self._track(item, self.graph.call_function(getter, (node, key)))
 
     @property
@@ -193,7 +193,7 @@ class Recorder(TorchFunctionMode):
         out = foreign(func, *args, **kwargs)
         if name in _DATA_DEPENDENT:
             self.data_dependent.append((name, self.where))
-        if name != "__setitem__" and not any(isinstance(t, torch.Tensor) for t in pytree.tree_leaves(out)):
+        if name != "__setitem__" and not _has_tensor(out):
             return out  # .shape, .dtype and the like: executed, not recorded
         self._note_autocast()
         node = self._emit(func, name, self.argument(tuple(args)), self.argument(dict(kwargs)))
@@ -308,6 +308,10 @@ def _items(out: Any) -> Iterator[tuple[Any, Any, Callable[..., Any]]]:
         yield from ((i, v, operator.getitem) for i, v in enumerate(out))
     elif hasattr(out, "__dataclass_fields__"):
         yield from ((k, getattr(out, k), getattr) for k in out.__dataclass_fields__)
+
+
+def _has_tensor(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) or any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value))
 
 
 def _distinct(out: Any, inputs: Any) -> Any:

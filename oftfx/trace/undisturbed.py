@@ -31,6 +31,7 @@ class StandIn:
     Attributes:
         model: the model.
         module: the copy.
+        formats: of its layers.
 
     Raises:
         UnrecordableError: the model has something in it that cannot be copied.
@@ -53,11 +54,14 @@ class StandIn:
                 "Let its __deepcopy__ make a new module"
             )
         for module in modules:
-            weight_format = format_of(module)
-            if weight_format is not None:
-                weight_format.hold_still(module)
-                if weight_format.native_fault(module) is not None:
-                    use_exact(module)
+            inner = module._modules.get("_orig_mod")  # of torch.compile, which would compile the recorder as well
+            if inner is not None:
+                vars(module)["forward"] = inner
+        self.formats = {m: f for m in modules if (f := format_of(m)) is not None}
+        for module, weight_format in self.formats.items():
+            weight_format.hold_still(module)
+            if weight_format.native_fault(module) is not None:
+                use_exact(module)
         if bare:
             for _, placement in rotated_sites(self.module):
                 placement.active = ()

@@ -91,6 +91,30 @@ def test_a_compiled_call_is_not_the_copys():
         assert torch.equal(copied(x), model(x))
 
 
+class Strict(nn.Module):
+    """Needs its children when it is put together again, as what torch.compile returns does."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        self.features = self.inner.weight.shape
+
+
+@pytest.mark.parametrize("order", ["before", "after", "only"])
+def test_a_module_that_needs_its_children_gets_them_whole(order):
+    layer = nn.Linear(4, 4)
+    holder = nn.Sequential(Strict(layer))
+    parts = {"before": [layer, holder], "after": [holder, layer], "only": [holder]}[order]
+    copied = structural_copy(nn.ModuleList(parts))
+    strict = next(m for m in copied.modules() if isinstance(m, Strict))
+    assert strict.features == (4, 4)
+    assert strict.inner is not layer
+    assert len({m for m in copied.modules() if isinstance(m, nn.Linear)}) == 1
+
+
 def test_rotations_of_a_copy_are_its_own():
     model = randomize(oftfx.transform(Odd(), {"a": OFT(2)})).eval()
     x = torch.randn(3, 4)

@@ -21,17 +21,18 @@ def test_leaves_are_layers_and_what_holds_none():
         root = nn.ModuleList([tree(rng, 4, []), tree(rng, 4, [])])
         every = list(root.modules())
         look_into = set(rng.sample(every, k=min(2, len(every)) if seed % 2 else 0))
-        layers = {m for m in every if isinstance(m, (nn.Linear, nn.Embedding))} - look_into
-        expected = {m for m in every if m in layers or not set(m.modules()) & (layers | look_into)}
-        assert leaf_modules(root, look_into) == expected - {root}
+        layers = {m for m in every if isinstance(m, (nn.Linear, nn.Embedding))}
+        opaque = layers - look_into
+        expected = {m for m in every if m in opaque or not set(m.modules()) & (opaque | look_into)}
+        assert leaf_modules(root, layers, look_into) == expected - {root}
 
 
 def test_every_module_is_visited_once(monkeypatch):
-    root = nn.Linear(2, 2)
+    root = inner = nn.Linear(2, 2)
     for _ in range(60):
         root = nn.Sequential(root, nn.ReLU())
     calls = []
     children = nn.Module.children
     monkeypatch.setattr(nn.Module, "children", lambda module: calls.append(module) or children(module))
-    leaf_modules(root)
+    leaf_modules(root, {inner})
     assert len(calls) == len(list(root.modules()))

@@ -158,13 +158,20 @@ def compiled(model):
     return model
 
 
-@pytest.mark.parametrize("change", [wrapped, compiled])
+def optimized(model):
+    model.a = torch.compile(model.a, backend="eager")
+    return model
+
+
+@pytest.mark.parametrize("change", [wrapped, compiled, optimized, lambda m: torch.compile(m, backend="eager")])
 def test_calls_are_seen_whatever_stands_in_the_way(change):
-    plain = Watched(lambda: None).eval()
-    expected = record(plain, (X,)).calls
-    model = change(Watched(lambda: None).eval())
-    assert record(model, (X,)).calls == expected
-    assert expected["a"] == 1
+    expected = record(Watched(lambda: None).eval(), (X,))
+    recording = record(change(Watched(lambda: None).eval()), (X,))
+    assert recording.rung == "graph"
+    calls = {n.replace("_orig_mod", "").replace("..", ".").strip("."): c for n, c in recording.calls.items()}
+    assert calls == expected.calls
+    assert expected.calls["a"] == 1
+    assert len(recording.graph.nodes) == len(expected.graph.nodes)
 
 
 class Checkpointed(nn.Module):
