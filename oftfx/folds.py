@@ -95,7 +95,8 @@ def fold(
 
     Args:
         model: a transformed model.
-        quantized: ``"keep"``: the quantized weight stays bit for bit and a fixed rotation stays in front of it (exact);
+        quantized: ``"keep"``: the quantized weight stays bit for bit and a fixed rotation stays in front of it (exact;
+            `FoldResult.save` writes both, for its own loader would drop the rotation);
             ``"float"``: the layer becomes a float one (exact, larger); ``"requantize"``: rounded to the format's
             nearest codes, which loses part of a small update, see `FoldReport.survival`; ``"calibrate"``: rounded so
             that the layer's outputs on ``calibration`` change least, error-compensated, layer after layer in the order

@@ -17,7 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.adapter.kept import SavesRotations
-from oftfx.errors import AdapterFileError, FoldError
+from oftfx.errors import AdapterFileError, FoldError, MissingExtraError
 from oftfx.folding.checkpoint import ROTATION
 from oftfx.folding.report import FoldReport
 from oftfx.formats.base import WeightFormat
@@ -65,26 +65,22 @@ class Hqq(Checkpoint):
 
     def write(self, model: nn.Module, report: FoldReport, directory: Path) -> Facts:  # noqa: ARG002
         """``qmodel.pt`` and ``config.json``."""
-        from hqq.models.hf.base import AutoHQQHFModel
-
         dtypes = {str(m.compute_dtype) for m in quantized_layers(model).values()}
         if len(dtypes) > 1:
             raise FoldError(f"hqq reads all layers of a model with one compute_dtype; this one has {sorted(dtypes)}")
         bare = structural_copy(model)
         for _, placement in [*rotated_sites(bare)]:
             placement.drop()  # hqq leaves out layers that have children
-        AutoHQQHFModel.save_quantized(bare, str(directory))
+        _hqq().save_quantized(bare, str(directory))
         return {"compute_dtype": dtypes.pop().removeprefix("torch.")}
 
     def read(self, directory: Path, facts: Facts, model: nn.Module | None, options: dict[str, Any]) -> nn.Module:
         """With the dtype it had, on a GPU where there is one."""
         if model is not None:
             return model
-        from hqq.models.hf.base import AutoHQQHFModel
-
         device = "cuda" if torch.cuda.is_available() else "cpu"
         known = {"device": device, "compute_dtype": getattr(torch, facts["compute_dtype"])}
-        return AutoHQQHFModel.from_quantized(str(directory), **{**known, **options}).eval()
+        return _hqq().from_quantized(str(directory), **{**known, **options}).eval()
 
 
 class Transformers(Checkpoint):
@@ -95,9 +91,8 @@ class Transformers(Checkpoint):
     @classmethod
     def takes(cls, model: nn.Module) -> bool:
         """By the class it descends from; nothing is imported."""
-        return any(
-            c.__name__ == "PreTrainedModel" and c.__module__ == "transformers.modeling_utils" for c in _mro(model)
-        )
+        classes = type(model).__mro__
+        return any(c.__name__ == "PreTrainedModel" and c.__module__ == "transformers.modeling_utils" for c in classes)
 
     def write(self, model: nn.Module, report: FoldReport, directory: Path) -> Facts:
         """Checkpoint, configuration, generation configuration."""
@@ -127,7 +122,10 @@ class Transformers(Checkpoint):
         """By the class that the configuration names."""
         if model is not None:
             return model
-        maker = getattr(import_module("transformers"), facts["class"], None)
+        try:
+            maker = getattr(import_module("transformers"), facts["class"], None)
+        except ImportError as error:
+            raise MissingExtraError("transformers", "hf", f"Reading {directory}") from error
         if maker is None:
             raise AdapterFileError(
                 f"{directory}: transformers has no class {facts['class']}; load the model with its own "
@@ -148,8 +146,8 @@ class Transformers(Checkpoint):
 class Plain(Checkpoint):
     """Any other module: its ``state_dict``, which fills a module of the same making.
 
-    A layer that the fold made a float one is exchanged there as well. Formats whose layers do not take their weight
-    from a state_dict are found out by the numbers that they have afterwards.
+    A layer that the fold made a float one is exchanged there as well. Layers that do not take all of their weight from
+    a state_dict are found out by the numbers that they have afterwards.
     """
 
     name = "state_dict"
@@ -188,35 +186,45 @@ class Plain(Checkpoint):
                 "oftfx.load_folded(directory, model), and nothing else"
             )
         state = load_file(directory / self._FILE)
-        for name in facts["floats"]:
-            layer = model.get_submodule(name)
-            found = format_of(layer)
-            if found is not None and not found.lossless and f"{name}.weight" in state:
-                replace_module(model, layer, found.float_module(layer, state[f"{name}.weight"]))
-        for name, layer in quantized_layers(model).items():
-            own = {k.removeprefix(f"{name}."): state.pop(k) for k in [*state] if k.startswith(f"{name}.")}
-            _format(layer).load_state(layer, own)
-        self._fill(model, state, directory, [*quantized_layers(model)])
-        for name, digest in facts["quantized"].items():
-            if _weight_digest(model.get_submodule(name)) != digest:
-                raise AdapterFileError(
-                    f"{directory}: {name}: a {type(model.get_submodule(name)).__name__} does not take all of its "
-                    "weight from a state_dict. Fold with quantized='float', or save the layers as their package does"
-                )
+        layers = quantized_layers(model)
+        parts = {
+            name: {k.removeprefix(f"{name}."): state.pop(k) for k in [*state] if k.startswith(f"{name}.")}
+            for name in layers
+        }
+        self._check(model, state, layers, directory)
+        model.load_state_dict(state, strict=False)
+        try:
+            for name, layer in layers.items():
+                if name in facts["floats"]:
+                    made = _format(layer).float_module(layer, parts[name]["weight"])
+                    made.load_state_dict(parts[name])
+                    replace_module(model, layer, made)
+                else:
+                    _format(layer).load_state(layer, parts[name])
+                    if _weight_digest(layer) != facts["quantized"].get(name):
+                        raise AdapterFileError(
+                            f"{directory}: {name}: this {type(layer).__name__} lacks the weight that was saved. "
+                            "Its package does not put all of it into the state_dict; fold with quantized='float'"
+                        )
+        except (KeyError, RuntimeError) as error:
+            raise AdapterFileError(f"{directory}: {name} does not take what was saved of it: {error}") from None
         return model
 
-    def _fill(self, model: nn.Module, state: dict[str, Tensor], directory: Path, done: list[str]) -> None:
-        here = {k: v for k, v in model.state_dict().items() if not k.startswith(tuple(f"{n}." for n in done))}
-        if apart := sorted(set(here) ^ set(state)):
-            side = "the model" if apart[0] in here else "the file"
-            raise AdapterFileError(f"{directory}: {apart[0]} is only in {side}; is it another model?")
+    def _check(
+        self, model: nn.Module, state: dict[str, Tensor], layers: Mapping[str, nn.Module], directory: Path
+    ) -> None:
+        """Names, shapes and dtypes of all but quantized layers, before anything changes."""
+        apart = tuple(f"{name}." for name in layers)
+        here = {k: v for k, v in model.state_dict().items() if not k.startswith(apart)}
+        if odd := sorted(set(here) ^ set(state)):
+            side = "the model" if odd[0] in here else "the file"
+            raise AdapterFileError(f"{directory}: {odd[0]} is only in {side}; is it another model?")
         for name, tensor in state.items():
             if (tensor.shape, tensor.dtype) != (here[name].shape, here[name].dtype):
                 raise AdapterFileError(
                     f"{directory}: {name} is {tuple(tensor.shape)} {tensor.dtype} in the file, "
                     f"{tuple(here[name].shape)} {here[name].dtype} in the model"
                 )
-        model.load_state_dict(state, strict=False)
 
 
 CHECKPOINTS: tuple[type[Checkpoint], ...] = (Hqq, Transformers, Plain)
@@ -227,6 +235,14 @@ def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:
     """Layers of lossy formats by path."""
     found = ((n, m, format_of(m)) for n, m in model.named_modules())
     return {n: m for n, m, f in found if f is not None and not f.lossless}
+
+
+def _hqq() -> Any:
+    try:
+        from hqq.models.hf.base import AutoHQQHFModel
+    except ImportError as error:
+        raise MissingExtraError("hqq", "hqq", "A model that hqq quantized") from error
+    return AutoHQQHFModel
 
 
 def _format(layer: nn.Module) -> WeightFormat:
@@ -241,10 +257,6 @@ def _quantization(model: nn.Module) -> Any:
 
 def _float_sites(report: FoldReport) -> list[str]:
     return [s.fqn for s in report if s.action == "dequantized"]
-
-
-def _mro(model: nn.Module) -> tuple[type, ...]:
-    return type(model).__mro__
 
 
 def _weight_digest(layer: nn.Module) -> str:

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch.nn as nn
 from torch import Tensor
 
+from oftfx.adapter.packed import packed
 from oftfx.errors import AdapterFileError, FoldError, warn
 from oftfx.files import of_version, write_whole
 from oftfx.folding.checkpoint import checkpoint_digest
@@ -49,8 +50,6 @@ def save_rotations(model: nn.Module, path: str | Path) -> Path:
         FoldError: the model has no fixed rotations.
         AdapterFileError: the file cannot be written; one that was there is as it was.
     """
-    from safetensors.torch import save
-
     numbers: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
     sites: dict[str, list[str]] = {}
@@ -65,7 +64,7 @@ def save_rotations(model: nn.Module, path: str | Path) -> Path:
     notes = {"oftfx_rotations": str(_VERSION), "sites": json.dumps(sites)}
     if digest := checkpoint_digest(file.parent):
         notes["checkpoint"] = digest
-    write_whole(file, save(tensors, notes), AdapterFileError)
+    write_whole(file, packed(tensors, notes), AdapterFileError)
     return file
 
 

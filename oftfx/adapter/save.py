@@ -12,6 +12,7 @@ from torch import Tensor
 
 from oftfx.adapter import peft_files
 from oftfx.adapter.belonging import KEY, digest_of
+from oftfx.adapter.packed import packed
 from oftfx.adapter.store import AdapterStore, located
 from oftfx.errors import AdapterError, AdapterFileError, warn
 from oftfx.files import landing, write
@@ -39,8 +40,6 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
         AdapterError: an unknown adapter or layout, or a plan that PEFT's configuration cannot say.
         AdapterFileError: the files cannot be written; an adapter that was there is as it was.
     """
-    from safetensors.torch import save
-
     root, store = located(model)
     store.require(adapter)
     if layout not in LAYOUTS:
@@ -61,7 +60,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     with landing(directory, side, AdapterFileError, stale=[other]) as made:
         write(made / side, text.encode())
         notes = {"format": "pt", KEY: digest_of(json.loads(text))}
-        write(made / peft_files.WEIGHT_FILE, save(tensors, metadata=notes))
+        write(made / peft_files.WEIGHT_FILE, packed(tensors, notes))
     return directory
 
 

@@ -42,7 +42,7 @@ def test_a_kept_fold_survives_its_checkpoint(tiny_llama, tmp_path, share):
     again = oftfx.save_rotations(loaded, tmp_path / "again")
     first, second = (contents(f) for f in (tmp_path / "folded" / "oftfx_rotations.safetensors", again))
     assert len(first[0].pop("checkpoint")) == 64  # nothing is beside the second one
-    assert first[0] == second[0]  # in whatever order safetensors writes it
+    assert first[0] == second[0]
     assert list(first[1]) == list(second[1])
     assert all(torch.equal(v, second[1][n]) for n, v in first[1].items())
     with pytest.raises(AdapterFileError, match="has rotations already"):

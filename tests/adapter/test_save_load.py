@@ -192,8 +192,9 @@ def test_a_loaded_adapter_is_frozen_unless_asked(saved):
 def test_saving_again_writes_the_same_bytes_and_no_half_files(saved, tmp_path):
     first = {p.name: p.read_bytes() for p in saved.iterdir()}
     assert sorted(first) == ["adapter_config.json", "adapter_model.safetensors"]
-    oftfx.save_adapter(oftfx.load_adapter(base(), saved), tmp_path / "again")
-    assert {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()} == first
+    for _ in range(8):  # safetensors itself writes the metadata in an order of its own each time
+        oftfx.save_adapter(oftfx.load_adapter(base(), saved), tmp_path / "again")
+        assert {p.name: p.read_bytes() for p in (tmp_path / "again").iterdir()} == first
 
 
 def test_unknown_names(tmp_path):
