@@ -17,7 +17,10 @@ from oftfx import OFT
 from oftfx.serving import Repository
 from tests.serving.servers import ROOT, Server, environment, free_ports
 
-pytestmark = pytest.mark.needs("onnx", "onnxruntime", "onnxscript", "transformers", "typer", "rich")
+pytestmark = [
+    pytest.mark.server,
+    pytest.mark.needs("onnx", "onnxruntime", "onnxscript", "transformers", "typer", "rich"),
+]
 
 GUIDE = (ROOT / "tools/docs/pages/guides/servers.md").read_text()
 (SHELL,) = re.findall(r"```sh\n(.*?)```", GUIDE, flags=re.DOTALL)

@@ -14,7 +14,7 @@ import oftfx
 from oftfx import OFT
 from tests.serving.servers import ROOT, Server, environment, free_ports
 
-pytestmark = pytest.mark.needs("onnx", "onnxruntime", "onnxscript", "transformers")
+pytestmark = [pytest.mark.server, pytest.mark.needs("onnx", "onnxruntime", "onnxscript", "transformers")]
 
 BOUND = 2e-6
 
