@@ -27,6 +27,8 @@ _CONFIG = "config.json"
 
 def save_folded(model: nn.Module, report: FoldReport, directory: str | Path) -> Path:
     """See `oftfx.FoldResult.save`."""
+    from safetensors import SafetensorError
+
     directory = Path(directory)
     stale = _own_files(directory)
     way = next(c for c in CHECKPOINTS if c.takes(model))()
@@ -34,7 +36,12 @@ def save_folded(model: nn.Module, report: FoldReport, directory: str | Path) -> 
     with landing(directory, head, FoldError, stale=stale) as made:
         try:
             facts = way.write(model, report, made)
-        except (ValueError, NotImplementedError, _safetensor_error()) as error:
+        except SafetensorError as error:  # also its word for a full disk
+            raise FoldError(
+                f"{directory}: cannot be written to: {error}; make room there, or choose another place. What was there "
+                "is as it was"
+            ) from error
+        except (ValueError, NotImplementedError) as error:
             raise FoldError(f"{directory}: {way.name} cannot write this {type(model).__name__}: {error}") from error
         rotated = any(p.fixed for _, p in rotated_sites(model))
         rotations = _sha256(save_rotations(model, made)) if rotated else None
@@ -125,9 +132,3 @@ def _own_files(directory: Path) -> list[str]:
 def _sha256(path: Path) -> str:
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _safetensor_error() -> type[Exception]:
-    from safetensors import SafetensorError
-
-    return SafetensorError

@@ -388,7 +388,9 @@ def test_safetensors_own_error_on_a_full_disk_names_the_place(tmp_path, monkeypa
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
 
     monkeypatch.setattr("safetensors.torch.save_file", full)
-    with pytest.raises(FoldError, match=f"{tmp_path}/a: .*No space left on device"):
+    with pytest.raises(
+        FoldError, match=f"{tmp_path}/a: cannot be written to: .*No space left on device.*make room there"
+    ):
         result_of(1).save(tmp_path / "a")
     assert not list(tmp_path.iterdir())
 
