@@ -21,7 +21,7 @@ def is_bare_linear(module: nn.Module, x: torch.Tensor) -> bool:
     weight = module._parameters.get("weight")
     fits = type(weight) is nn.Parameter and weight.dtype == x.dtype and weight.shape[1:] == x.shape[-1:]
     ours = len(placements_on(module)) == len(module._forward_pre_hooks)
-    return fits and ours and not torch.is_autocast_enabled(x.device.type)
+    return fits and ours and not _autocasts()
 
 
 def kind_of_call(module: nn.Module, x: torch.Tensor) -> Any:
@@ -36,9 +36,19 @@ def kind_of_call(module: nn.Module, x: torch.Tensor) -> Any:
     if not all(map(_is_setting, own.values())) or not all(type(s) is int for s in x.shape):
         return None
     tensors = [*module._parameters.items(), *module._buffers.items()]
-    held = tuple((n, None if t is None else (tuple(t.shape), t.dtype)) for n, t in tensors)
-    autocast = torch.is_autocast_enabled(x.device.type)
-    return type(module), module.training, tuple(own.items()), held, tuple(x.shape), x.dtype, x.device, autocast
+    held = tuple((n, None if t is None else (tuple(t.shape), t.dtype, t.requires_grad)) for n, t in tensors)
+    given = tuple(x.shape), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), _autocasts()
+    return type(module), module.training, tuple(own.items()), held, given
+
+
+def made(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, differentiable: bool) -> torch.Tensor:
+    """A tensor like what a layer makes of ``x``; one with gradients is no leaf, so that it can be written to."""
+    result = x.new_empty(shape, dtype=dtype)
+    return result.requires_grad_().clone() if differentiable else result
+
+
+def _autocasts() -> bool:
+    return any(map(torch.is_autocast_enabled, ("cpu", "cuda")))
 
 
 def _is_setting(value: Any) -> bool:

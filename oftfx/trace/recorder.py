@@ -25,7 +25,7 @@ from oftfx.placement.input import RotateInput
 from oftfx.placement.output import RotateOutput
 from oftfx.rotation.caching import no_cache
 from oftfx.trace.foreign import foreign
-from oftfx.trace.known_shapes import is_bare_linear, kind_of_call
+from oftfx.trace.known_shapes import is_bare_linear, kind_of_call, made
 from oftfx.trace.symbols import SymbolNodes
 from oftfx.trace.torch_private import (
     CALL,
@@ -94,7 +94,7 @@ class Recorder(TorchFunctionMode):
         self._alive: list[Any] = []  # ids are only unique among living objects
         self._stack: list[str] = []
         self._on = True
-        self._made: dict[Any, tuple[tuple[int, ...], torch.dtype]] = {}
+        self._made: dict[Any, tuple[tuple[int, ...], torch.dtype, bool]] = {}
         self._autocast = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
 
     # -- values ---------------------------------------------------------------------------------
@@ -271,7 +271,9 @@ class Recorder(TorchFunctionMode):
         x = args[0] if args else kwargs.get("input")
         if self.fake and isinstance(x, torch.Tensor):
             if is_bare_linear(module, x):  # most calls of a model, and the shape is known without running them
-                return x.new_empty((*x.shape[:-1], len(module.weight)))
+                trains = x.requires_grad or any(p.requires_grad for p in module.parameters())
+                size = *x.shape[:-1], len(module.weight)
+                return made(x, size, x.dtype, differentiable=trains and torch.is_grad_enabled())
             weight_format = format_of(module)
             if weight_format is not None and not weight_format.lossless:
                 # A quantized layer's own forward may rewrite its weight or lack a fake kernel; its shape is known.
@@ -284,11 +286,11 @@ class Recorder(TorchFunctionMode):
         """What a leaf makes of its input; layers repeat, and of the second of a kind only the shape is made."""
         kind = kind_of_call(module, x) if len(args) == 1 and not kwargs else None
         if kind is not None and kind in self._made:
-            shape, dtype = self._made[kind]
-            return x.new_empty(shape, dtype=dtype)
+            shape, dtype, differentiable = self._made[kind]
+            return made(x, shape, dtype, differentiable=differentiable)
         out = call_of(module)(*args, **kwargs)
         if kind is not None and type(out) is type(x) and all(type(s) is int for s in out.shape):
-            self._made[kind] = tuple(out.shape), out.dtype
+            self._made[kind] = tuple(out.shape), out.dtype, out.requires_grad
         return out
 
 

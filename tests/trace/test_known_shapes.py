@@ -13,7 +13,8 @@ from oftfx.trace.record import record
 def shapes(model, inputs):
     graph = record(model, inputs).graph
     vals = [n.meta.get("val") for n in graph.nodes]
-    return [(n.op, str(n.target)) for n in graph.nodes], [v if v is None else (tuple(v.shape), v.dtype) for v in vals]
+    known = [v if v is None else (tuple(v.shape), v.dtype, v.device, v.requires_grad, v.is_leaf) for v in vals]
+    return [(n.op, str(n.target)) for n in graph.nodes], known
 
 
 @pytest.mark.needs("transformers")
