@@ -48,7 +48,9 @@ class Net(nn.Module):
 
 def make(spec, checkpoint=None, rules=None):
     torch.manual_seed(0)
-    model = oftfx.transform(Net(checkpoint), rules or {"*": spec}, example_inputs=(torch.randn(3, 20),))
+    model = oftfx.transform(
+        Net(checkpoint), rules or {"*": spec}, example_inputs=(torch.randn(3, 20, requires_grad=True),)
+    )
     return randomize(model, std=0.1)
 
 
