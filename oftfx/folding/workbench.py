@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from weakref import WeakKeyDictionary
 
 import torch.nn as nn
 
@@ -29,7 +30,7 @@ class Workbench:
     def __init__(self, model: nn.Module, journal: Journal) -> None:
         self.model, self.journal = model, journal
         self.freezer = Freezer()
-        self.paths = {m: n for n, m in model.named_modules()}
+        self.paths = WeakKeyDictionary({m: n for n, m in model.named_modules()})
         self._shared = _shared(model)
         self._replacements: list[tuple[Placement, nn.Module]] = []
 
@@ -45,7 +46,7 @@ class Workbench:
         return "its weight was shared with another module and is now its own" if shared else ""
 
     def replace(self, placement: Placement, new: nn.Module) -> None:
-        """Let another layer stand in the place of a site's, once all are folded.
+        """Let another layer stand in the place of a site's, from the next `finish` on.
 
         A forward that is under way while its layer is folded goes on in the old one; until then it has its rotation.
         """
