@@ -17,7 +17,7 @@ from oftfx.adapter.kept import guard_saving
 from oftfx.adapter.store import AdapterStore, drop_store, keep_store, located
 from oftfx.errors import AdapterError, FoldError
 from oftfx.folding.journal import Journal
-from oftfx.folding.measure import Measured, measure
+from oftfx.folding.measure import Measured, Seen, measure, see
 from oftfx.folding.note import forget_fold, note_fold
 from oftfx.folding.policies import Policy
 from oftfx.folding.record import Folds, SiteFold
@@ -28,6 +28,7 @@ from oftfx.model.structure import structural_copy
 from oftfx.passes.fold_into_producers import FoldIntoProducers
 from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.passes.protocol import PassManager
+from oftfx.placement.find import rotated_sites
 from oftfx.planning.program import Program
 from oftfx.planning.site_plan import Producer
 from oftfx.terminal import bar
@@ -109,6 +110,9 @@ def fold(
             every other site why it is folded on itself instead. See `FindProducers`.
         calibration: inputs of the model (dicts of keyword arguments or tuples), some dozens of real ones: for the
             policies that need them, and (the first eight) to measure the whole model's output error and perplexity on.
+            The inputs go through the model side by side: memory is that of the hidden states of all of them, besides
+            one layer's moments ``(in, in)`` and what its fold takes. No keys and values are cached, unless an input
+            has a ``use_cache`` or a cache of its own.
         reference: the original float model, the directory of its checkpoint, or a function from module path to weight.
             Only for adapters that were trained on the float model: one that was trained on a quantized model has learnt
             that model's errors as well, and they are not in these weights.
@@ -141,12 +145,17 @@ def fold(
     keeps = not inplace if undo is None else undo
     journal = Journal(keep=inplace and keeps)
     # The state before is kept as a structure of its own; nothing the user does to the model afterwards reaches it.
-    before = structural_copy(root) if not inplace or batches else None
+    before = None if inplace else structural_copy(root)
     target = root if inplace else structural_copy(root)
     own = located(target)[1]
     before_fold = Before.of(target, own, journal)
     try:
         own.activate(target, names)
+        seen = list[Seen]()
+        if before is None:  # a copy to run afterwards would keep the old weights alive while the new ones are made
+            seen += [see(target, b).on_cpu() for b in batches[:_MEASURED]]
+            for _, placement in rotated_sites(target):
+                placement.forget()  # as would rotated weights that the runs have kept
         program, folds = Program.of(target), list[Folds]()
         if into == "producer":
             push = FoldIntoProducers(_producers(store, names), journal)
@@ -174,7 +183,7 @@ def fold(
     guard_saving(target)
     sites = [_with_reason(s, folds[0].left) for each in folds for s in each.sites]
     note_float_layers(target, [s.fqn for s in sites if s.action == "dequantized"])
-    measured = None if before is None or not batches else _measured(before, target, names, batches)
+    measured = _measured(seen if before is None else before, target, names, batches[:_MEASURED])
     report = FoldReport(tuple(sites), names, tuple(n for n in store.adapters if n not in names), measured)
     note_fold(target, report, hashes)
     return FoldResult(target, report, before if keeps and not inplace else None, before_fold if journal.keep else None)
@@ -256,13 +265,20 @@ def _batches(calibration: Any) -> list[Mapping[str, Any] | tuple[Any, ...]]:
 
 
 def _measured(
-    before: nn.Module, after: nn.Module, names: Sequence[str], batches: Sequence[Mapping[str, Any] | tuple[Any, ...]]
-) -> Measured:
-    """The folded model against the unfolded one with the same adapters; ``before`` is left as it was."""
+    before: nn.Module | list[Seen],
+    after: nn.Module,
+    names: Sequence[str],
+    batches: Sequence[Mapping[str, Any] | tuple[Any, ...]],
+) -> Measured | None:
+    """The folded model against the unfolded one with the same adapters, which is left as it was, or its outputs."""
+    if not batches:
+        return None
+    if isinstance(before, list):
+        return measure(before, after, batches)
     store = located(before)[1]
     active = store.active
     store.activate(before, tuple(names))
     try:
-        return measure(before, after, batches[:_MEASURED])
+        return measure((see(before, b) for b in batches), after, batches)
     finally:
         store.activate(before, active)

@@ -93,18 +93,20 @@ class FoldRotations(Pass):
             FoldError: an unknown policy, or one without what it needs; a weight that is not finite; a layer that does
                 not compute ``x @ W^T``.
         """
-        model, sites = program.model, {s.fqn: s for s in program.sites}
-        todo = [_Todo(fqn, p, _format(fqn, p), self._policy(sites, fqn)) for fqn, p in rotated_sites(program.index)]
-        for one in todo:  # before anything changes
-            self._check(one)
+        model, todo = program.model, self._todo(program)
         bench = Workbench(program.index, self.journal)
+        program.index.clear()  # else it would keep what the fold replaces
         some_ran = any(t.placement.ran for t in todo)
         remarks = {t.fqn: _NEVER_RAN if some_ran and not t.placement.ran else _later_hooks(t.placement) for t in todo}
-        done: dict[str, SiteFold] = {}
+        later = {t.placement.module: t for t in todo if self._is_calibrated(t)}
+        at_once = [t for t in todo if t.placement.module not in later]
+        order, done = [t.fqn for t in todo], dict[str, SiteFold]()
 
         def fold(one: _Todo, moments: torch.Tensor | None = None, remark: str = "") -> None:
             bench.note(one.placement, one.format)
             result = self._fold(one, bench, moments)
+            if one.placement.module not in later:  # else a forward of it is under way
+                bench.finish()
             was_rounded = result.action in ("requantized", "from reference")
             remark = "; ".join(r for r in (remark if was_rounded else "", remarks[one.fqn]) if r)
             if remark:
@@ -112,12 +114,11 @@ class FoldRotations(Pass):
                 warn(f"{one.fqn}: {remark}")
             done[one.fqn] = result
             if self.progress is not None:
-                self.progress(len(done), len(todo))
+                self.progress(len(done), len(order))
 
-        later = {t.placement.module: t for t in todo if self._is_calibrated(t)}
-        for one in todo:
-            if one.placement.module not in later:
-                fold(one)
+        del todo  # a layer in whose place another one stands is not kept
+        while at_once:
+            fold(at_once.pop(0))
         in_running_order(
             model,
             list(later),
@@ -125,9 +126,16 @@ class FoldRotations(Pass):
             lambda module, moments: fold(later[module], moments, "" if moments is not None else _NOT_REACHED),
         )
         bench.finish()
-        lines = tuple(done[t.fqn] for t in todo)
+        lines = tuple(done[fqn] for fqn in order)
         changes = tuple(Change(s.fqn, s.action, s.note) for s in lines)
-        return PassResult(program.renewed(), bool(todo), changes, Folds(lines))
+        return PassResult(program.renewed(), bool(order), changes, Folds(lines))
+
+    def _todo(self, program: Program) -> list[_Todo]:
+        sites = {s.fqn: s for s in program.sites}
+        todo = [_Todo(fqn, p, _format(fqn, p), self._policy(sites, fqn)) for fqn, p in rotated_sites(program.model)]
+        for one in todo:  # before anything changes
+            self._check(one)
+        return todo
 
     def _fold(self, one: _Todo, bench: Workbench, moments: torch.Tensor | None) -> SiteFold:
         site = Turned.of(one.fqn, one.placement, one.format, bench.remark(one.placement))

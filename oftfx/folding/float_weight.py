@@ -32,7 +32,7 @@ def fold_float(site: Turned, bench: Workbench) -> SiteFold:
     placement.drop()
     if probed is not None:
         _check_probe(site.fqn, module, *probed)
-    path = bench.index.path(module)
+    path = bench.paths[module]
     untied = untie(bench.model, f"{path}.{placement.parameter}" if path else placement.parameter)
     if untied is not None:
         bench.journal.note(untied)

@@ -13,7 +13,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from oftfx.model.running import Inputs, call, evaluating, input_name
+from oftfx.model.running import Inputs, call_once, evaluating, input_name
 
 
 class _Stopped(BaseException):
@@ -39,7 +39,8 @@ class Lockstep:
     shown with all inputs that wait for it, and may be changed; then these forwards go on with the changed layer. So in
     one pass over the data each layer is treated knowing what the ones before it have become, whatever the model's code
     looks like; no list of blocks is needed. Only one forward computes at a time; what the others keep is what they need
-    to go on, as the cached inputs of a block would be. After the last layer all forwards end.
+    to go on, as the cached inputs of a block would be; no cache of keys and values, unless an input asks for one. After
+    the last layer all forwards end.
 
     A layer that only some inputs reach (an expert) is shown with those; one that is reached again (a shared layer) is
     shown the first time.
@@ -98,7 +99,7 @@ class Lockstep:
         try:
             if not self._stopping:
                 with modes():
-                    call(self.model, run.inputs)
+                    call_once(self.model, run.inputs)
         except _Stopped:
             pass
         except BaseException as error:  # carried over to the thread that waits for it
@@ -120,15 +121,21 @@ class Lockstep:
 
 
 def _modes() -> Callable[[], ExitStack]:
-    """What a new thread does not inherit: no gradients, and the caller's autocast."""
+    """What a new thread does not inherit: no gradients; the caller's autocast, default device, device and stream."""
     devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
     dtypes = {d: torch.get_autocast_dtype(d) for d in devices}
+    default = torch.get_default_device()
+    stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def enter() -> ExitStack:
         stack = ExitStack()
         stack.enter_context(torch.no_grad())
         for device in devices:
             stack.enter_context(torch.autocast(device, dtypes[device]))
+        if default.type != "cpu":  # a thread begins with that
+            stack.enter_context(default)
+        if stream is not None:
+            stack.enter_context(torch.cuda.stream(stream))  # of its device, which becomes the current one
         return stack
 
     return enter

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from oftfx.model.running import Inputs, call, evaluating
-
-_PIECE = 2**22
+from oftfx.model.running import Inputs, call_once, evaluating
+from oftfx.precision import squared_error
 
 
 @dataclass(frozen=True)
@@ -34,23 +33,46 @@ class Measured:
     perplexity_after: float | None = None
 
 
+@dataclass(frozen=True)
+class Seen:
+    """What a model made of one batch.
+
+    Attributes:
+        floats: its float outputs.
+        loss: sum of negative log-likelihoods and number of predicted tokens, of a causal language model.
+    """
+
+    floats: tuple[Tensor, ...]
+    loss: tuple[float, int] | None
+
+    def on_cpu(self) -> Seen:
+        """To be kept while the model changes."""
+        return replace(self, floats=tuple(t.cpu() for t in self.floats))
+
+
 @torch.no_grad()
-def measure(before: nn.Module, after: nn.Module, batches: Sequence[Inputs]) -> Measured:
-    """Run both models in eval mode; memory is that of one batch's outputs, twice."""
+def see(model: nn.Module, batch: Inputs) -> Seen:
+    """Run a model in eval mode, without a cache of keys and values."""
+    with evaluating(model):
+        output = call_once(model, batch)
+    leaves = pytree.tree_leaves(output)
+    floats = tuple(t.detach() for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
+    return Seen(floats, _next_token(model, batch, output))
+
+
+def measure(before: Iterable[Seen], after: nn.Module, batches: Sequence[Inputs]) -> Measured:
+    """Compare a model with what another has made of the same batches; of a generator, one batch at a time."""
     missed = whole = 0.0
     nll = [0.0, 0.0]
     count = 0
-    for batch in batches:
-        outputs = [_run(m, batch) for m in (before, after)]
-        for old, new in zip(*(_floats(o) for o in outputs), strict=True):
-            # In pieces: logits of a large vocabulary are the largest tensors there are.
-            for a, b in zip(new.flatten().split(_PIECE), old.flatten().split(_PIECE), strict=True):
-                missed += float((a.double() - b.double()).square().sum())
-                whole += float(b.double().square().sum())
-        losses = [_next_token(m, batch, o) for m, o in zip((before, after), outputs, strict=True)]
-        if losses[0] is not None and losses[1] is not None:
-            nll = [a + b for a, b in zip(nll, (losses[0][0], losses[1][0]), strict=True)]
-            count += losses[0][1]
+    for batch, old in zip(batches, before, strict=True):
+        new = see(after, batch)
+        for a, b in zip(new.floats, old.floats, strict=True):
+            sums = squared_error(a.to(b.device), b)
+            missed, whole = missed + sums[0], whole + sums[1]
+        if old.loss is not None and new.loss is not None:
+            nll = [nll[0] + old.loss[0], nll[1] + new.loss[0]]
+            count += old.loss[1]
     error = math.sqrt(missed / whole) if whole else math.sqrt(missed)
     if not count:
         return Measured(error)
@@ -59,15 +81,6 @@ def measure(before: nn.Module, after: nn.Module, batches: Sequence[Inputs]) -> M
 
 def _exp(nll: float) -> float:
     return math.exp(nll) if nll < 700 else math.inf  # of a model gone wrong
-
-
-def _run(model: nn.Module, batch: Inputs) -> Any:
-    with evaluating(model):
-        return call(model, batch)
-
-
-def _floats(output: Any) -> list[Tensor]:
-    return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
 
 
 def _next_token(model: nn.Module, batch: Inputs, output: Any) -> tuple[float, int] | None:

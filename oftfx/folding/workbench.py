@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from weakref import WeakKeyDictionary
 
 import torch.nn as nn
 
@@ -23,12 +24,14 @@ class Workbench:
         journal: notes what was there.
 
     Attributes:
+        paths: the first path of each module; modules that are replaced go.
         freezer: makes rotations that stay.
     """
 
     def __init__(self, index: ModelIndex, journal: Journal) -> None:
-        self.index, self.model, self.journal = index, index.model, journal
+        self.model, self.journal = index.model, journal
         self.freezer = Freezer()
+        self.paths = WeakKeyDictionary({m: paths[0] for m, paths in index.paths.items()})
         self._shared = _shared(index)
         self._replacements: list[tuple[Placement, nn.Module]] = []
 
@@ -36,7 +39,7 @@ class Workbench:
         """Remember a site that is about to change."""
         self.journal.sites += 1
         if self.journal.keep:
-            self.journal.note(Undo.of(self.index.path(placement.module), placement, weight_format))
+            self.journal.note(Undo.of(self.paths[placement.module], placement, weight_format))
 
     def remark(self, placement: Placement) -> str:
         """For the report, of a weight that another module has as well."""
@@ -44,7 +47,7 @@ class Workbench:
         return "its weight was shared with another module and is now its own" if shared else ""
 
     def replace(self, placement: Placement, new: nn.Module) -> None:
-        """Let another layer stand in the place of a site's, once all are folded.
+        """Let another layer stand in the place of a site's, from the next `finish` on.
 
         A forward that is under way while its layer is folded goes on in the old one; until then it has its rotation.
         """

@@ -61,6 +61,12 @@ class ModelIndex:
             found.setdefault(id(parameter), []).append(name)
         return found
 
+    def clear(self) -> None:
+        """Let go of every module and parameter; what is asked for afterwards is looked up anew."""
+        self._formats.clear()
+        for name in ("paths", "modules", "parameters", "names"):
+            self.__dict__.pop(name, None)
+
     def path(self, module: nn.Module) -> str:
         """The first path of a module."""
         return self.paths[module][0]

@@ -13,6 +13,9 @@ import torch.nn as nn
 Inputs: TypeAlias = Mapping[str, Any] | tuple[Any, ...]
 """Of a model, by keyword or by position."""
 
+_CACHES = {"use_cache", "past_key_values", "cache_params", "layer_past", "past_buckets_states", "cache", "state"}
+"""What models call a cache that they are given, or that they are to return."""
+
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
@@ -30,6 +33,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 def call(model: nn.Module, inputs: Inputs) -> Any:
     """Run a model."""
     return model(**inputs) if isinstance(inputs, Mapping) else model(*inputs)
+
+
+def call_once(model: nn.Module, inputs: Inputs) -> Any:
+    """Run a model that will not be asked to go on: no cache of keys and values, unless the inputs speak of one."""
+    parameters = inspect.signature(model.forward).parameters
+    given = set(inputs) if isinstance(inputs, Mapping) else {n for n, _ in zip(parameters, inputs, strict=False)}
+    hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and "past_key_values" in parameters
+    if given & _CACHES or not ("use_cache" in parameters or hands_on):
+        return call(model, inputs)
+    return model(**inputs, use_cache=False) if isinstance(inputs, Mapping) else model(*inputs, use_cache=False)
 
 
 def input_name(layer: nn.Module, kwargs: Mapping[str, Any]) -> str:

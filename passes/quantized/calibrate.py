@@ -39,6 +39,9 @@ def in_running_order(
 ) -> None:
     """Fold layers in the order in which the model runs them, each knowing what the ones before it have become.
 
+    Besides the model, memory holds what the forwards of all inputs need to go on from where they wait (their hidden
+    states), the moments of one layer, and the fold of one layer; how many layers there are does not matter.
+
     Args:
         model: runs on the inputs; see `oftfx.folding.lockstep`.
         layers: each is folded once.

@@ -20,7 +20,7 @@ from oftfx.passes.quantized.policy import QuantizedPolicy
 
 
 class Dequantize(QuantizedPolicy):
-    """``quantized="float"``: exact, larger. The new layers stand in their places once all are made."""
+    """``quantized="float"``: exact, larger."""
 
     name = "dequantize"
     preserves = "rounding"

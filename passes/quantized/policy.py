@@ -52,9 +52,9 @@ class QuantizedPolicy(Pass):
                 continue
             site = Turned.of(fqn, placement, weight_format, bench.remark(placement))
             done = untouched(fqn, placement, weight_format) if site is None else self.fold(site, bench, None, math.inf)
+            bench.finish()
             if done is not None:
                 lines.append(done)
-        bench.finish()
         changes = tuple(Change(s.fqn, s.action, s.note) for s in lines)
         return PassResult(program.renewed(), bool(lines), changes, Folds(tuple(lines)))
 

@@ -313,3 +313,87 @@ def test_a_calibrated_fold_is_the_sequential_one(share):
     expected = run(plain, data)
     assert rel(run(folded, data), expected) < 2e-3  # measured 2.6e-7
     assert rel(run(oftfx.fold(model, quantized="requantize").model, data), expected) > 0.05
+
+
+class Device(nn.Module):
+    """Makes a tensor without naming a device."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.found = nn.Linear(3, 3), []
+
+    def forward(self, x):
+        self.found.append(torch.empty(1).device.type)
+        return self.layer(x)
+
+
+def test_forwards_make_tensors_where_the_caller_does():
+    model, x = Device(), torch.randn(2, 3)
+    with torch.device("meta"):
+        Lockstep(model, [model.layer]).run([(x,), (x,)], lambda *_: None)
+    Lockstep(model, [model.layer]).run([(x,)], lambda *_: None)
+    torch.set_default_device("meta")
+    try:
+        Lockstep(model, [model.layer]).run([(x,)], lambda *_: None)
+    finally:
+        torch.set_default_device(None)
+    assert model.found == ["meta", "meta", "cpu", "meta"]
+
+
+class Caching(nn.Module):
+    """Notes whether it was to keep keys and values."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.asked = nn.Linear(3, 3), []
+
+    def forward(self, x, use_cache=None, past_key_values=None):
+        self.asked.append((use_cache, past_key_values))
+        return self.layer(x)
+
+
+class HandsOn(Caching):
+    def forward(self, x, past_key_values=None, **kwargs):
+        return super().forward(x, past_key_values=past_key_values, **kwargs)
+
+
+class Plain(Caching):
+    def forward(self, x, **kwargs):
+        return super().forward(x, **kwargs)
+
+
+@pytest.mark.parametrize(("kind", "said"), [(Caching, False), (HandsOn, False), (Plain, None)])
+def test_no_cache_is_asked_for_unless_an_input_speaks_of_one(kind, said):
+    x, model = torch.randn(2, 3), kind()
+    data = [{"x": x}, (x,), {"x": x, "use_cache": True}]
+    asked = [(said, None), (said, None), (True, None)]
+    if kind is not Plain:
+        data.append({"x": x, "past_key_values": "mine"})
+        asked.append((None, "mine"))
+    if kind is Caching:
+        data += [(x, True), (x, None, "mine")]
+        asked += [(True, None), (None, "mine")]
+    Lockstep(model, [model.layer]).run(data, lambda *_: None)
+    assert model.asked == asked
+
+
+@pytest.mark.needs("transformers")
+@pytest.mark.parametrize("family", ["llama", "granite"])  # granite's own forward has no use_cache and hands it on
+def test_transformers_models_make_no_cache(tiny_llama, ids, family, monkeypatch):
+    from transformers import DynamicCache, GraniteMoeConfig, GraniteMoeForCausalLM
+
+    model = tiny_llama()
+    if family == "granite":
+        config = GraniteMoeConfig(
+            vocab_size=131, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+            intermediate_size=32, num_local_experts=2, num_experts_per_tok=1, pad_token_id=0,
+        )  # fmt: skip
+        model = GraniteMoeForCausalLM(config).eval()
+    made = []
+    update = DynamicCache.update
+    monkeypatch.setattr(DynamicCache, "update", lambda self, *a, **k: made.append(1) or update(self, *a, **k))
+    layers = [b.self_attn.o_proj for b in model.model.layers]
+    Lockstep(model, layers).run([ids()], lambda *_: None)
+    assert not made
+    Lockstep(model, layers).run([{**ids(), "use_cache": True}], lambda *_: None)
+    assert made

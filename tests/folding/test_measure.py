@@ -8,7 +8,7 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
-from oftfx.folding.measure import measure
+from oftfx.folding.measure import measure, see
 from tests.reference import randomize, rel
 
 
@@ -17,6 +17,10 @@ def perturbed(model, std=0.02):
         for p in model.parameters():
             p.add_(torch.randn_like(p) * std)
     return model
+
+
+def measured(before, after, batches):
+    return measure((see(before, b) for b in batches), after, batches)
 
 
 class Several(nn.Module):
@@ -39,7 +43,7 @@ def test_the_error_is_that_of_all_float_outputs_of_all_batches():
     before.train(), after.train()
     batches = [{"x": torch.randn(n, 6), "scale": s} for n, s in ((3, 1.0), (1, 100.0), (8, 0.5))]
     batches.append((torch.randn(2, 6),))
-    result = measure(before, after, batches)
+    result = measured(before, after, batches)
     assert before.training
     assert after.drop.training
     before.eval(), after.eval()
@@ -51,7 +55,7 @@ def test_the_error_is_that_of_all_float_outputs_of_all_batches():
     assert result.output_error == pytest.approx(rel(flat[1], flat[0]), rel=1e-6)
     assert result.output_error > 1e-3
     assert (result.perplexity_before, result.perplexity_after) == (None, None)
-    assert measure(before, before, batches).output_error == 0.0
+    assert measured(before, before, batches).output_error == 0.0
 
 
 def test_outputs_of_zeros_and_no_batches():
@@ -60,11 +64,11 @@ def test_outputs_of_zeros_and_no_batches():
     nn.init.zeros_(before.bias)
     after = nn.Linear(3, 2)
     batches = [(torch.randn(4, 3),)]
-    assert measure(before, before, batches).output_error == 0.0
-    assert measure(before, after, batches).output_error == pytest.approx(
+    assert measured(before, before, batches).output_error == 0.0
+    assert measured(before, after, batches).output_error == pytest.approx(
         float(after(*batches[0]).detach().norm()), rel=1e-5
     )
-    assert measure(before, after, []).output_error == 0.0
+    assert measured(before, after, []).output_error == 0.0
 
 
 def padded(ids, left):
@@ -88,7 +92,7 @@ def test_perplexity_is_the_exponential_of_transformers_own_loss(tiny_llama, ids,
         "no mask": lambda s: {"input_ids": ids(3, 12, seed=s)["input_ids"]},
     }[padding]
     batches = [make(0), make(1), {k: v[:1, :7] for k, v in make(2).items()}]
-    result = measure(before, after, batches)
+    result = measured(before, after, batches)
     for model, got in ((before, result.perplexity_before), (after, result.perplexity_after)):
         losses, counts = [], []
         for batch in batches:
@@ -129,15 +133,15 @@ def test_the_adapters_that_are_folded_are_measured_not_the_active_ones(tiny_llam
 @pytest.mark.needs("transformers")
 def test_encoders_and_inputs_that_are_no_tokens_have_no_perplexity(tiny_bert, tiny_llama, ids):
     bert = tiny_bert()
-    result = measure(bert, perturbed(tiny_bert()), [ids()])
+    result = measured(bert, perturbed(tiny_bert()), [ids()])
     assert (result.perplexity_before, result.perplexity_after) == (None, None)
     assert result.output_error > 0
     llama = tiny_llama()
     embedded = {"inputs_embeds": llama.get_input_embeddings()(ids()["input_ids"]).detach()}
-    assert measure(llama, llama, [embedded]).perplexity_before is None
-    assert measure(llama, llama, [(ids()["input_ids"],)]).output_error == 0.0
+    assert measured(llama, llama, [embedded]).perplexity_before is None
+    assert measured(llama, llama, [(ids()["input_ids"],)]).output_error == 0.0
     alone = {k: v[:, :1] for k, v in ids().items()}  # nothing to predict
-    assert measure(llama, llama, [alone]).perplexity_before is None
+    assert measured(llama, llama, [alone]).perplexity_before is None
 
 
 @pytest.mark.needs("transformers")
@@ -147,7 +151,7 @@ def test_encoder_decoders_have_no_perplexity(ids):
     sizes = {"d_model": 32, "d_ff": 64, "d_kv": 8, "num_layers": 1, "num_heads": 4, "vocab_size": 131}
     model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
     batch = {**ids(), "decoder_input_ids": ids()["input_ids"]}
-    result = measure(model, model, [batch])
+    result = measured(model, model, [batch])
     assert result.perplexity_before is None
     assert result.output_error == 0.0
 
@@ -175,6 +179,6 @@ def test_a_model_gone_wrong_has_an_infinite_perplexity_not_an_error():
             return Out(logits=wrong)
 
     batch = {"input_ids": torch.tensor([[0, 1, 2, 3]])}
-    result = measure(Tokens(0.0), Tokens(1e4), [batch])
+    result = measured(Tokens(0.0), Tokens(1e4), [batch])
     assert result.perplexity_before == pytest.approx(5.0)
     assert result.perplexity_after == math.inf

@@ -1,5 +1,8 @@
 """How much memory the fold of one large layer takes, in units of its weight in float32."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.nn as nn
@@ -98,3 +101,78 @@ def test_from_the_original_weight(calibration):
     base, model = Model(float_layer(torch.bfloat16)), model_of(quantized_layer("bnb4"))
     peak = peak_of(model, "reference", reference=base, calibration=calibration)
     assert peak - (MOMENTS if calibration else 0) <= (8 if calibration else 5)  # with the original itself
+
+
+def stack(kind, count=4):
+    torch.manual_seed(0)
+    layers = [nn.Linear(64, 64) for _ in range(count)]
+    layers = layers if kind is None else [quantize(layer, kind) for layer in layers]
+    return randomize(oftfx.transform(nn.Sequential(*layers), {"*": OFT(16)}), std=0.05)
+
+
+@pytest.mark.parametrize(
+    ("kind", "policy", "calibrated"),
+    [
+        (None, "keep", False),
+        (None, "keep", True),
+        *(
+            pytest.param("bnb4", policy, calibrated, marks=pytest.mark.needs("bitsandbytes"))
+            for policy in ("float", "requantize", "calibrate")
+            for calibrated in ((False, True) if policy != "calibrate" else (True,))
+        ),
+    ],
+)
+def test_in_place_old_weights_go_layer_by_layer(kind, policy, calibrated):
+    """Also where the outputs before the fold are compared with those after it."""
+    stack(kind)(torch.randn(1, 64))  # the first forward of all may log an exception, whose frames keep layers
+    model = stack(kind)
+    old = [weakref.ref(layer.weight.untyped_storage()) for layer in model]
+    alive = []
+    data = [(torch.randn(40, 64),) for _ in range(2)]
+    with torch.no_grad():
+        expected = [model(*x) for x in data]
+
+    def progress(done, _):
+        if kind == "bnb4":  # whose weights know their layer: what is left of one are cycles
+            gc.collect()
+        alive.append((done, sum(r() is not None for r in old)))
+
+    gc.collect()
+    report = oftfx.fold(
+        model,
+        quantized=policy,
+        calibration=data if calibrated else None,
+        inplace=True,
+        progress=progress,
+    ).report
+    # The progress is that of a layer which stands there; where another one took its place it is one behind.
+    late = int(policy == "float")
+    assert alive == [(done, len(old) - done + late) for done in range(1, len(old) + 1)]
+    if calibrated:
+        missed = sum(float((model(*x) - y).double().square().sum()) for x, y in zip(data, expected, strict=True))
+        whole = sum(float(y.double().square().sum()) for y in expected)
+        assert report.output_error == pytest.approx((missed / whole) ** 0.5, rel=1e-3, abs=1e-9)
+
+
+def test_what_is_measured_in_place_is_what_is_measured_beside():
+    data = [(torch.randn(40, 64),) for _ in range(3)]
+    beside = oftfx.fold(stack(None), calibration=data).report
+    within = oftfx.fold(stack(None), calibration=data, inplace=True).report
+    assert 0 < within.output_error == beside.output_error < 1e-5
+
+
+def test_rotated_weights_that_forwards_have_kept_go_as_well():
+    """A convolution keeps its rotated weight from one forward to the next; the measured outputs are such forwards."""
+    model = nn.Sequential(*[nn.Conv2d(16, 16, 3, padding=1, dtype=torch.bfloat16) for _ in range(4)])
+    model = randomize(oftfx.transform(model, {"*": OFT(16)}), std=0.05).eval()
+    tracker, alive = StorageTracker(), []
+    with tracker.watching():
+        oftfx.fold(
+            model,
+            calibration=[(torch.randn(1, 16, 4, 4).bfloat16(),)],
+            inplace=True,
+            progress=lambda done, _: alive.append(tracker.live),
+        )
+    one = model[0].weight.nbytes
+    assert alive[0] < 2 * one
+    assert alive[3] < 5 * one
