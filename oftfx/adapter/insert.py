@@ -27,10 +27,10 @@ def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool)
     result = PassManager([InsertRotations(adapter, activate=False)]).run(program.with_(index=index))
     store = store_of(model)
     if first:
-        store.freeze_base(model)
+        store.freeze_base(result.program.index)
         allow_training(model)
         note_zeros(model)
-    return store.add(model, Adapter(adapter, _noted(program.planned, result)), trainable=trainable)
+    return store.add(result.program.index, Adapter(adapter, _noted(program.planned, result)), trainable=trainable)
 
 
 def check_insertable(index: ModelIndex, plan: Plan) -> None:

@@ -83,8 +83,9 @@ def load_rotations(model: M, path: str | Path) -> M:
             fit the model; nothing is changed then.
     """
     sites, tensors = _read(Path(path) / FILE)
-    known = {s.fqn: s for s in Program.of(model).sites}
-    rotated = {fqn for fqn, _ in rotated_sites(model)}
+    program = Program.of(model)
+    known, modules = {s.fqn: s for s in program.sites}, program.index.modules
+    rotated = {fqn for fqn, _ in rotated_sites(program.index)}
     for fqn, keys in sites.items():
         if fqn not in known or not known[fqn].is_layer:
             raise AdapterFileError(f"{path}: it rotates {fqn}, which {type(model).__name__} does not have as a layer")
@@ -96,7 +97,6 @@ def load_rotations(model: M, path: str | Path) -> M:
                 raise AdapterFileError(
                     f"{path}: {fqn} has in_features {known[fqn].in_features}, the saved rotation {count * size}"
                 )
-    modules = dict(model.named_modules())
     multiply_right({fqn: modules[known[fqn].module] for fqn in sites})
     made: dict[str, FrozenRotation] = {}
     for fqn, keys in sites.items():

@@ -73,11 +73,12 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     parameters = {name: tensors[k] for name, k in parameter_keys.items()}
     store = find_store(model)
     root = unwrapped(model)
-    plan = _plan_of_file(root, directory, skews, parameters, notes)
+    program = Program.of(root)
+    plan = _plan_of_file(program, directory, skews, parameters, notes)
     if store is not None and adapter in store.adapters:
         _check_same(store.adapters[adapter].plan, plan, skews, adapter)
     else:
-        program = Program.of(root).with_(plan=plan)
+        program = program.with_(plan=plan)
         if names_inputs(root) and not (directory / PLAN_FILE).is_file():
             program = _recorded(program)
         insert(root, program, adapter, trainable=trainable)
@@ -127,18 +128,19 @@ def _bad(tensor: Tensor) -> int:
 
 
 def _plan_of_file(
-    root: nn.Module,
+    program: Program,
     directory: Path,
     skews: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
     notes: Mapping[str, str],
 ) -> Plan:
     """The plan that a file stands for, checked against the model."""
+    root = program.model
     own = (directory / PLAN_FILE) if (directory / PLAN_FILE).is_file() else None
     text = own.read_text(encoding="utf-8") if own else ""
     saved = _saved_plan(text, directory / PLAN_FILE) if own else None
     config = json.loads(text) if saved else _config(directory / peft_files.CONFIG_FILE)
-    sites = {s.fqn: s for s in Program.of(root).sites}
+    sites = {s.fqn: s for s in program.sites}
     if saved:
         raw = [e.site for e in saved if not e.site.is_layer]
         sites |= {r.fqn: r for r in raw if (r.fqn not in sites or sites[r.fqn].is_layer) and fits(root, r)}
@@ -164,7 +166,7 @@ def _plan_of_file(
         raise AdapterFileError(
             f"{directory / peft_files.WEIGHT_FILE}: rotates {extra[0]}, which {PLAN_FILE} does not name"
         )
-    known = dict(root.named_parameters(remove_duplicate=False))
+    known = program.index.parameters
     for name, tensor in parameters.items():
         if name not in known:
             raise AdapterError(f"{where}: holds {name}, which is no parameter of {type(root).__name__}")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 import torch.nn as nn
 
 from oftfx.errors import AdapterError
+from oftfx.model.index import ModelIndex
 from oftfx.placement.find import rotated_sites
 from oftfx.planning.plans import Plan
 from oftfx.rotation.module import Rotation
@@ -40,18 +41,18 @@ class AdapterStore:
         self.originals: dict[str, nn.Parameter] = {}
         self.trained: dict[str, dict[str, nn.Parameter]] = {}
 
-    def freeze_base(self, root: nn.Module) -> None:
+    def freeze_base(self, index: ModelIndex) -> None:
         """Only rotations require gradients from here on."""
-        rotations = {id(p) for m in root.modules() if isinstance(m, Rotation) for p in m.parameters()}
-        for parameter in root.parameters():
-            if id(parameter) not in rotations:
-                parameter.requires_grad_(False)
+        for module in index.paths:
+            for parameter in module._parameters.values() if not isinstance(module, Rotation) else ():
+                if parameter is not None:
+                    parameter.requires_grad_(False)
 
-    def add(self, root: nn.Module, adapter: Adapter, *, trainable: bool) -> Adapter:
+    def add(self, index: ModelIndex, adapter: Adapter, *, trainable: bool) -> Adapter:
         """Enter an adapter whose rotations are in place."""
-        self._take_back(root)
+        self._take_back(index.model)
         self.adapters[adapter.name] = adapter
-        base = {n: self.originals.get(n, p) for n, p in root.named_parameters(remove_duplicate=False)}
+        base = {n: self.originals.get(n, p) for n, p in index.parameters.items()}
         wanted = {id(base[n]) for n in adapter.plan.train}
         copies: dict[int, nn.Parameter] = {}
         own: dict[str, nn.Parameter] = {}
@@ -62,7 +63,7 @@ class AdapterStore:
                 self.originals.setdefault(name, parameter)
                 own[name] = copies[id(parameter)]
         self.trained[adapter.name] = own
-        for rotation in self.rotations(root, adapter.name):
+        for rotation in self.rotations(index, adapter.name):
             rotation.skew.requires_grad_(trainable)
         return adapter
 
@@ -112,7 +113,7 @@ class AdapterStore:
         """What these adapters train whole, each parameter once."""
         return list({id(p): p for n in names for p in self.trained[n].values()}.values())
 
-    def rotations(self, root: nn.Module, name: str) -> list[Rotation]:
+    def rotations(self, root: nn.Module | ModelIndex, name: str) -> list[Rotation]:
         """The distinct rotations of an adapter, in the order of its sites."""
         found: dict[int, Rotation] = {}
         for _, placement in rotated_sites(root):
