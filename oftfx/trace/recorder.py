@@ -7,7 +7,6 @@ Everything else is looked through. A tensor is known by its identity, a symbolic
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -25,6 +24,7 @@ from oftfx.placement.input import RotateInput
 from oftfx.placement.output import RotateOutput
 from oftfx.rotation.caching import no_cache
 from oftfx.trace.foreign import foreign
+from oftfx.trace.functions import DATA_DEPENDENT, OPERATORS, items_of
 from oftfx.trace.known_shapes import is_bare_linear, kind_of_call, made
 from oftfx.trace.symbols import SymbolNodes
 from oftfx.trace.torch_private import (
@@ -35,33 +35,6 @@ from oftfx.trace.torch_private import (
     is_fake,
     pytree,
     switches_gradients,
-)
-
-# Tensor methods that are written as operators; a graph reads better with the operator.
-_OPERATORS = {
-    f"__{name}__": getattr(operator, alias)
-    for name, alias in [
-        *((n, n) for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "matmul", "pow", "neg", "invert")),
-        *((n, n) for n in ("eq", "ne", "lt", "le", "gt", "ge", "getitem", "setitem")),
-        *((n, f"{n}_") for n in ("and", "or", "xor")),
-    ]
-    if hasattr(operator, alias)
-}
-
-# What turns tensor values into Python values or shapes: the program then depends on data.
-_DATA_DEPENDENT = frozenset(
-    [
-        "item",
-        "__bool__",
-        "__int__",
-        "__float__",
-        "__index__",
-        "tolist",
-        "nonzero",
-        "masked_select",
-        "unique",
-        "unique_consecutive",
-    ]
 )
 
 _SCALARS = (int, float, str, bool, complex, torch.dtype, torch.device, torch.memory_format, torch.layout)
@@ -158,7 +131,7 @@ class Recorder(TorchFunctionMode):
         if isinstance(out, torch.Tensor):
             self.bind(out, node)
             return
-        for key, item, getter in _items(out):
+        for key, item, getter in items_of(out):
             if _has_tensor(item):
                 self._track(item, self.graph.call_function(getter, (node, key)))
 
@@ -191,7 +164,7 @@ class Recorder(TorchFunctionMode):
             self.graph.call_function(func, args)
             return foreign(func, *args, **kwargs)
         out = foreign(func, *args, **kwargs)
-        if name in _DATA_DEPENDENT:
+        if name in DATA_DEPENDENT:
             self.data_dependent.append((name, self.where))
         if name != "__setitem__" and not _has_tensor(out):
             return out  # .shape, .dtype and the like: executed, not recorded
@@ -206,8 +179,8 @@ class Recorder(TorchFunctionMode):
         if name == "__get__":  # x.mT, x.real, ...
             return self.graph.call_function(getattr, (args[0], func.__self__.__name__))  # type: ignore[attr-defined]
         is_method = getattr(torch.Tensor, name, None) is func
-        if is_method and name in _OPERATORS:
-            return self.graph.call_function(_OPERATORS[name], args, kwargs)
+        if is_method and name in OPERATORS:
+            return self.graph.call_function(OPERATORS[name], args, kwargs)
         if is_method:
             return self.graph.call_method(name, args, kwargs)
         return self.graph.call_function(func, args, kwargs)
@@ -301,15 +274,6 @@ def _names_by_id(module: nn.Module) -> dict[int, str]:
         for name, tensor in named(remove_duplicate=False):
             names.setdefault(id(tensor), name)
     return names
-
-
-def _items(out: Any) -> Iterator[tuple[Any, Any, Callable[..., Any]]]:
-    if isinstance(out, dict):
-        yield from ((k, v, operator.getitem) for k, v in out.items())
-    elif isinstance(out, (tuple, list)):
-        yield from ((i, v, operator.getitem) for i, v in enumerate(out))
-    elif hasattr(out, "__dataclass_fields__"):
-        yield from ((k, getattr(out, k), getattr) for k in out.__dataclass_fields__)
 
 
 def _has_tensor(value: Any) -> bool:
