@@ -24,7 +24,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for checkpoints, ONNX files and figures.")] = Path("oftfx-demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="A small run of two to three minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="A small run of about four minutes.")] = False,
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps (60, or 6 with --quick).")] = None,
     threads: Annotated[int | None, typer.Option(min=1, help="CPU threads; all by default.")] = None,
 ) -> None:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -16,25 +17,30 @@ from torch import Tensor
 import oftfx
 from oftfx.demo import figures, smollm, text
 from oftfx.demo import perplexity as ppl
+from oftfx.demo.interleaved import ratios
 from oftfx.demo.train import train
 from oftfx.files import write_whole
+from oftfx.model.structure import structural_copy
 from oftfx.terminal import render
 
 LENGTH, BATCH, RATE = 128, 4, 2.5e-4
 FOLDS = ("keep", "float", "requantize", "calibrate")
-COLUMNS = ("model", "runs in", "weights", "MiB", "perplexity", "gain kept %", "ms 1x128")
+REFERENCE = "float32 base"
+COLUMNS = ("model", "runs in", "weights", "MiB", "perplexity", "gain kept %", "time 1x128, ratio")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the job does: training steps, and blocks of 128 tokens, held out and for calibration."""
+    """How much the job does: training steps, blocks of 128 tokens, held out and for calibration, and timed forwards."""
 
     steps: int
     held_out: int
     calibration: int
+    rounds: int
 
 
-FULL, QUICK = Size(steps=60, held_out=40, calibration=64), Size(steps=6, held_out=4, calibration=8)
+FULL = Size(steps=60, held_out=40, calibration=64, rounds=11)
+QUICK = Size(steps=6, held_out=4, calibration=8, rounds=3)
 
 
 @dataclass
@@ -53,6 +59,7 @@ class Job:
     say: Callable[[str], None]
     bar: Callable[[str, int], Any]
     results: dict[str, Any] = field(default_factory=dict)
+    _logits: dict[str, Callable[[], ppl.Logits]] = field(default_factory=dict)
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; returns all results, which are also in ``results.json``.
@@ -61,32 +68,37 @@ class Job:
             OftfxError: the folder holds a run of another size, or a package is missing.
         """
         self._read()
-        start = time.perf_counter()
-        with self._timed("load SmolLM2-135M-Instruct"):
-            base, tokenizer = smollm.load()
-            held_out = text.blocks(tokenizer, text.read("test"), LENGTH)[: self.size.held_out]
-        self._row("float32 base", "torch", _dense_bytes(base), lambda: ppl.in_torch(base), held_out)
-        with self._timed("quantize the linears to NF4"):
-            smollm.quantize_nf4(base)
-        model = self._transform(base)
-        with oftfx.disable_adapters(model):
-            self._row("NF4 base", "torch", _bytes(base), lambda: ppl.in_torch(model), held_out)
-        data = text.blocks(tokenizer, text.read("train"), LENGTH)
-        self._train(model, data)
-        self._row("NF4 + adapter", "torch", _bytes(model), lambda: ppl.in_torch(model), held_out)
-        oftfx.save_adapter(model, self.folder / "adapter")
-        folded = {policy: self._fold(model, policy, held_out, data) for policy in FOLDS}
-        self._generate(model, folded, tokenizer)
-        example = {"input_ids": held_out[:2], "attention_mask": torch.ones_like(held_out[:2])}
-        self._onnx("ONNX folded (float)", folded["float"], example, held_out)
-        self._onnx("ONNX unfolded (NF4)", model, example, held_out)
-        self.results["seconds"] = self.results.get("seconds", 0.0) + time.perf_counter() - start
-        self._write()
+        if "time_ratios" not in self.results:
+            self._stages()
         self.say(self.table())
-        self.say(f"{self.results['seconds']:.0f} seconds in all; figures in {self.folder / 'results.json'}")
+        seconds = sum(self.results["stage_seconds"].values())
+        self.say(f"{seconds:.0f} seconds in all; figures in {self.folder / 'results.json'}")
         return self.results
 
     # -- stages ---------------------------------------------------------------------------------
+
+    def _stages(self) -> None:
+        with self._timed("load SmolLM2-135M-Instruct"):
+            base, tokenizer = smollm.load()
+            held_out = text.blocks(tokenizer, text.read("test"), LENGTH)[: self.size.held_out]
+            data = text.blocks(tokenizer, text.read("train"), LENGTH)
+        self._torch_row(REFERENCE, lambda: base, held_out)
+        with self._timed("quantize the linears to NF4"):
+            quantized = smollm.hold_still(smollm.quantize_nf4(structural_copy(base)))
+        self._torch_row("NF4 base", lambda: quantized, held_out)
+        model = self._transform(quantized)
+        self._train(model, data)
+        self._torch_row("NF4 + adapter", lambda: model, held_out)
+        oftfx.save_adapter(model, self.folder / "adapter")
+        folded: dict[str, Callable[[], nn.Module]] = {}
+        for policy in FOLDS:
+            folded[policy] = cache(partial(self._fold, model, policy, quantized, held_out, data))
+            self._torch_row(f"folded: {policy}", folded[policy], held_out)
+        self._generate(model, folded, tokenizer)
+        example = {"input_ids": held_out[:2], "attention_mask": torch.ones_like(held_out[:2])}
+        self._onnx("ONNX folded (float)", folded["float"], example, held_out)
+        self._onnx("ONNX unfolded (NF4)", lambda: model, example, held_out)
+        self._time(held_out[:1])
 
     def _transform(self, base: nn.Module) -> nn.Module:
         rules = {"all-linear": oftfx.OFT(32)}
@@ -99,7 +111,7 @@ class Job:
 
     def _train(self, model: nn.Module, data: Tensor) -> None:
         title = f"train {self.size.steps} steps of {BATCH}x{LENGTH} tokens"
-        with self.bar(title, self.size.steps) as advance:
+        with self._timed(title), self.bar(title, self.size.steps) as advance:
             losses = train(
                 model,
                 data,
@@ -112,42 +124,53 @@ class Job:
         self.results["losses"] = losses
         self._write()
 
-    def _fold(self, model: nn.Module, policy: str, held_out: Tensor, data: Tensor) -> nn.Module:
+    def _fold(self, model: nn.Module, policy: str, base: nn.Module, held_out: Tensor, data: Tensor) -> nn.Module:
+        """A folded model; of a stage that was done before only the model is made again."""
+        done = self.results.setdefault("folds", {})
+        calibrated = self.folder / "calibrated.safetensors"
+        if policy in done and policy == "calibrate" and calibrated.exists():
+            return smollm.load_nf4(base, calibrated)
         # Others only measure on these inputs; calibration learns from them, so it must not see what is held out.
         chosen = data[: self.size.calibration].split(BATCH) if policy == "calibrate" else [held_out[:2]]
-        calibration = [{"input_ids": i, "attention_mask": torch.ones_like(i), "use_cache": False} for i in chosen]
-        with self.bar(f"fold: {policy}", 210) as advance:
+        inputs = [{"input_ids": i, "attention_mask": torch.ones_like(i), "use_cache": False} for i in chosen]
+        with self._timed(f"fold: {policy}"), self.bar(f"fold: {policy}", 210) as advance:
             result = oftfx.fold(
-                model, quantized=policy, calibration=calibration, progress=lambda done, _: advance(done, "")
+                model,
+                quantized=policy,
+                calibration=inputs if policy == "calibrate" or policy not in done else None,
+                progress=lambda count, _: advance(count, ""),
             )
+        if policy in done:
+            return result.model
         self.say(str(result.report))
-        self.results.setdefault("folds", {})[policy] = {
-            "survival": result.report.survival,
-            "output_error": result.report.output_error,
-        }
         write_whole(self.folder / f"fold_{policy}.json", result.report.to_json().encode())
-        self._row(f"folded: {policy}", "torch", _bytes(result.model), lambda: ppl.in_torch(result.model), held_out)
+        if policy == "calibrate":
+            smollm.save_nf4(result.model, calibrated)
+        done[policy] = {"survival": result.report.survival, "output_error": result.report.output_error}
+        self._write()
         return result.model
 
-    def _generate(self, model: nn.Module, folded: dict[str, nn.Module], tokenizer: Any) -> None:
+    def _generate(self, model: nn.Module, folded: dict[str, Callable[[], nn.Module]], tokenizer: Any) -> None:
+        if "same_tokens" in self.results:
+            return
         prompt = tokenizer("The Australian government announced", return_tensors="pt")
-        same = {}
         with self._timed("generate 24 tokens, unfolded and folded"):
             first = _greedy(model, prompt)
-            for policy in ("keep", "float"):
-                same[policy] = torch.equal(_greedy(folded[policy], prompt), first)
+            same = {policy: torch.equal(_greedy(folded[policy](), prompt), first) for policy in ("keep", "float")}
         self.say("  " + tokenizer.decode(first[0], skip_special_tokens=True).replace("\n", " "))
         self.results["same_tokens"] = same
+        self._write()
 
-    def _onnx(self, name: str, model: nn.Module, example: dict[str, Tensor], held_out: Tensor) -> None:
+    def _onnx(self, name: str, model: Callable[[], nn.Module], example: dict[str, Tensor], held_out: Tensor) -> None:
         path = self.folder / (name.split()[1] + ".onnx")
+        session = cache(lambda: ppl.in_onnxruntime(path))
         done = self.results.setdefault("exports", {})
         if name not in done or not path.exists():
+            source = model()
             with self._timed(f"export {path.name} and verify it"):
-                report = oftfx.export_onnx(model, path, example)
-                logits = ppl.in_onnxruntime(path)
+                report = oftfx.export_onnx(source, path, example)
                 other = held_out[:3, :77]  # another batch and length than the example's
-                want, got = ppl.in_torch(model)(other), logits(other)
+                want, got = ppl.in_torch(source)(other), session()(other)
             done[name] = {
                 "mib": report.nbytes / 2**20,
                 "relative_error": max(c.relative_error for c in report.checks),
@@ -160,29 +183,54 @@ class Job:
             "  ONNX Runtime against torch on 3x77 tokens: "
             f"largest logit error {done[name]['max_abs_logit_error']:.1e}, same argmax {done[name]['same_argmax']}"
         )
-        self._row(name, "ONNX Runtime", int(done[name]["mib"] * 2**20), lambda: ppl.in_onnxruntime(path), held_out)
+        self._row(name, "ONNX Runtime", lambda: done[name]["mib"], session, held_out)
+
+    def _time(self, ids: Tensor) -> None:
+        """A forward of every row, all in turn; a model that is not there any more is made again first."""
+        functions = {name: partial(logits(), ids) for name, logits in self._logits.items()}
+        title, calls = "time all models in turn", len(functions) * (self.size.rounds + 1)
+        with self._timed(title), self.bar(title, calls) as advance:
+            self.results["time_ratios"] = ratios(
+                functions, REFERENCE, rounds=self.size.rounds, report=lambda done: advance(done, "")
+            )
+        self.results["time_threads"] = torch.get_num_threads()
+        self._write()
 
     # -- bookkeeping ----------------------------------------------------------------------------
 
-    def _row(self, name: str, runs_in: str, nbytes: int, logits: Callable[[], ppl.Logits], held_out: Tensor) -> None:
+    def _torch_row(self, name: str, model: Callable[[], nn.Module], held_out: Tensor) -> None:
+        self._row(name, "torch", lambda: _bytes(model()) / 2**20, cache(lambda: ppl.in_torch(model())), held_out)
+
+    def _row(
+        self,
+        name: str,
+        runs_in: str,
+        mib: Callable[[], float],
+        logits: Callable[[], ppl.Logits],
+        held_out: Tensor,
+    ) -> None:
+        """One row of the table; a row that is there needs no model until all are timed."""
+        self._logits[name] = logits
         rows = self.results.setdefault("rows", {})
         if name not in rows:
+            function = logits()
             with self._timed(f"perplexity: {name}"):
-                function = logits()
-                rows[name] = {
-                    "runs_in": runs_in,
-                    "mib": nbytes / 2**20,
-                    "perplexity": ppl.perplexity(function, held_out),
-                    "ms": ppl.milliseconds(function, held_out[:1]),
-                }
+                perplexity = ppl.perplexity(function, held_out)
+            rows[name] = {"runs_in": runs_in, "mib": mib(), "perplexity": perplexity}
             self._write()
         self.say(f"  {name}: perplexity {rows[name]['perplexity']:.2f}")
 
     @contextmanager
     def _timed(self, title: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.say(f"{title} ({time.perf_counter() - start:.1f} s)")
+        """Add to the seconds of a stage, which may be several starts', and also of a start that is interrupted."""
+        start, seconds = time.perf_counter(), self.results.setdefault("stage_seconds", {})
+        try:
+            yield
+        finally:
+            passed = time.perf_counter() - start
+            seconds[title] = seconds.get(title, 0.0) + passed
+            self._write()
+        self.say(f"{title} ({passed:.1f} s)")
 
     def _read(self) -> None:
         asked = {"steps": self.size.steps, "held_out": self.size.held_out}
@@ -197,8 +245,12 @@ class Job:
 
 
 def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Cells of the final table. "Gain kept" is the share of the adapter's gain in log-likelihood."""
-    rows = results["rows"]
+    """Cells of the final table.
+
+    "Gain kept" is the share of the adapter's gain in log-likelihood, "time" the median of a forward as a ratio to the
+    float32 base's.
+    """
+    rows, times = results["rows"], results["time_ratios"]
     base = torch.tensor(rows["NF4 base"]["perplexity"]).log()
     best = torch.tensor(rows["NF4 + adapter"]["perplexity"]).log()
     result: list[tuple[str, ...]] = []
@@ -213,7 +265,7 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{row['mib']:.0f}",
             f"{row['perplexity']:.2f}",
             shown,
-            f"{row['ms']:.0f}",
+            f"{times[name]:.2f}",
         )
         result.append(cells)
     return result
@@ -222,10 +274,6 @@ def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
 def _greedy(model: nn.Module, prompt: Any) -> Tensor:
     with torch.no_grad():
         return model.eval().generate(**prompt, max_new_tokens=24, do_sample=False)  # type: ignore[operator]
-
-
-def _dense_bytes(model: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in model.parameters())
 
 
 def _bytes(model: nn.Module) -> int:

