@@ -19,12 +19,44 @@ LAYERS = {"aqlm", "auto_gptq", "awq", "gptqmodel", "hqq", "neural_compressor", "
 """Packages of tools/environment-layers: they conflict with each other's requirements, so they are kept apart."""
 
 
+SLOW = (
+    "tests/onnx/test_adapters.py",
+    "tests/onnx/test_decoder.py",
+    "tests/onnx/test_export.py",
+    "tests/onnx/test_inputs",
+    "tests/onnx/test_lowered_formats.py",
+    "tests/onnx/test_lowering.py",
+    "tests/onnx/test_verify.py",
+    "tests/zoo/",
+    "tests/examples/",
+    "tests/demo/test_ocr.py",
+    "tests/demo/test_stages.py",
+    "tests/trace/test_record.py",
+    "tests/ecosystem/test_compile.py",
+    "tests/ecosystem/test_distributed.py",
+    "tests/test_packaging.py",
+    "tests/placement/test_group.py::test_compiled",
+    "tests/test_surgery.py::test_compiled",
+    "tests/cli/test_main.py",
+    "tests/folding/test_memory.py",
+    "tests/trace/test_threads.py",
+    "tests/test_public_names.py",
+    "tests/test_docs.py",
+    "tests/adapter/test_belonging.py::test_a_process_killed",
+    "tests/adapter/test_folded.py::test_a_process_killed",
+)
+"""Beginnings of the names of tests that took three quarters of the time in one run with ``--durations``."""
+
+
 def pytest_collection_modifyitems(config, items):
     """Skip tests whose packages are missing. In CI, with OFTFX_REQUIRE_ALL, let them fail instead.
 
     OFTFX_REQUIRE_ALL=1 requires what .venv has, all but `LAYERS`. OFTFX_REQUIRE_ALL=layers is for .venv-layers: only
     the tests that need one of those packages are run, and none is skipped.
     """
+    for item in items:
+        if item.nodeid.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
     required = os.environ.get("OFTFX_REQUIRE_ALL")
     if required == "layers":
         chosen = [i for i in items if LAYERS & {a for m in i.iter_markers("needs") for a in m.args}]

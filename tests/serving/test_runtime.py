@@ -258,7 +258,7 @@ def test_models_that_cannot_be_served(runtime, graphs, tmp_path):
         runtime.ServedModel(graphs.save(tmp_path / "b.onnx", nodes, *ends, [], {}))
     nodes = [helper.make_node("Neg", ["x"], ["y"])]
     ends = [graphs.value("x", TensorProto.FLOAT, [2])], [graphs.value("y", TensorProto.FLOAT, [2])]
-    with pytest.raises(runtime.ServingError, match="'swapped', expected 'fixed'"):
+    with pytest.raises(runtime.ServingError, match="'swapped', expected one of fixed, swappable"):
         runtime.ServedModel(graphs.save(tmp_path / "c.onnx", nodes, *ends, [], {"oftfx.adapter_mode": "swapped"}))
 
 

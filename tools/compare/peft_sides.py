@@ -79,7 +79,7 @@ class Oftfx:
         return oftfx.fold(self.model).model
 
     def fold(self):
-        self.result = oftfx.fold(self.model, quantized="requantize", inplace=True)
+        self.result = oftfx.fold(self.model, quantized="requantize", inplace=True, undo=True)
 
     def unfold(self):
         oftfx.unfold(self.result)
