@@ -1,8 +1,10 @@
 import json
+import os
 import shutil
 import subprocess
 import sys
 import zipfile
+from collections import Counter
 from importlib import import_module
 from pathlib import Path
 
@@ -113,3 +115,24 @@ def test_the_house():
     for path in [*ROOT.glob("oftfx/**/*.py"), *ROOT.glob("passes/**/*.py")]:
         assert len(path.read_text().splitlines()) <= 400, path
         assert path.name != "utils.py"
+    folders = Counter(str(Path(t).parent) for t in tracked if t.endswith(".py") and not t.endswith("__init__.py"))
+    assert {f for f, count in folders.items() if count > 12 and not (ROOT / f / "README.md").exists()} == set()
+
+
+@pytest.mark.needs("importlinter")
+def test_an_import_of_a_higher_floor_is_found_in_a_function_too(tmp_path):
+    shutil.copytree(ROOT / "oftfx", tmp_path / "oftfx", ignore=shutil.ignore_patterns("passes", "__pycache__"))
+    shutil.copytree(ROOT / "passes", tmp_path / "oftfx/passes", ignore=shutil.ignore_patterns("__pycache__"))
+    command = [str(Path(sys.executable).with_name("lint-imports")), str(ROOT / "pyproject.toml"), "--no-cache"]
+
+    def lint():
+        env = {**os.environ, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, check=False)
+
+    done = lint()
+    assert done.returncode == 0, done.stdout
+    with (tmp_path / "oftfx/formats/layout.py").open("a") as file:
+        file.write("\n\ndef wrong() -> None:\n    from oftfx.surgery import plan\n\n    print(plan)\n")
+    done = lint()
+    assert done.returncode == 1
+    assert "oftfx.formats.layout -> oftfx.surgery" in done.stdout
