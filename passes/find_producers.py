@@ -49,7 +49,7 @@ class FindProducers(Pass):
                 if search is None:
                     raise LostError("not recorded")
                 producer = search.producer(entry)
-                entries.append(_tied(replace(entry, producer=producer)))
+                entries.append(_tied(replace(entry, producer=producer), producer))
                 changes.append(Change(entry.fqn, f"can be folded into {producer.fqn}"))
             except LostError as error:
                 reason = str(error)
@@ -64,13 +64,12 @@ class FindProducers(Pass):
         return PassResult(program.with_(plan=result), result != plan, tuple(changes))
 
 
-def _tied(entry: SitePlan) -> SitePlan:
+def _tied(entry: SitePlan, producer: Producer) -> SitePlan:
     """Blocks that turn the same rows share one row of skew, where the spec asks for it."""
-    assert entry.producer is not None
     if entry.spec.into != "producer":
         return entry
-    rows = list(dict.fromkeys(entry.producer.starts))
-    return replace(entry, tied_blocks=tuple(rows.index(s) for s in entry.producer.starts))
+    rows = list(dict.fromkeys(producer.starts))
+    return replace(entry, tied_blocks=tuple(rows.index(s) for s in producer.starts))
 
 
 def _turned(entry: SitePlan) -> str:

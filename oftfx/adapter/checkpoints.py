@@ -247,7 +247,8 @@ def _hqq() -> Any:
 
 def _format(layer: nn.Module) -> WeightFormat:
     found = format_of(layer)
-    assert found is not None
+    if found is None:
+        raise FoldError(f"no known weight format reads this {type(layer).__name__} any more")
     return found
 
 

@@ -47,7 +47,7 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
         zero = None if grid.symmetric else torch.empty_like(scale)
 
     rest = weight.T[order]  # (columns, rows), in the order of rounding; what is still to be rounded changes
-    codes: Tensor | None = None
+    codes = grid.levels.encode(rest[:0]).new_empty(weight.shape)
     start = 0
     for columns in sets:
         stop = start + len(columns)
@@ -62,10 +62,8 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
             block = slice(first, min(first + _BLOCK, stop))
             at = grid.partition.groups_of(order[block]).T
             rounded = _rounded(grid, rest, block, upper, scale[at], None if zero is None else zero[at])
-            codes = rounded.new_empty(weight.shape) if codes is None else codes
             codes[:, order[block]] = rounded.T
         start = stop
-    assert codes is not None
     return Codes(codes, scale, zero) if fixed is None else replace(fixed, codes=codes)
 
 

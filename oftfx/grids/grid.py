@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
+from oftfx.errors import FormatError
 from oftfx.grids.levels import Integers, Levels
 from oftfx.grids.partition import Partition, joined
 from oftfx.precision import piece_on
@@ -140,23 +142,21 @@ class Grid:
         """Scales and zeros with the least error."""
         groups = self.partition.split(weight)
         counts = None if importance is None else self.partition.split(importance)
-        best: _Fit | None = None
-        for scale, zero in self._ranges(groups, search):
-            error = self._error(groups, scale, zero, counts)
-            best = (error, scale, zero) if best is None else _better(best, (error, scale, zero))
-        assert best is not None
-        return best[1:]
+        fits = ((self._error(groups, *found, counts), *found) for found in self._ranges(groups, search))
+        return reduce(_better, fits)[1:]
 
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Codes:
         """The nearest codes under given scales and zeros, ``(groups,)`` each."""
-        codes: Tensor | None = None
-        for rows, groups, grid in self._bands(weight.device):
-            expand = grid.partition.expand
-            part = grid.code(weight[rows], expand(scale[groups]), None if zero is None else expand(zero[groups]))
-            codes = part.new_empty(weight.shape) if codes is None else codes
-            codes[rows] = part
-        assert codes is not None
-        return Codes(codes, scale, zero)
+
+        def coded() -> Iterator[tuple[slice, Tensor]]:
+            for rows, groups, grid in self._bands(weight.device):
+                expand = grid.partition.expand
+                yield (
+                    rows,
+                    grid.code(weight[rows], expand(scale[groups]), None if zero is None else expand(zero[groups])),
+                )
+
+        return Codes(joined(coded(), (weight.shape[0], weight.shape[1])), scale, zero)
 
     def nearest(self, weight: Tensor, old: Codes | None = None) -> Codes:
         """Round a weight; groups in which it equals ``old`` keep their bytes.
@@ -193,7 +193,8 @@ class Grid:
             for share in shares:
                 yield self._scale(largest * (share / self.levels.reach)), None
             return
-        assert isinstance(self.levels, Integers)
+        if not isinstance(self.levels, Integers):
+            raise FormatError(f"a grid with zeros has integers as levels, this one {type(self.levels).__name__}")
         low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
         least = self.levels.low if self.least_zero is None else self.least_zero
         if least > self.levels.low:  # as many levels are left below zero, used or not

@@ -141,13 +141,14 @@ class Partition:
 
 def joined(parts: Iterable[tuple[slice, Tensor]], shape: tuple[int, int]) -> Tensor:
     """A matrix of its rows."""
-    whole: Tensor | None = None
-    for rows, part in parts:
-        if part.shape == shape:
-            return part
-        whole = part.new_empty(shape) if whole is None else whole
+    remaining = iter(parts)
+    rows, part = next(remaining)
+    if part.shape == shape:
+        return part
+    whole = part.new_empty(shape)
+    whole[rows] = part
+    for rows, part in remaining:
         whole[rows] = part
-    assert whole is not None
     return whole
 
 

@@ -42,7 +42,8 @@ class RotateWeight(Placement):
         super().__init__(*args, **kwargs)
         self._reader = reader
         weight_format = self.weight_format()
-        assert weight_format is not None
+        if weight_format is None:
+            raise OftfxError(f"{self.site}: no known format reads the weight of this {type(self.module).__name__}")
         self.layout = weight_format.layout(self.module)
         self._identity = Identity()
         self._cached: tuple[Any, torch.Tensor] | None = None

@@ -43,9 +43,8 @@ def graph(
             f"{type(model).__name__} cannot be recorded on fake tensors: {type(error).__name__}: {error}. "
             "emit='modules' needs no recording"
         ) from error
-    if recording.rung != "graph":
+    if recording.rung != "graph" or recording.module is None:
         raise TraceError(f"{type(model).__name__} cannot become a graph: {recording.reason}")
-    assert recording.module is not None
     other = record(model, example_inputs, dynamic=True, training=not model.training).graph
     if not _same_program(recording.graph, other):
         guard = recording.module.get_submodule("_guard")
