@@ -39,10 +39,20 @@ def call_once(model: nn.Module, inputs: Inputs) -> Any:
     """Run a model that will not be asked to go on: no cache of keys and values, unless the inputs speak of one."""
     parameters = inspect.signature(model.forward).parameters
     given = set(inputs) if isinstance(inputs, Mapping) else {n for n, _ in zip(parameters, inputs, strict=False)}
-    hands_on = any(p.kind is p.VAR_KEYWORD for p in parameters.values()) and "past_key_values" in parameters
-    if given & _CACHES or not ("use_cache" in parameters or hands_on):
+    if given & _CACHES or not ("use_cache" in parameters or _hands_on(model, parameters)):
         return call(model, inputs)
     return model(**inputs, use_cache=False) if isinstance(inputs, Mapping) else model(*inputs, use_cache=False)
+
+
+def _hands_on(model: nn.Module, parameters: Mapping[str, inspect.Parameter]) -> bool:
+    """Whether a forward hands ``use_cache`` on without naming it, as some of transformers' do that take a cache."""
+    if not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        return False
+    # ``cache`` since transformers 5.24; but some call something else so, which knows no ``use_cache``.
+    text = getattr(getattr(model, "config", None), "get_text_config", None)
+    return "past_key_values" in parameters or (
+        "cache" in parameters and text is not None and hasattr(text(decoder=True), "use_cache")
+    )
 
 
 def input_name(layer: nn.Module, kwargs: Mapping[str, Any]) -> str:

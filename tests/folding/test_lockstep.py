@@ -1,6 +1,7 @@
 """Forwards that wait for each other: order, what each layer sees, and how they end."""
 
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -375,6 +376,20 @@ def test_no_cache_is_asked_for_unless_an_input_speaks_of_one(kind, said):
         asked += [(True, None), (None, "mine")]
     Lockstep(model, [model.layer]).run(data, lambda *_: None)
     assert model.asked == asked
+
+
+class Renamed(Caching):
+    def forward(self, x, cache=None, **kwargs):
+        return super().forward(x, past_key_values=cache, **kwargs)
+
+
+@pytest.mark.parametrize(("config", "said"), [({"use_cache": True}, False), ({}, None), (None, None)])
+def test_what_is_called_cache_is_one_of_keys_and_values_where_the_config_says_so(config, said):
+    x, model = torch.randn(2, 3), Renamed()
+    if config is not None:
+        model.config = SimpleNamespace(get_text_config=lambda decoder: SimpleNamespace(**config))
+    Lockstep(model, [model.layer]).run([{"x": x}, (x,), {"x": x, "cache": "mine"}], lambda *_: None)
+    assert model.asked == [(said, None), (said, None), (None, "mine")]
 
 
 @pytest.mark.needs("transformers")
