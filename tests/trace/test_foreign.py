@@ -65,7 +65,7 @@ def test_an_error_of_ours_is_none(monkeypatch):
 
 
 def test_a_wrong_type_in_our_own_code_is_none_either(monkeypatch):
-    monkeypatch.setattr("oftfx.trace.recorder._DATA_DEPENDENT", None)
+    monkeypatch.setattr("oftfx.trace.recorder.DATA_DEPENDENT", None)
     with pytest.raises(TypeError, match="NoneType"):
         record_best(Doing(torch.relu), (X,))
 
