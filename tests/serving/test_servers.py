@@ -455,11 +455,17 @@ def test_a_foreign_adapter_in_the_directory_stops_the_load(kind, tmp_path):
 
 
 def not_ready(started):
-    """MLServer goes on without the model."""
+    """MLServer goes on without the model, and listens only after it has written of the adapter."""
     import time
+    import urllib.error
 
-    for _ in range(300):
-        if "was exported for another model" in started.log.read_text():
-            return started.get("/v2/models/m/ready")[0] != 200
+    for _ in range(600):
+        assert started.process.poll() is None, started.log.read_text()
+        try:
+            status = started.get("/v2/models/m/ready")[0]
+        except urllib.error.URLError:
+            status = None
+        if status is not None and "was exported for another model" in started.log.read_text():
+            return status != 200
         time.sleep(0.1)
     return False
