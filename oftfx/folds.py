@@ -166,15 +166,16 @@ def fold(
             )
             folds.append(PassManager([step]).run(program).found[step.name])
     except BaseException as error:  # also an interruption
+        journal.restore(target)  # without undo, the site under way: none stays half folded
         if journal.keep:
             before_fold.restore(target)
-        elif not journal.sites:
+        elif not journal.done:
             own.activate(target, before_fold.active)
         else:
             own.forget_folded(target)
             error.add_note(
-                f"oftfx.fold: {journal.sites} sites were under way or done when this happened; each is folded or still "
-                "rotates. Fold again to end it; undo=True would have brought all back"
+                f"oftfx.fold: {journal.done} sites were folded when this happened, the others still rotate. Fold again "
+                "to end it; undo=True would have brought all back"
             )
         raise
     for parameter in own.parameters(names):

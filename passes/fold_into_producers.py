@@ -53,6 +53,7 @@ class FoldIntoProducers(Pass):
             if isinstance(done, str):
                 left[fqn] = done
             else:
+                self.journal.site_done()
                 lines.append(done)
         changes = [Change(s.fqn, "fold into producer") for s in lines]
         changes += [Change(fqn, "fold into producer", reason, refused=True) for fqn, reason in left.items()]

@@ -107,6 +107,7 @@ class FoldRotations(Pass):
             result = self._fold(one, bench, moments)
             if one.placement.module not in later:  # else a forward of it is under way
                 bench.finish()
+            self.journal.site_done()
             was_rounded = result.action in ("requantized", "from reference")
             remark = "; ".join(r for r in (remark if was_rounded else "", remarks[one.fqn]) if r)
             if remark:

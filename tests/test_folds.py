@@ -249,7 +249,7 @@ def test_an_interrupted_fold_in_place_without_undo_computes_the_same_and_can_be_
 
     with pytest.raises(KeyboardInterrupt) as caught:
         oftfx.fold(model, inplace=True, progress=stop)
-    assert "1 sites were under way or done" in caught.value.__notes__[0]
+    assert "1 sites were folded when this happened" in caught.value.__notes__[0]
     assert not hasattr(model[0], "oft")
     assert hasattr(model[1], "oft")
     assert rel(model(x), expected) < 1e-6
@@ -258,6 +258,48 @@ def test_an_interrupted_fold_in_place_without_undo_computes_the_same_and_can_be_
     assert rel(model(x), expected) < 1e-6
     with pytest.raises(FoldError, match="fold with undo=True to undo it"):
         oftfx.unfold(result)
+
+
+@pytest.mark.parametrize("undo", [False, True])
+def test_a_layer_that_is_refused_in_place_is_not_left_half_folded(undo):
+    """Its weight is written before it is found not to compute x @ W^T."""
+    model = nn.Sequential(nn.Linear(12, 6), Squared(6, 5))
+    model = randomize(oftfx.transform(model, {"0": OFT(4), "1": OFT(3)}))
+    x = torch.randn(3, 12)
+    expected, weight = model(x), model[1].weight.clone()
+    with pytest.raises(FoldError, match="1: a Squared has a forward of its own"):
+        oftfx.fold(model, inplace=True, undo=undo)
+    assert torch.equal(model[1].weight, weight)
+    assert hasattr(model[1], "oft")
+    assert hasattr(model[0], "oft") == undo
+    assert rel(model(x), expected) < 1e-6
+    assert [e.fqn for e in oftfx.adapters(model)["default"]] == (["0", "1"] if undo else ["1"])
+
+
+def test_a_fold_into_producers_that_is_interrupted_leaves_an_adapter_that_says_what_it_rotates(monkeypatch):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 12)
+
+        def forward(self, x):
+            return self.b(self.a(x))
+
+    x = torch.randn(3, 12)
+    model = randomize(oftfx.transform(Two(), {"*": OFT(4)}, example_inputs=(x,)))
+    expected = model(x)
+
+    def stop(self, program):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("oftfx.passes.fold_rotations.FoldRotations.run", stop)
+    with pytest.raises(KeyboardInterrupt):
+        oftfx.fold(model, into="producer", inplace=True)
+    monkeypatch.undo()
+    assert [e.fqn for e in oftfx.adapters(model)["default"]] == ["a"]
+    assert rel(model(x), expected) < 1e-6
+    oftfx.fold(model, inplace=True)
+    assert rel(model(x), expected) < 1e-6
 
 
 def test_a_fold_in_place_keeps_no_old_weight():

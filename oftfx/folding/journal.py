@@ -18,22 +18,27 @@ class Journal:
     """Notes each change before it is made.
 
     Args:
-        keep: whether to remember what was there, which keeps the old weights alive; otherwise changes are only counted.
+        keep: whether to remember every site, which keeps the old weights alive; otherwise only the one under way.
 
     Attributes:
-        sites: how many sites have begun to change.
+        done: how many sites have changed.
     """
 
     def __init__(self, *, keep: bool = True) -> None:
-        self.keep, self.sites = keep, 0
+        self.keep, self.done = keep, 0
         self._entries: list[Undoable] = []
 
     def note(self, entry: Undoable) -> None:
         """Remember what was there."""
-        if self.keep:
-            self._entries.append(entry)
+        self._entries.append(entry)
+
+    def site_done(self) -> None:
+        """One site is what it is to become."""
+        self.done += 1
+        if not self.keep:
+            self._entries.clear()
 
     def restore(self, model: nn.Module) -> None:
-        """Bring everything back, the latest first."""
+        """Bring back what is remembered, the latest first."""
         while self._entries:
             self._entries.pop().restore(model)

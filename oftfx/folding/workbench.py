@@ -37,9 +37,7 @@ class Workbench:
 
     def note(self, placement: Placement, weight_format: WeightFormat) -> None:
         """Remember a site that is about to change."""
-        self.journal.sites += 1
-        if self.journal.keep:
-            self.journal.note(Undo.of(self.paths[placement.module], placement, weight_format))
+        self.journal.note(Undo.of(self.paths[placement.module], placement, weight_format))
 
     def remark(self, placement: Placement) -> str:
         """For the report, of a weight that another module has as well."""

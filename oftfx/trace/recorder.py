@@ -262,9 +262,14 @@ class Recorder(TorchFunctionMode):
             shape, dtype, differentiable = self._made[kind]
             return made(x, shape, dtype, differentiable=differentiable)
         out = call_of(module)(*args, **kwargs)
-        if kind is not None and type(out) is type(x) and all(type(s) is int for s in out.shape):
+        # A layer that has noted something on itself may be read for it, so each of its kind has to run.
+        if kind is not None and type(out) is type(x) and kind == kind_of_call(module, x) and _is_static(out):
             self._made[kind] = tuple(out.shape), out.dtype, out.requires_grad
         return out
+
+
+def _is_static(tensor: torch.Tensor) -> bool:
+    return all(type(size) is int for size in tensor.shape)
 
 
 def _names_by_id(module: nn.Module) -> dict[int, str]:

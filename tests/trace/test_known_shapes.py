@@ -28,6 +28,33 @@ def test_a_recording_with_shortcuts_is_the_one_without(kind, tiny_llama, tiny_be
     assert shapes(model, ids()) == short
 
 
+class Noting(nn.Module):
+    """A layer that keeps something of its call, as some attentions do."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = None
+
+    def forward(self, x):
+        self.seen = x.shape[0]
+        return x * 2
+
+
+class Reads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.out = Noting(), Noting(), nn.Linear(4, 4)
+
+    def forward(self, x):
+        y = self.b(self.a(x))
+        return self.out(y) if self.b.seen is None else self.out(y) + self.b.seen
+
+
+def test_layers_that_note_something_on_themselves_all_run():
+    graph = record(Reads(), (torch.randn(3, 4),)).graph
+    assert [n.args[1] for n in graph.nodes if "add" in str(n.target)] == [3]
+
+
 def test_only_torchs_own_linear_is_taken_for_one():
     class Mine(nn.Linear):
         def forward(self, x):
