@@ -75,7 +75,8 @@ def landing(directory: Path, head: str, error: type[OftfxError], *, stale: Itera
         stale: names that belong to the old set only, and go.
 
     Raises:
-        OftfxError: ``error``, which names the place, the reason and what to do; ``directory`` is as it was.
+        OftfxError: ``error``, which names the place, the reason and what to do; ``directory`` is as it was. Only a
+            single file, once renamed, stays the new one where the disk fails to confirm the rename; the error says so.
     """
     stale = [*stale]
     with staging(directory, head, error) as made:
@@ -84,7 +85,7 @@ def landing(directory: Path, head: str, error: type[OftfxError], *, stale: Itera
         yield new
         settle(new)
         with _alone(directory):
-            _land(directory, made, head, stale)
+            _land(directory, made, head, stale, error)
         for other in (head, *stale):
             _sweep(directory, other, begun=True)
 
@@ -142,19 +143,18 @@ def of_version(found: object, read: int) -> str:
     return f"version {found}; this oftfx reads version {read}. {advice}"
 
 
-def _land(directory: Path, made: Path, head: str, stale: list[str]) -> None:
+def _land(directory: Path, made: Path, head: str, stale: list[str], error: type[OftfxError]) -> None:
     new, old = made / _NEW, made / _OLD
     names = [*sorted(p.name for p in new.iterdir() if p.name != head), head]
     for name in names:
         if (directory / name).is_dir() and not (new / name).is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(directory / name))
     leaving = [n for n in dict.fromkeys([head, *stale, *names]) if os.path.lexists(directory / n)]
-    alone = names == [head] and leaving in ([], [head]) and not (new / head).is_dir()
-    if alone:
-        leaving = []
+    if names == [head] and leaving in ([], [head]) and not (new / head).is_dir():
+        _replace(directory / head, new / head, error)
+        return
     moves = [(directory / n, old / n) for n in leaving] + [(new / n, directory / n) for n in names]
-    if not alone:
-        old.mkdir()  # also says that all of the new set is there
+    old.mkdir()  # also says that all of the new set is there
     try:
         for source, target in moves:
             if target == directory / head:
@@ -169,6 +169,17 @@ def _land(directory: Path, made: Path, head: str, stale: list[str]) -> None:
                 rename(target, source)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _replace(place: Path, new: Path, error: type[OftfxError]) -> None:
+    """Put one file in the place of another by a rename, which is never taken back: the old file is gone with it."""
+    _sync(place.parent)
+    rename(new, place)
+    try:
+        _sync(place.parent)
+    except OSError as cause:
+        why = cause.strerror or str(cause)
+        raise error(f"{place}: is the new file, but the disk did not confirm its name: {why}; save again") from cause
 
 
 def settle(directory: Path) -> None:

@@ -67,6 +67,10 @@ def full():
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "a file")
 
 
+def interrupt():
+    raise KeyboardInterrupt
+
+
 def test_a_set_replaces_its_names_and_nothing_else(old):
     save(old)
     assert contents(old) == AFTER
@@ -94,9 +98,6 @@ def test_a_full_disk_at_every_step_leaves_what_was_there(old, monkeypatch):
 
 
 def test_an_interruption_at_every_step_leaves_what_was_there(old, monkeypatch):
-    def interrupt():
-        raise KeyboardInterrupt
-
     steps = Steps(monkeypatch, interrupt)
     steps.at = 0
     while True:
@@ -110,6 +111,29 @@ def test_an_interruption_at_every_step_leaves_what_was_there(old, monkeypatch):
             continue
         break
     assert contents(old) == AFTER
+
+
+@pytest.mark.parametrize("stop", [full, interrupt])
+def test_a_single_file_is_the_old_or_the_new_one_whatever_fails(stop, tmp_path, monkeypatch):
+    place = tmp_path / "head.json"
+    steps = Steps(monkeypatch, stop)
+    write_whole(place, b"the first one")
+    total, seen = steps.count, []
+    for at in range(total):
+        place.write_bytes(b"the old one")
+        steps.count, steps.at = 0, at
+        with pytest.raises((AdapterFileError, KeyboardInterrupt)) as caught:
+            write_whole(place, b"the new one", AdapterFileError)
+        found = place.read_bytes()
+        assert found in (b"the old one", b"the new one"), at
+        assert [p.name for p in tmp_path.iterdir()] == ["head.json"], at
+        if stop is full:
+            says_old = "What was there is as it was" in str(caught.value)
+            says_new = "is the new file, but the disk did not confirm its name: No space" in str(caught.value)
+            assert (says_old, says_new) == (found == b"the old one", found == b"the new one"), at
+        seen.append(found)
+    assert set(seen) == {b"the old one", b"the new one"}
+    assert seen[-1] == b"the new one"  # the fsync after the rename
 
 
 KILLED = """
