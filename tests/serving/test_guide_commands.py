@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn as nn
 
 import oftfx
-from oftfx import OFT
 from oftfx.serving import Repository
 from tests.serving.servers import ROOT, Server, environment, free_ports
 
@@ -29,30 +27,19 @@ EXAMPLE = (ROOT / "tests/examples/serve_adapters.py").read_text()
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """The guide's three lines of Python, on a model with two adapters."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    small = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=64, pad_token_id=0, **small)).eval()
-    model = oftfx.transform(base, {"*_proj": OFT(8)}, adapter="a1")
-    oftfx.add_adapter(model, "a2", {"*_proj": OFT(8)})
-    for name in ("a1", "a2"):
-        for parameter in oftfx.adapter_parameters(model, name):
-            nn.init.normal_(parameter, std=0.1)
-    oftfx.set_adapter(model, "a1")
-    batch = {"input_ids": torch.randint(64, (2, 6)), "attention_mask": torch.ones(2, 6, dtype=torch.long)}
-    folder = tmp_path_factory.mktemp("guide")
+    """The guide's three lines of Python, on the example's model with two adapters."""
     assert '--8<-- "tests/examples/serve_adapters.py:export"' in GUIDE
-    _, code, _ = re.split(r"# --8<-- \[(?:start|end):export\]\n", EXAMPLE)
-    assert code.count("\n") == 3
+    model_of_two, export, _ = re.split(r"# --8<-- \[(?:start|end):export\]\n", EXAMPLE)
+    assert export.count("\n") == 3
+    folder = tmp_path_factory.mktemp("guide")
+    names: dict = {}
     before = Path.cwd()
     os.chdir(folder)
     try:
-        exec(code, {"oftfx": oftfx, "model": model, "batch": batch})
+        exec(model_of_two + export, names)
     finally:
         os.chdir(before)
-    return model, folder
+    return names["model"], folder
 
 
 @pytest.mark.parametrize(("kind", "ports"), [("triton", (8000, 8001)), ("mlserver", (8080, 8081))])
