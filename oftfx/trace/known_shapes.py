@@ -2,16 +2,64 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn as nn
 
+from oftfx.formats.registry import format_of
 from oftfx.placement.find import placements_on
-from oftfx.trace.torch_private import CALL
+from oftfx.trace.torch_private import CALL, device_of, without_modes
 
 _SCALARS = (type(None), bool, int, float, str, torch.dtype)
 _OF_EVERY_MODULE = {*vars(nn.Module()), CALL}
+
+
+class KnownShapes:
+    """What layers make of fake tensors, without running them; what one made is learned for the others of its kind."""
+
+    def __init__(self) -> None:
+        self._learned: dict[Any, tuple[tuple[int, ...], torch.dtype, bool]] = {}
+        self._models: dict[Any, torch.Tensor] = {}
+
+    def result(self, module: nn.Module, x: torch.Tensor, run: Callable[[], Any], *, alone: bool) -> Any:
+        """What the layer makes of ``x``, or a tensor like it.
+
+        Args:
+            module: the layer.
+            x: its input, fake.
+            run: runs it, for where nothing else tells; in the modes that are active.
+            alone: ``x`` is all that it gets.
+        """
+        kind = None
+        with without_modes():
+            if alone and is_bare_linear(module, x):  # most calls of a model
+                trains = x.requires_grad or any(p.requires_grad for p in module.parameters())
+                return self._like(x, (*x.shape[:-1], len(module.weight)), x.dtype, trains and torch.is_grad_enabled())
+            weight_format = format_of(module)
+            if weight_format is not None and not weight_format.lossless:
+                # A quantized layer's own forward may rewrite its weight or lack a fake kernel.
+                return x.new_empty((*x.shape[:-1], weight_format.geometry(module).out_features))
+            if alone:
+                kind = kind_of_call(module, x)
+            if kind is not None and kind in self._learned:
+                return self._like(x, *self._learned[kind])
+        out = run()
+        with without_modes():
+            # A layer that has noted something on itself may be read for it, so each of its kind has to run.
+            if kind is not None and type(out) is type(x) and kind == kind_of_call(module, x) and _is_static(out):
+                self._learned[kind] = tuple(out.shape), out.dtype, out.requires_grad
+        return out
+
+    def _like(self, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, differentiable: bool) -> torch.Tensor:
+        """A copy of one made for all of its kind: no leaf where it has gradients, so that it can be written to."""
+        if not all(type(size) is int for size in shape):  # symbolic: no key
+            return x.new_empty(shape, dtype=dtype).requires_grad_(differentiable).clone()
+        key = shape, dtype, differentiable, device_of(x)
+        if key not in self._models:
+            self._models[key] = x.new_empty(shape, dtype=dtype).requires_grad_(differentiable)
+        return self._models[key].clone()
 
 
 def is_bare_linear(module: nn.Module, x: torch.Tensor) -> bool:
@@ -37,14 +85,12 @@ def kind_of_call(module: nn.Module, x: torch.Tensor) -> Any:
         return None
     tensors = [*module._parameters.items(), *module._buffers.items()]
     held = tuple((n, None if t is None else (tuple(t.shape), t.dtype, t.requires_grad)) for n, t in tensors)
-    given = tuple(x.shape), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled(), _autocasts()
+    given = tuple(x.shape), x.dtype, device_of(x), x.requires_grad, torch.is_grad_enabled(), _autocasts()
     return type(module), module.training, tuple(own.items()), held, given
 
 
-def made(x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, *, differentiable: bool) -> torch.Tensor:
-    """A tensor like what a layer makes of ``x``; one with gradients is no leaf, so that it can be written to."""
-    result = x.new_empty(shape, dtype=dtype)
-    return result.requires_grad_().clone() if differentiable else result
+def _is_static(tensor: torch.Tensor) -> bool:
+    return all(type(size) is int for size in tensor.shape)
 
 
 def _autocasts() -> bool:

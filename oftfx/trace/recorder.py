@@ -18,14 +18,13 @@ import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
 from oftfx.errors import TraceError
-from oftfx.formats.registry import format_of
 from oftfx.placement.find import placements_on, without_rotation
 from oftfx.placement.input import RotateInput
 from oftfx.placement.output import RotateOutput
 from oftfx.rotation.caching import no_cache
 from oftfx.trace.foreign import foreign
 from oftfx.trace.functions import DATA_DEPENDENT, OPERATORS, items_of
-from oftfx.trace.known_shapes import is_bare_linear, kind_of_call, made
+from oftfx.trace.known_shapes import KnownShapes
 from oftfx.trace.symbols import SymbolNodes
 from oftfx.trace.torch_private import (
     CALL,
@@ -67,7 +66,7 @@ class Recorder(TorchFunctionMode):
         self._alive: list[Any] = []  # ids are only unique among living objects
         self._stack: list[str] = []
         self._on = True
-        self._made: dict[Any, tuple[tuple[int, ...], torch.dtype, bool]] = {}
+        self._known = KnownShapes()
         self._autocast = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
 
     # -- values ---------------------------------------------------------------------------------
@@ -241,35 +240,11 @@ class Recorder(TorchFunctionMode):
         return out
 
     def _run_leaf(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        run = partial(call_of(module), *args, **kwargs)
         x = args[0] if args else kwargs.get("input")
-        if self.fake and isinstance(x, torch.Tensor):
-            if is_bare_linear(module, x):  # most calls of a model, and the shape is known without running them
-                trains = x.requires_grad or any(p.requires_grad for p in module.parameters())
-                size = *x.shape[:-1], len(module.weight)
-                return made(x, size, x.dtype, differentiable=trains and torch.is_grad_enabled())
-            weight_format = format_of(module)
-            if weight_format is not None and not weight_format.lossless:
-                # A quantized layer's own forward may rewrite its weight or lack a fake kernel; its shape is known.
-                shape = weight_format.geometry(module)
-                return x.new_empty((*x.shape[:-1], shape.out_features))
-            return self._repeated(module, x, args, kwargs)
-        return call_of(module)(*args, **kwargs)
-
-    def _repeated(self, module: nn.Module, x: torch.Tensor, args: Any, kwargs: Any) -> Any:
-        """What a leaf makes of its input; layers repeat, and of the second of a kind only the shape is made."""
-        kind = kind_of_call(module, x) if len(args) == 1 and not kwargs else None
-        if kind is not None and kind in self._made:
-            shape, dtype, differentiable = self._made[kind]
-            return made(x, shape, dtype, differentiable=differentiable)
-        out = call_of(module)(*args, **kwargs)
-        # A layer that has noted something on itself may be read for it, so each of its kind has to run.
-        if kind is not None and type(out) is type(x) and kind == kind_of_call(module, x) and _is_static(out):
-            self._made[kind] = tuple(out.shape), out.dtype, out.requires_grad
-        return out
-
-
-def _is_static(tensor: torch.Tensor) -> bool:
-    return all(type(size) is int for size in tensor.shape)
+        if not self.fake or not isinstance(x, torch.Tensor):
+            return run()
+        return self._known.result(module, x, run, alone=len(args) + len(kwargs) == 1)
 
 
 def _names_by_id(module: nn.Module) -> dict[int, str]:

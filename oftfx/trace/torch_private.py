@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import FrameType
 from typing import Any
 
@@ -25,6 +25,16 @@ CALL = "_call_impl"
 def call_of(module: nn.Module) -> Any:
     """The implementation of a call that a module has from its class."""
     return getattr(type(module), CALL).__get__(module)
+
+
+def without_modes() -> AbstractContextManager[Any]:
+    """Code of ours that reads tensors while a recording runs: their attributes do not go through its mode."""
+    return torch._C.DisableTorchFunction()
+
+
+def device_of(tensor: torch.Tensor) -> torch.device:
+    """As ``tensor.device``, which of a fake tensor is a dispatch."""
+    return getattr(tensor, "fake_device", None) or tensor.device
 
 
 def switches_gradients(function: Any) -> bool:

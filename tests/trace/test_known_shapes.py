@@ -23,8 +23,8 @@ def test_a_recording_with_shortcuts_is_the_one_without(kind, tiny_llama, tiny_be
     model = (tiny_llama if kind == "llama" else tiny_bert)()
     model = oftfx.transform(model, {"*.0.*": OFT(8, on_indivisible="nearest")})
     short = shapes(model, ids())
-    monkeypatch.setattr("oftfx.trace.recorder.is_bare_linear", lambda *_: False)
-    monkeypatch.setattr("oftfx.trace.recorder.kind_of_call", lambda *_: None)
+    monkeypatch.setattr("oftfx.trace.known_shapes.is_bare_linear", lambda *_: False)
+    monkeypatch.setattr("oftfx.trace.known_shapes.kind_of_call", lambda *_: None)
     assert shapes(model, ids()) == short
 
 
