@@ -169,7 +169,7 @@ def _layout(user: fx.Node, node: fx.Node, turned: bool, indexed: bool) -> Layout
         what = getattr(target, "__name__", str(target))
         raise UnclearUseError(f"it is used by {what} in {where}, where no axis is its input")
     stored = "columns" if columns != turned else "rows"
-    if node.meta["val"].dim() == 3 or indexed:
+    if len(node.meta["value"].shape) == 3 or indexed:
         return Layout("experts_columns" if stored == "columns" else "experts")
     return Layout(stored)  # type: ignore[arg-type]
 
@@ -184,10 +184,9 @@ def _place(user: fx.Node, node: fx.Node) -> int | None:
 
 def _is_transpose(user: fx.Node) -> bool:
     """Whether a call swaps the last two axes."""
-    result = user.meta.get("val")
-    if not isinstance(result, torch.Tensor):
+    if "value" not in user.meta:
         return False
-    count = result.dim()
+    count = len(user.meta["value"].shape)
     if user.target is getattr:
         return user.args[1] == "mT" or (user.args[1] == "T" and count == 2)
     if user.target not in _TRANSPOSE:
@@ -201,7 +200,7 @@ def _is_transpose(user: fx.Node) -> bool:
 def _picks_one(user: fx.Node) -> bool:
     """Whether a subscript picks experts out of a 3-D tensor, by number or by a tensor of numbers."""
     weight, index = user.args
-    return weight.meta["val"].dim() == 3 and isinstance(index, (int, fx.Node))  # type: ignore[union-attr]
+    return len(weight.meta["value"].shape) == 3 and isinstance(index, (int, fx.Node))  # type: ignore[union-attr]
 
 
 def _in_order(sites: tuple[Site, ...], index: ModelIndex) -> tuple[Site, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from oftfx.errors import MissingExtraError
 from oftfx.formats.base import Geometry, WeightFormat, WeightState
+from oftfx.formats.by_name import class_named
 from oftfx.grids.codebook_compensate import compensated_sums
 from oftfx.grids.codebook_fit import fitted
 from oftfx.grids.codebooks import Additive
@@ -37,9 +38,7 @@ class Aqlm(WeightFormat):
 
     def matches(self, module: nn.Module) -> bool:
         """By the names of class and tensors; the package makes these layers for quantized weights only."""
-        named = any(
-            c.__name__ == "QuantizedLinear" and c.__module__.split(".")[0] == "aqlm" for c in type(module).__mro__
-        )
+        named = class_named(module, "aqlm.", "QuantizedLinear") is not None
         return named and all(module._parameters.get(name) is not None for name in _PARAMETERS)
 
     def geometry(self, module: nn.Module) -> Geometry:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from oftfx.errors import MissingExtraError
 from oftfx.formats.base import Geometry
+from oftfx.formats.by_name import class_named
 from oftfx.formats.packing import gptqmodel_cpu as cpu
 from oftfx.formats.packing.packed_words import PackedWords
 from oftfx.formats.packing.words import from_interleaved, from_stream, to_interleaved, to_stream
@@ -46,9 +47,10 @@ class Awq(PackedWords):
     def matches(self, module: nn.Module) -> bool:
         """A known class with packed words, without an adapter or input rotation of gptqmodel's own."""
         words = module._buffers.get("qweight")
-        packed = words is not None and (words.dtype == torch.int32 or cpu.is_repacked(module))
+        if words is None or _kernel(module) is None:
+            return False
         bare = all(getattr(module, n, None) is None for n in ("adapter", "had_K"))
-        return _kernel(module) is not None and packed and bare
+        return bare and (words.dtype == torch.int32 or cpu.is_repacked(module))
 
     def geometry(self, module: nn.Module) -> Geometry:
         """From the layer's attributes."""
@@ -140,9 +142,8 @@ def make_awq(
 
 def _kernel(module: nn.Module) -> str | None:
     """The package's class that a layer is made of, or None."""
-    packages = tuple(_KERNELS.values())
-    found = next((c for c in type(module).__mro__ if c.__module__ in packages), None)
-    return found.__name__ if found is not None and found.__name__ in _KERNELS else None
+    found = class_named(module, _GPTQMODEL) or class_named(module, "awq.modules.linear.gemm")
+    return found.__name__ if found is not None and _KERNELS.get(found.__name__) == found.__module__ else None
 
 
 def _bits(module: nn.Module) -> int:

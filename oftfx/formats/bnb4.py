@@ -22,6 +22,7 @@ from torch import Tensor
 
 from oftfx.errors import FormatError, MissingExtraError
 from oftfx.formats.base import Geometry, WeightState
+from oftfx.formats.by_name import class_named
 from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Codes, Grid, Partition, Table
 
@@ -65,8 +66,7 @@ class Bnb4(ScalarFormat):
 
     def matches(self, module: nn.Module) -> bool:
         """A quantized Linear4bit; one that was never moved to a device still holds floats and is not."""
-        named = any(c.__name__ == "Linear4bit" and "bitsandbytes" in c.__module__ for c in type(module).__mro__)
-        return named and _quant_state(module) is not None
+        return class_named(module, "bitsandbytes", "Linear4bit") is not None and _quant_state(module) is not None
 
     def geometry(self, module: nn.Module) -> Geometry:
         """From quant_state, which keeps the logical shape."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from oftfx.errors import FormatError, MissingExtraError
 from oftfx.formats.base import Geometry, WeightState
+from oftfx.formats.by_name import class_named
 from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Codes, Grid, Integers, Partition
 
@@ -31,7 +32,7 @@ class Bnb8(ScalarFormat):
 
     def matches(self, module: nn.Module) -> bool:
         """A Linear8bitLt whose weight is int8; one that was never moved to a device still holds floats."""
-        named = any(c.__name__ == "Linear8bitLt" and "bitsandbytes" in c.__module__ for c in type(module).__mro__)
+        named = class_named(module, "bitsandbytes", "Linear8bitLt") is not None
         return named and module._parameters["weight"].dtype == torch.int8  # type: ignore[union-attr]
 
     def geometry(self, module: nn.Module) -> Geometry:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from oftfx.errors import FormatError, MissingExtraError
 from oftfx.formats.base import Geometry, WeightState
+from oftfx.formats.by_name import class_named
 from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Codes, Grid, Integers, Partition
 
@@ -36,7 +37,7 @@ class Eetq(ScalarFormat):
 
     def matches(self, module: nn.Module) -> bool:
         """Quantized: one that transformers is about to quantize still has float weights."""
-        named = any(c.__name__ == "EetqLinear" and "transformers" in c.__module__ for c in type(module).__mro__)
+        named = class_named(module, "transformers", "EetqLinear") is not None
         weight = module._parameters.get("weight") if named else None
         return weight is not None and weight.dtype == torch.int8 and weight.dim() == 2
 

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from oftfx.errors import FormatError, MissingExtraError
 from oftfx.formats.base import Geometry, WeightState
+from oftfx.formats.by_name import class_named
 from oftfx.formats.packing import gptqmodel_cpu as cpu
 from oftfx.formats.packing.packed_words import PackedWords
 from oftfx.formats.packing.words import from_planes, from_stream, to_planes, to_stream
@@ -37,6 +38,7 @@ _GPTQMODEL = {
 }
 """Kernels that keep the file's buffers, or that can be read after they have repacked them."""
 _AUTO_GPTQ = ("qlinear_cuda", "qlinear_cuda_old")
+_PACKAGES = ("gptqmodel.nn_modules.qlinear.", "auto_gptq.nn_modules.qlinear.")
 _LEAST_ZERO = 1
 """A zero of 0 cannot be told from one of ``2**bits`` in a file of version 1, and kernels differ in what they read."""
 
@@ -158,8 +160,7 @@ def make_gptq(
 
 
 def _package_class(module: nn.Module) -> type | None:
-    packages = ("gptqmodel.nn_modules.qlinear.", "auto_gptq.nn_modules.qlinear.")
-    return next((c for c in type(module).__mro__ if c.__module__.startswith(packages)), None)
+    return next((c for p in _PACKAGES if (c := class_named(module, p)) is not None), None)
 
 
 def _is_gptqmodel(module: nn.Module) -> bool:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from oftfx.errors import FormatError, MissingExtraError
 from oftfx.formats.base import Geometry, WeightState, parameter_of
+from oftfx.formats.by_name import class_named
 from oftfx.formats.dense import FLOATS
 from oftfx.formats.packing.float8_codes import from_bytes, power_of_two, to_bytes
 from oftfx.formats.scalar import ScalarFormat
@@ -34,8 +35,8 @@ class HfFp8(ScalarFormat):
 
     def matches(self, module: nn.Module) -> bool:
         """Float8, or floats beside scales; not 4-bit weights (int8), nor grouped layers, which read another input."""
-        kinds = [c for c in type(module).__mro__ if "finegrained_fp8" in c.__module__]
-        if not any(c.__name__ == "FP8Linear" for c in kinds) or any(c.__name__ == "FP8GroupedLinear" for c in kinds):
+        single, grouped = (class_named(module, "finegrained_fp8", f"FP8{n}Linear") for n in ("", "Grouped"))
+        if single is None or grouped is not None:
             return False
         weight = module._parameters.get("weight")
         scaled = module._parameters.get("weight_scale_inv") is not None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from oftfx.errors import FormatError, MissingExtraError
 from oftfx.formats.base import Geometry, WeightState
+from oftfx.formats.by_name import class_named
 from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Codes, Grid, Integers, Partition
 
@@ -31,7 +32,7 @@ class Hqq(ScalarFormat):
 
     def matches(self, module: nn.Module) -> bool:
         """Quantized: it has codes and their meta."""
-        named = any(c.__name__ == "HQQLinear" for c in type(module).__mro__)
+        named = class_named(module, "", "HQQLinear") is not None
         return named and getattr(module, "W_q", None) is not None and bool(getattr(module, "meta", None))
 
     def geometry(self, module: nn.Module) -> Geometry:

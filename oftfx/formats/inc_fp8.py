@@ -18,6 +18,7 @@ from torch import Tensor
 
 from oftfx.errors import FormatError, MissingExtraError
 from oftfx.formats.base import Geometry, WeightState, parameter_of
+from oftfx.formats.by_name import class_named
 from oftfx.formats.dense import FLOATS
 from oftfx.formats.packing.float8_codes import FLOAT8, from_bytes, power_of_two, to_bytes
 from oftfx.formats.scalar import ScalarFormat
@@ -33,8 +34,7 @@ class IncFp8(ScalarFormat):
 
     def matches(self, module: nn.Module) -> bool:
         """Converted; one that still observes its inputs has a float weight the other way round, and is not."""
-        kinds = type(module).__mro__
-        named = any(c.__name__ == "PatchedLinear" and "neural_compressor" in c.__module__ for c in kinds)
+        named = class_named(module, "neural_compressor", "PatchedLinear") is not None
         weight = module._parameters.get("weight")
         converted = named and "dequant_weights" in module._modules
         return converted and weight is not None and weight.dim() == 2 and weight.dtype in (*FLOAT8, *FLOATS)

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from oftfx.errors import FormatError, MissingExtraError
 from oftfx.formats.base import Geometry, WeightState
+from oftfx.formats.by_name import class_named
 from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Codes, Grid, Integers, Levels, Partition, Table
 
@@ -50,8 +51,7 @@ class IncWeightOnly(ScalarFormat):
 
     def matches(self, module: nn.Module) -> bool:
         """By name; ``HPUWeightOnlyLinear`` is packed in another way and is not."""
-        kinds = type(module).__mro__
-        named = any(c.__name__ == "INCWeightOnlyLinear" and "neural_compressor" in c.__module__ for c in kinds)
+        named = class_named(module, "neural_compressor", "INCWeightOnlyLinear") is not None
         return named and "qweight" in module._buffers
 
     def geometry(self, module: nn.Module) -> Geometry:

@@ -81,9 +81,9 @@ def start(node: fx.Node) -> Labels:
     Raises:
         LostError: it gives out something other than one tensor.
     """
-    if not isinstance(node.meta.get("val"), torch.Tensor):
+    if "value" not in node.meta:
         raise LostError(f"{name_of(node)} gives out several values")
-    shape = tuple(node.meta["val"].shape)
+    shape = node.meta["value"].shape
     return Labels(torch.arange(shape[-1]).expand(shape), torch.zeros(shape, dtype=torch.long))
 
 
@@ -137,7 +137,7 @@ def _mix(node: fx.Node, name: str, labels: Labels) -> Labels:
     """``A @ V``: row i of the result adds rows of V, so the features must be the same in all of them."""
     if labels.mixed:
         raise LostError("it goes through two products with attention weights")
-    value, shape = labels.feature, tuple(node.meta["val"].shape)
+    value, shape = labels.feature, node.meta["value"].shape
     if min(len(shape), value.dim()) < 2:
         raise LostError(f"{name} adds different features")
     if node.kwargs.get("enable_gqa") and value.shape[-3] != shape[-3]:

@@ -6,6 +6,7 @@ import inspect
 import operator
 import threading
 import time
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from oftfx.trace.graph_module import ProgramGraph, build
 from oftfx.trace.guards import ShapeGuard
 from oftfx.trace.inputs import ExampleInputs, example_call, plain_configs
 from oftfx.trace.leaves import leaf_modules
+from oftfx.trace.outside import LeftOutsideError, Outside
 from oftfx.trace.recorder import Recorder
 from oftfx.trace.torch_private import fake_tensors, pytree, size_conditions
 from oftfx.trace.undisturbed import StandIn, random_state
@@ -66,6 +68,8 @@ def record_best(
     for fake in (True, False):
         try:
             return record(model, example_inputs, fake=fake, reason="; ".join(reasons), look_into=look_into, bare=bare)
+        except LeftOutsideError:
+            raise  # the model may not be able to run any more
         except UnrecordableError as error:
             return Recording("tree", reason=_first_line(error))
         except Exception as error:
@@ -106,47 +110,76 @@ def record(
         TraceError: a value that cannot stand in a graph.
         Exception: what the model itself raises on these inputs.
     """
-    start = time.perf_counter()
-    args, kwargs = example_call(model, example_inputs)
-    names = _argument_names(model, args, kwargs)
-    values = [*args, *kwargs.values()]
-    with ExitStack() as stack:
-        stack.enter_context(_ONE_AT_A_TIME)
-        stand_in = StandIn(model, real=not fake, training=training, bare=bare)
-        root = stand_in.module
-        inside = {root.get_submodule(n) for n, m in model.named_modules() if m in look_into}
-        recorder = Recorder(root, model, leaf_modules(root, stand_in.formats, inside), fake=fake)
-        stack.enter_context(plain_configs(root))
-        shape_env = None
-        if fake:
-            shape_env, values = stack.enter_context(fake_tensors(values, dynamic=dynamic))
-        else:
-            stack.enter_context(random_state(model))
-        _placeholders(recorder, names, values)
-        new_args, new_kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
-        # Gradients only matter to the real thing; a quantized layer may behave differently without them.
-        stack.enter_context(torch.enable_grad() if fake else torch.no_grad())
-        with recorder.recording():
-            out = foreign(root, *new_args, **new_kwargs)
-    doubts = [reason] if reason else []
-    if recorder.data_dependent:
-        steps = [f"{n}() in {where or 'the model'}" for n, where in recorder.data_dependent]
-        doubts.append("depends on data: " + ", ".join(steps[:3]))
-    if recorder.autocast_changes:
-        doubts.append(f"autocast is switched inside {recorder.autocast_changes[0]}")
-    reason = "; ".join(doubts)
-    rung = "graph" if fake and not doubts else "analysis"
-    module = None
-    if executable:
-        recorder.graph.output(_output(recorder, out))
-        guard = _guard(model, names, values, shape_env, dynamic)
-        _insert_guard(recorder.graph)
-        constants = {n: stand_in.original(t) for n, t in recorder.constants.items()}
-        module = build(model, recorder.graph, constants, guard)
-    else:
-        # Nothing can build the result from these; they say which values somebody outside reads.
-        recorder.graph.output(recorder.known(_returned(out)))
-    return Recording(rung, recorder.graph, reason, dict(recorder.calls), time.perf_counter() - start, module)
+    call = example_call(model, example_inputs)
+    runner = _Run(model, call, fake, dynamic, executable, training, bare, reason, look_into)
+    if not fake:
+        return runner.run()
+    outside = Outside(model)
+    try:
+        result = runner.run()
+    except BaseException as error:
+        outside.restore(runner.made, error)
+        raise
+    outside.restore(runner.made)
+    return result
+
+
+@dataclass
+class _Run:
+    """One recording; the arguments of `record`."""
+
+    model: nn.Module
+    call: tuple[tuple[Any, ...], dict[str, Any]]
+    fake: bool
+    dynamic: bool
+    executable: bool
+    training: bool | None
+    bare: bool
+    reason: str
+    look_into: Collection[nn.Module]
+    made: list[weakref.ref[torch.Tensor]] = field(default_factory=list)  # fake tensors, to be gone when it is over
+
+    def run(self) -> Recording:
+        start = time.perf_counter()
+        model, (args, kwargs), fake = self.model, self.call, self.fake
+        names = _argument_names(model, args, kwargs)
+        values = [*args, *kwargs.values()]
+        with ExitStack() as after:
+            with ExitStack() as stack:
+                stack.enter_context(_ONE_AT_A_TIME)
+                stand_in = StandIn(model, real=not fake, training=self.training, bare=self.bare)
+                root = stand_in.module
+                inside = {root.get_submodule(n) for n, m in model.named_modules() if m in self.look_into}
+                leaves = leaf_modules(root, stand_in.formats, inside)
+                recorder = Recorder(root, model, leaves, made=self.made if fake else None)
+                after.callback(recorder.release)
+                stack.enter_context(plain_configs(root))
+                shape_env = None
+                if fake:
+                    shape_env, values = stack.enter_context(fake_tensors(values, dynamic=self.dynamic))
+                else:
+                    stack.enter_context(random_state(model))
+                _placeholders(recorder, names, values)
+                new_args, new_kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
+                # Gradients only matter to the real thing; a quantized layer may behave differently without them.
+                stack.enter_context(torch.enable_grad() if fake else torch.no_grad())
+                with recorder.recording():
+                    out = foreign(root, *new_args, **new_kwargs)
+            module = None
+            if self.executable:
+                recorder.graph.output(_output(recorder, out))
+                guard = _guard(model, names, values, shape_env, self.dynamic)
+                _insert_guard(recorder.graph)
+                constants = {n: stand_in.original(t) for n, t in recorder.constants.items()}
+                module = build(model, recorder.graph, constants, guard)
+            else:
+                # Nothing can build the result from these; they say which values somebody outside reads.
+                recorder.graph.output(recorder.known(_returned(out)))
+        doubts = [self.reason] if self.reason else []
+        doubts += recorder.doubts()
+        rung = "graph" if fake and not doubts else "analysis"
+        seconds = time.perf_counter() - start
+        return Recording(rung, recorder.graph, "; ".join(doubts), dict(recorder.calls), seconds, module)
 
 
 def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
@@ -174,7 +207,7 @@ def _placeholders(recorder: Recorder, names: list[str], values: list[Any]) -> No
                 node = recorder.graph.call_function(_getitem(key), (node, _key(key)))
             recorder.bind(tensor, node)
     for holder in [recorder._nodes[id(t)] for v in values for _, t in _leaves(v)]:
-        for dim, size in enumerate(holder.meta["val"].shape):
+        for dim, size in enumerate(holder.meta["value"].shape):
             recorder.symbols.define(size, holder, dim)
 
 

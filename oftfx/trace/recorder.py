@@ -7,6 +7,7 @@ Everything else is looked through. A tensor is known by its identity, a symbolic
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -35,12 +36,19 @@ from oftfx.trace.torch_private import (
     pytree,
     switches_gradients,
 )
+from oftfx.trace.value import Value
 
 _SCALARS = (int, float, str, bool, complex, torch.dtype, torch.device, torch.memory_format, torch.layout)
 
 
 class Recorder(TorchFunctionMode):
     """Records one forward of ``root``, a copy of ``model``, into ``graph``. Used through `oftfx.trace.record`.
+
+    Args:
+        root: the copy.
+        model: what it is a copy of.
+        leaves: modules of the copy that become one node.
+        made: gets the fake tensors of the recording; None where it runs on real values.
 
     Attributes:
         graph: the nodes.
@@ -49,9 +57,11 @@ class Recorder(TorchFunctionMode):
         calls: how often each module ran.
     """
 
-    def __init__(self, root: nn.Module, model: nn.Module, leaves: set[nn.Module], *, fake: bool) -> None:
+    def __init__(
+        self, root: nn.Module, model: nn.Module, leaves: set[nn.Module], made: list[weakref.ref[torch.Tensor]] | None
+    ) -> None:
         super().__init__()
-        self.root, self.leaves, self.fake = root, leaves, fake
+        self.root, self.leaves, self.fake, self._made = root, leaves, made is not None, made
         self.graph = fx.Graph()
         self.symbols = SymbolNodes(self.graph)
         self.constants: dict[str, torch.Tensor] = {}
@@ -75,7 +85,12 @@ class Recorder(TorchFunctionMode):
         """Say that ``node`` computes ``value``."""
         self._nodes[id(value)] = node
         self._alive.append(value)
-        node.meta.setdefault("val", value)
+        self._note_made(value)
+        node.meta.setdefault("value", value)
+
+    def _note_made(self, value: torch.Tensor) -> None:
+        if self._made is not None and is_fake(value):
+            self._made.append(weakref.ref(value))
 
     def node_of(self, value: torch.Tensor) -> fx.Node:
         """The node that computes a tensor; parameters and constants become ``get_attr`` nodes."""
@@ -144,6 +159,25 @@ class Recorder(TorchFunctionMode):
         """The same for a message; the model itself has no path."""
         return self.where or type(self.root).__name__
 
+    def doubts(self) -> list[str]:
+        """Why the graph need not stand for other values."""
+        found = []
+        if self.data_dependent:
+            steps = [f"{n}() in {where or 'the model'}" for n, where in self.data_dependent]
+            found.append("depends on data: " + ", ".join(steps[:3]))
+        if self.autocast_changes:
+            found.append(f"autocast is switched inside {self.autocast_changes[0]}")
+        return found
+
+    def release(self) -> None:
+        """Let go of every tensor: what the nodes keep of theirs is a `Value`."""
+        self._nodes.clear()
+        self._alive.clear()
+        self._known = KnownShapes()
+        for node in self.graph.nodes:
+            if "value" in node.meta:
+                node.meta["value"] = Value.of(node.meta["value"])
+
     # -- functions ------------------------------------------------------------------------------
 
     def __torch_function__(
@@ -155,7 +189,11 @@ class Recorder(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not self._on or (args and inside_functorch(args[0])):
-            return foreign(func, *args, **kwargs)
+            out = foreign(func, *args, **kwargs)
+            for value in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(value, torch.Tensor):
+                    self._note_made(value)
+            return out
         name = getattr(func, "__name__", "")
         if switches_gradients(func):
             if in_checkpoint():

@@ -1,0 +1,33 @@
+"""What a recorded program says of a tensor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from oftfx.trace.torch_private import device_of
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor without its memory, ``node.meta["value"]`` of a recorded node; a fake tensor would keep its mode alive.
+
+    Attributes:
+        shape: sizes; symbolic ones where they are free.
+        dtype: of the numbers.
+        device: where they were.
+        requires_grad: whether gradients flow to it.
+        is_leaf: whether autograd made it.
+    """
+
+    shape: tuple[int | torch.SymInt, ...]
+    dtype: torch.dtype
+    device: torch.device
+    requires_grad: bool
+    is_leaf: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Value:
+        """What there is to say of a tensor."""
+        return cls(tuple(tensor.shape), tensor.dtype, device_of(tensor), tensor.requires_grad, tensor.is_leaf)

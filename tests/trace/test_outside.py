@@ -1,0 +1,236 @@
+"""A recording leaves no fake tensor behind in what other calls read, or says where."""
+
+import functools
+import gc
+import sys
+import types
+import weakref
+
+import pytest
+import torch
+import torch.nn as nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+import oftfx
+from oftfx import OFT
+from oftfx.trace.outside import LeftOutsideError
+from oftfx.trace.record import record
+
+X = torch.randn(5, 6)
+
+
+@functools.lru_cache
+def bounded(n):
+    return torch.ones(n, n).tril()
+
+
+@functools.cache
+def unbounded(n):
+    return {"mask": (torch.ones(n, n).tril(),)}
+
+
+_GLOBAL = None
+_BY_SIZE = {"there before": torch.ones(1)}
+_LIST = ["there before"]
+
+
+def in_global(n):
+    global _GLOBAL
+    if _GLOBAL is None:
+        _GLOBAL = torch.ones(n, n).tril()
+    return _GLOBAL
+
+
+def in_new_global(n):
+    if "_NEW" not in globals():
+        globals()["_NEW"] = torch.ones(n, n).tril()
+    return globals()["_NEW"]
+
+
+def in_dict(n):
+    if n not in _BY_SIZE:
+        _BY_SIZE[n] = torch.ones(n, n).tril(), n
+    return _BY_SIZE[n][0]
+
+
+_NESTED = {"masks": {}}
+
+
+def in_nested(n):
+    masks = _NESTED["masks"]
+    if n not in masks:
+        masks[n] = types.SimpleNamespace(mask=torch.ones(n, n).tril())
+    return masks[n].mask
+
+
+def in_list(n):
+    if len(_LIST) == 1:
+        _LIST.append(torch.ones(n, n).tril())
+    return _LIST[1]
+
+
+class Masked(nn.Module):
+    """Reads a mask that somebody keeps."""
+
+    of_class = None
+
+    def __init__(self, mask):
+        super().__init__()
+        self.mask, self.l = mask, nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.mask(len(x)) @ self.l(x)
+
+
+class OnClass(Masked):
+    def forward(self, x):
+        if "made" not in vars(OnClass):
+            OnClass.made = torch.ones(len(x), len(x)).tril()
+        if OnClass.of_class is None:
+            OnClass.of_class = OnClass.made * 2
+        return OnClass.of_class @ self.l(x)
+
+
+def fakes():
+    gc.collect()
+    return [o for o in gc.get_objects() if type(o) is FakeTensor]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        pytest.param(lambda: Masked(bounded), id="lru_cache"),
+        pytest.param(lambda: Masked(lambda n: unbounded(n)["mask"][0]), id="cache of containers"),
+        pytest.param(lambda: Masked(in_global), id="global"),
+        pytest.param(lambda: Masked(in_new_global), id="new global"),
+        pytest.param(lambda: Masked(in_dict), id="dict"),
+        pytest.param(lambda: Masked(in_nested), id="object in a dict"),
+        pytest.param(lambda: Masked(in_list), id="list"),
+        pytest.param(lambda: OnClass(None), id="class"),
+    ],
+)
+def test_what_a_recording_put_into_a_cache_is_taken_out(model):
+    model = model()
+    plan = oftfx.plan(model, {"l": OFT(3)}, example_inputs=(X,))
+    assert plan.trace.rung == "graph"
+    assert fakes() == []
+    out = model(X)
+    assert type(out) is torch.Tensor
+    mask = torch.ones(5, 5, dtype=torch.float64).tril() * (2 if isinstance(model, OnClass) else 1)
+    expected = mask @ (X.double() @ model.l.weight.double().T + model.l.bias.double())
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-6)
+    graph = oftfx.graph(model, (X,))
+    torch.testing.assert_close(graph(X), out)
+    assert _LIST[0] == "there before"
+    assert list(_NESTED) == ["masks"]
+    assert torch.equal(_BY_SIZE["there before"], torch.ones(1))
+
+
+def test_a_recording_that_fails_takes_it_out_as_well():
+    class Fails(Masked):
+        def forward(self, x):
+            y = super().forward(x)
+            raise ValueError(f"of {tuple(y.shape)}")
+
+    bounded.cache_clear()
+    plan = oftfx.plan(Fails(bounded), {"l": OFT(3)}, example_inputs=(X,))
+    assert "ValueError: of (5, 6)" in plan.trace.reason
+    assert fakes() == []
+    assert type(bounded(5)) is torch.Tensor
+
+
+def test_what_cannot_be_taken_out_is_said_by_name():
+    class Cache:
+        def __init__(self):
+            self.kept = None
+
+        def __call__(self, n):
+            if self.kept is None:
+                self.kept = torch.ones(n, n).tril()
+            return self.kept
+
+    cache = Cache()
+    model = Masked(lambda n: cache(n))
+    with pytest.raises(LeftOutsideError, match=r"kept of a .*Cache"):
+        oftfx.plan(model, {"l": OFT(3)}, example_inputs=(X,))
+    cache.kept = None
+
+    def closure():
+        made = None
+
+        def mask(n):
+            nonlocal made
+            made = torch.ones(n, n).tril() if made is None else made
+            return made
+
+        return mask
+
+    with pytest.raises(LeftOutsideError, match="a variable of an enclosing function"):
+        oftfx.graph(Masked(closure()), (X,))
+
+
+def test_circles_of_the_model_are_no_leak():
+    class Circle(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(6, 6)
+            self.l.parent = [self]  # a list hides it from nn.Module
+
+        def forward(self, x):
+            self.last = self.l(x)
+            return self.last * 2
+
+    model = Circle()
+    assert oftfx.plan(model, {"l": OFT(3)}, example_inputs=(X,)).trace.rung == "graph"
+    assert "last" not in vars(model)
+    assert fakes() == []
+
+
+def test_a_recording_keeps_no_tensor():
+    """Neither fake ones, nor real values of a recording that needs them."""
+    made = []
+
+    class Branches(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(6, 6)
+
+        def forward(self, x):
+            y = self.l(x)
+            made.append(weakref.ref(y))
+            return y if bool(y.sum() > -1e9) else -y
+
+    model = Branches()
+    recording = record(model, (X,), fake=False)
+    assert recording.graph.find_nodes(op="call_module", target="l")
+    assert [r() for r in made] == [None]
+
+
+def test_a_lazy_module_of_the_process_is_not_touched():
+    class Lazy(types.ModuleType):
+        def __getattr__(self, name):
+            raise AssertionError(f"asked for {name}")
+
+    sys.modules["oftfx_test_lazy"] = Lazy("oftfx_test_lazy")
+    try:
+        oftfx.plan(Masked(bounded), {"l": OFT(3)}, example_inputs=(X,))
+    finally:
+        del sys.modules["oftfx_test_lazy"]
+
+
+@pytest.mark.needs("transformers")
+@pytest.mark.parametrize("name", ["DINOv3ViT", "Data2VecVision"])
+def test_transformers_that_cache_positions_outside(name):
+    import transformers
+
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    config = getattr(transformers, f"{name}Config")(**sizes, image_size=32, patch_size=8)
+    model = getattr(transformers, f"{name}Model")(config).eval()
+    pixels = torch.randn(2, 3, 32, 32)
+    before = model(pixels).last_hidden_state
+    made = oftfx.transform(model, "all-linear", example_inputs={"pixel_values": pixels})
+    for each in (model, made):
+        out = each(pixels).last_hidden_state
+        assert type(out) is torch.Tensor
+        torch.testing.assert_close(out, before)
+    assert fakes() == []
