@@ -16,6 +16,16 @@ class FromReference(QuantizedPolicy):
 
     Args:
         reference: the original weights.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.formats.bnb8 import make_linear8bit
+        >>> original = torch.nn.Sequential(torch.nn.Linear(66, 10))
+        >>> base = torch.nn.Sequential(make_linear8bit(original[0]))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> report = oftfx.fold(model, quantized="reference", reference=original).report
+        >>> [(site.fqn, site.action, site.relative_error < 0.02) for site in report]
+        [('0', 'from reference', True)]
     """
 
     name = "from_reference"
