@@ -50,7 +50,7 @@ _NO_REFERENCE = (
 
 
 class FoldRotations(Pass):
-    """Fold every site of the model in place.
+    """Fold every site of the model in place: ``W' = W @ blockdiag(R)^T``.
 
     A float weight takes its rotation exactly, computed in float32 (float64 for float64) blockwise and rounded once.
     A quantized one follows the policy; see `oftfx.fold`. A weight whose rotation is exactly the identity is never

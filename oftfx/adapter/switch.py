@@ -20,7 +20,7 @@ def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
     Which parameters require gradients does not change.
 
     Raises:
-        AdapterError: an unknown name, or one named twice.
+        AdapterError: an unknown name, or one named twice; a model without adapters, or a recorded graph.
 
     Examples:
         >>> import oftfx, torch
@@ -76,7 +76,7 @@ def remove_adapter(model: nn.Module, adapter: str) -> None:
     """Take an adapter out of a model, in place.
 
     Raises:
-        AdapterError: an unknown name.
+        AdapterError: an unknown name; a model without adapters, or a recorded graph.
 
     Examples:
         >>> import oftfx, torch
@@ -97,6 +97,9 @@ def remove_adapter(model: nn.Module, adapter: str) -> None:
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """The base model, inside a ``with``: no rotation acts, parameters trained whole have their base values.
+
+    Raises:
+        AdapterError: a model without adapters, or a recorded graph.
 
     Examples:
         >>> import oftfx, torch
@@ -120,8 +123,10 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
     """Parameters of one adapter, or of all that act: skews first, then what trains whole. For an optimiser.
 
+    A skew is ``(blocks, b (b - 1) / 2)``, float32, or float64 for float64 weights; see `oftfx.Rotation`.
+
     Raises:
-        AdapterError: an unknown name.
+        AdapterError: an unknown name, or a model without adapters.
 
     Examples:
         >>> import oftfx, torch

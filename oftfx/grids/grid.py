@@ -141,6 +141,9 @@ class Grid:
             weight: float32 ``(rows, columns)``.
             search: narrow each group's range as far as that lessens its squared error; else the range is the group's.
             importance: what the squared error of an element counts, ``(rows, columns)`` or broadcast to it.
+
+        Raises:
+            FormatError: each group has a zero of its own, and the levels are no `Integers`.
         """
         if importance is not None:
             importance = importance.expand_as(weight)

@@ -69,6 +69,7 @@ class Table(Levels):
 
     Attributes:
         values: float32 ``(levels,)``.
+        reach: what a group's largest magnitude is scaled to.
 
     Examples:
         >>> import torch

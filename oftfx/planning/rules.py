@@ -26,6 +26,9 @@ class Rule:
         spec: an `OFT`, or None to exclude what matches.
         optional: matching nothing is then no error.
 
+    Raises:
+        RuleError: the target is none of these or not a regular expression, or the spec is no `OFT`.
+
     Examples:
         >>> import oftfx, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 4))

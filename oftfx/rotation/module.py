@@ -72,6 +72,9 @@ class Rotation(nn.Module):
         blocks: number of blocks, of all copies together.
         block_size: ``b``.
 
+    Raises:
+        RuleError: the size or number of blocks does not divide ``in_features``.
+
     Examples:
         >>> import oftfx, torch
         >>> rotation = oftfx.Rotation(6, oftfx.OFT(3, parameterization="cayley", init="normal"))

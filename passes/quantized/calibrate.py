@@ -19,6 +19,8 @@ from oftfx.passes.quantized.policy import QuantizedPolicy, rounded, write_rounde
 class Calibrate(QuantizedPolicy):
     """``quantized="calibrate"``: error-compensated rounding by the moments of the layer's real inputs.
 
+    It makes ``|X (W_folded - W')^T|`` small, with ``W' = dequantize(W_q) @ blockdiag(R)^T``; moments are ``X^T X``.
+
     Without moments (no input reached the layer) the nearest codes are taken, and the report says so.
 
     Examples:

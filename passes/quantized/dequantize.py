@@ -20,7 +20,7 @@ from oftfx.passes.quantized.policy import QuantizedPolicy
 
 
 class Dequantize(QuantizedPolicy):
-    """``quantized="float"``: exact, larger.
+    """``quantized="float"``: exact, larger; ``W' = dequantize(W_q) @ blockdiag(R)^T``.
 
     Examples:
         >>> import oftfx, torch

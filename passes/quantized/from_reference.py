@@ -12,7 +12,9 @@ from oftfx.passes.quantized.policy import QuantizedPolicy, rounded, write_rounde
 
 
 class FromReference(QuantizedPolicy):
-    """``quantized="reference"``: for adapters that were trained on the float model.
+    """``quantized="reference"``: ``W @ blockdiag(R)^T`` of the original ``W``, rounded into the format.
+
+    For adapters that were trained on the float model.
 
     Args:
         reference: the original weights.

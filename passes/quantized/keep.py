@@ -11,7 +11,9 @@ from oftfx.passes.quantized.policy import QuantizedPolicy
 
 
 class Keep(QuantizedPolicy):
-    """``quantized="keep"``: exact. The blocks become fixed numbers; no Cayley transform is left.
+    """``quantized="keep"``: exact, ``y = (x @ blockdiag(R)) @ W_q^T``.
+
+    The blocks become fixed numbers; no Cayley transform is left.
 
     Examples:
         >>> import oftfx, torch

@@ -11,7 +11,9 @@ from oftfx.passes.quantized.policy import QuantizedPolicy, rounded, write_rounde
 
 
 class Requantize(QuantizedPolicy):
-    """``quantized="requantize"``: fast, no data; what is small against a rounding step is lost, and measured.
+    """``quantized="requantize"``: the nearest codes of ``W' = dequantize(W_q) @ blockdiag(R)^T``.
+
+    Fast, no data; what is small against a rounding step is lost, and measured.
 
     Examples:
         >>> import oftfx, torch
