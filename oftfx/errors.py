@@ -10,6 +10,14 @@ class OftfxError(Exception):
     """Base of every error that oftfx raises on purpose.
 
     A message says what was wrong, where (module path), what was found, what was expected and what to do.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> try:
+        ...     oftfx.plan(torch.nn.Sequential(torch.nn.Linear(6, 4)), {"*": oftfx.OFT(4)})
+        ... except oftfx.OftfxError as error:
+        ...     print(type(error).__name__, error)
+        RuleError 0: block_size 4 does not divide in_features 6. Divisors: 1, 2, 3, 6. ...
     """
 
 

@@ -45,6 +45,16 @@ class FoldResult:
     Attributes:
         model: a plain model, without trainable rotations.
         report: see `FoldReport`.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(5, 6)
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> result = oftfx.fold(model)
+        >>> type(result.model).__name__, oftfx.active_adapters(result.model)
+        ('Sequential', ())
+        >>> sorted(file.name for file in result.save("folded").iterdir())
+        ['model.safetensors', 'oftfx_fold.json']
     """
 
     model: nn.Module
@@ -129,6 +139,16 @@ def fold(
     Raises:
         AdapterError: the model has no adapters, an unknown name, or none acts.
         FoldError: see `FoldRotations`.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(5, 6)
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> result = oftfx.fold(model)
+        >>> [(site.fqn, site.action) for site in result.report]
+        [('0', 'folded')]
+        >>> torch.allclose(result.model(x), model(x), atol=1e-6), torch.allclose(model(x), base(x))
+        (True, False)
     """
     root, store = located(model)
     names = store.active if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter)
@@ -197,6 +217,15 @@ def unfold(result: FoldResult) -> nn.Module:
 
     Raises:
         FoldError: nothing is known of the state before.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(5, 6)
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> result = oftfx.fold(model)
+        >>> again = oftfx.unfold(result)
+        >>> torch.equal(again(x), model(x)), oftfx.active_adapters(again)
+        (True, ('default',))
     """
     if result._before is not None:
         return structural_copy(result._before)

@@ -55,6 +55,14 @@ def plan(
 
     Raises:
         RuleError: a rule that cannot be understood, matches nothing or does not divide.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> with torch.device("meta"):
+        ...     model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 4))
+        >>> plan = oftfx.plan(model, {"*": oftfx.OFT(3)})
+        >>> [(site.fqn, site.blocks, site.block_size) for site in plan]
+        [('0', 2, 3), ('1', 3, 3)]
     """
     return _planned(model, rules, example_inputs, train, train_bias, trace=True).program.plan  # type: ignore[return-value]
 
@@ -91,6 +99,16 @@ def transform(
         RuleError: see `plan`; raised before anything changes.
         AdapterError: the name is taken or cannot be an attribute name.
         TraceError: ``emit="graph"`` and the program cannot be recorded.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.ReLU(), torch.nn.Linear(9, 4))
+        >>> model = oftfx.transform(base, {"0": oftfx.OFT(3)})
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['0.oft.default.skew']
+        >>> x = torch.randn(5, 6)
+        >>> torch.equal(model(x), base(x))
+        True
     """
     check_name(adapter)
     existing = find_store(model)
@@ -140,6 +158,14 @@ def add_adapter(
     Raises:
         AdapterError: the model was never transformed, or has an adapter of that name.
         RuleError: see `oftfx.plan`.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3)}, adapter="news")
+        >>> plan = oftfx.add_adapter(model, "code", {"*": oftfx.OFT(2)})
+        >>> plan["0"].blocks, oftfx.active_adapters(model)
+        (3, ('news',))
     """
     check_name(adapter)
     root, store = switchable(model)

@@ -53,6 +53,17 @@ class FindFunctional(Pass):
 
     A layer that is never called and whose weight other code reads becomes a site as well, rotated where it is read. A
     weight that is read *and* belongs to a layer that is called cannot be rotated: one of the two would change silently.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.passes import FindFunctional, Program
+        >>> from oftfx.trace.record import record
+        >>> class Scores(torch.nn.Sequential):
+        ...     def forward(self, x):
+        ...         return x @ self[0].weight.T
+        >>> model = Scores(torch.nn.Linear(6, 4))
+        >>> FindFunctional().run(Program.of(model, record(model, (torch.randn(5, 6),)))).changes[0].action
+        'read by the model itself'
     """
 
     name = "find_functional"

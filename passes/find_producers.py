@@ -27,6 +27,16 @@ class FindProducers(Pass):
     weight stays bit for bit (`oftfx.fold` with ``into="producer"``). Typical is v_proj -> attention -> o_proj, with the
     block size dividing the head size; of grouped heads those that read the same rows need the same block, which
     ``OFT(into="producer")`` gives them. Everything else that reads rotated rows is found and refused.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.passes import FindProducers, MatchRules, PassManager, Program
+        >>> from oftfx.trace.record import record
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 4))
+        >>> program = Program.of(model, record(model, (torch.randn(5, 6),)))
+        >>> passes = [MatchRules([oftfx.Rule("1", oftfx.OFT(3))]), FindProducers()]
+        >>> PassManager(passes).run(program).program.planned["1"].producer
+        Producer(fqn='0', starts=(0, 3, 6))
     """
 
     name = "find_producers"

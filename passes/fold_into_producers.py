@@ -35,6 +35,16 @@ class FoldIntoProducers(Pass):
     Args:
         producers: for each site its producer, or why it has none; see `FindProducers`.
         journal: notes what was there before each change.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.passes import FoldIntoProducers, Program
+        >>> base, x = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 4)), torch.randn(5, 6)
+        >>> model = oftfx.transform(base, {"1": oftfx.OFT(3, init="normal")}, example_inputs=(x,))
+        >>> producers = {site.fqn: site.producer for site in oftfx.adapters(model)["default"]}
+        >>> result = FoldIntoProducers(producers).run(Program.of(model))
+        >>> [(site.fqn, site.action) for site in result.found.sites], torch.equal(model[1].weight, base[1].weight)
+        ([('1', 'into producer')], True)
     """
 
     name = "fold_into_producers"

@@ -50,7 +50,7 @@ _NO_REFERENCE = (
 
 
 class FoldRotations(Pass):
-    """Fold every site of the model in place.
+    """Fold every site of the model in place: ``W' = W @ blockdiag(R)^T``.
 
     A float weight takes its rotation exactly, computed in float32 (float64 for float64) blockwise and rounded once.
     A quantized one follows the policy; see `oftfx.fold`. A weight whose rotation is exactly the identity is never
@@ -65,6 +65,17 @@ class FoldRotations(Pass):
         reference: original float weights, for that policy.
         progress: called with (sites done, all sites) after each.
         journal: notes what was there before each change.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.passes import FoldRotations, Program
+        >>> base, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(5, 6)
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> rotated = model(x)
+        >>> [(site.fqn, site.action) for site in FoldRotations().run(Program.of(model)).found.sites]
+        [('0', 'folded')]
+        >>> torch.allclose(model(x), rotated, atol=1e-6), torch.allclose(model(x), base(x))
+        (True, False)
     """
 
     name = "fold_rotations"

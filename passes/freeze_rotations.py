@@ -15,6 +15,14 @@ class FreezeRotations(Pass):
 
     Used for what is exported with its rotation, and for quantized sites whose weight a fold keeps bit for bit. Several
     adapters in a row become one product where their blocks have the same size, else a chain.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.passes import FreezeRotations, Program
+        >>> model = oftfx.transform(torch.nn.Sequential(torch.nn.Linear(6, 4)), {"*": oftfx.OFT(3)})
+        >>> result = FreezeRotations().run(Program.of(model))
+        >>> [(name, tuple(blocks.shape)) for name, blocks in model.named_buffers()]
+        [('0.oft.frozen.blocks', (2, 3, 3))]
     """
 
     name = "freeze_rotations"

@@ -31,6 +31,15 @@ class InsertRotations(Pass):
     Args:
         adapter: name of the adapter that the rotations belong to.
         activate: let it act at once, alone.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.passes import InsertRotations, MatchRules, PassManager, Program
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> passes = [MatchRules([oftfx.Rule("*", oftfx.OFT(3))]), InsertRotations("news")]
+        >>> result = PassManager(passes).run(Program.of(model))
+        >>> sorted(model.state_dict())
+        ['0.bias', '0.oft.news.skew', '0.weight']
     """
 
     name = "insert_rotations"

@@ -28,6 +28,15 @@ class MatchRules(Pass):
         rules: in the order they are asked.
         train: names or globs of modules that train whole.
         train_bias: ``"none"``, ``"all"`` or ``"oft"`` (biases of the rotated layers).
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.passes import MatchRules, Program
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 4))
+        >>> step = MatchRules([oftfx.Rule("1", None), oftfx.Rule("*", oftfx.OFT(3))])
+        >>> plan = step.run(Program.of(model)).program.planned
+        >>> [site.fqn for site in plan], [(skipped.fqn, skipped.reason) for skipped in plan.skipped]
+        (['0'], [('1', "excluded by '1'")])
     """
 
     name = "match_rules"

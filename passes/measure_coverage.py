@@ -15,7 +15,17 @@ _Matrix = tuple[list[str], tuple[int, ...], int]
 
 
 class MeasureCoverage(Pass):
-    """Fill in ``plan.coverage``: bytes, not modules. The experts of a layer are one module and most of a model."""
+    """Fill in ``plan.coverage``: bytes, not modules. The experts of a layer are one module and most of a model.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.passes import MatchRules, MeasureCoverage, PassManager, Program
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 4))
+        >>> passes = [MatchRules([oftfx.Rule("0", oftfx.OFT(3))]), MeasureCoverage()]
+        >>> coverage = PassManager(passes).run(Program.of(model)).program.planned.coverage
+        >>> coverage.share, [weight.name for weight in coverage.unreached]
+        (0.6, ['1.weight'])
+    """
 
     name = "measure_coverage"
     preserves = "exact"

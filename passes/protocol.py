@@ -46,6 +46,14 @@ class Change:
         action: what was done, or what was refused.
         reason: why it was refused or needs a remark; empty otherwise.
         refused: whether nothing was done.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.passes import FoldRotations, Program
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> FoldRotations().run(Program.of(model)).changes
+        (Change(site='0', action='folded', reason='', refused=False),)
     """
 
     site: str
@@ -63,6 +71,15 @@ class PassResult:
         modified: whether it differs.
         changes: what happened to each site.
         found: what else the pass has to say, of a type that it documents; of a manager, by the name of the pass.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.passes import FindProducers, MatchRules, PassManager, Program
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 4))
+        >>> passes = [MatchRules([oftfx.Rule("1", oftfx.OFT(3))]), FindProducers()]
+        >>> result = PassManager(passes).run(Program.of(model))
+        >>> result.modified, [(change.site, change.reason) for change in result.refusals]
+        (True, [('1', 'not recorded')])
     """
 
     program: Program
@@ -77,7 +94,18 @@ class PassResult:
 
 
 class Pass(ABC):
-    """One transformation of a `Program`. See the module's text for the contract."""
+    """One transformation of a `Program`. See the module's text for the contract.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.passes import Pass, PassManager, PassResult, Program
+        >>> class CountSites(Pass):
+        ...     name, preserves = "count_sites", "exact"
+        ...     def run(self, program):
+        ...         return PassResult(program, modified=False, found=len(program.sites))
+        >>> PassManager([CountSites()]).run(Program.of(torch.nn.Sequential(torch.nn.Linear(6, 4)))).found
+        {'count_sites': 1}
+    """
 
     name: ClassVar[str]
     preserves: ClassVar[Preserves]
@@ -99,6 +127,15 @@ class PassManager:
         passes: in the order they run.
         verify: keyword arguments or a tuple of inputs; the model is then run before and after every pass that is
             not lossy, and a difference beyond the bound names pass, output and error.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.passes import InsertRotations, MatchRules, PassManager, Program
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 4))
+        >>> passes = [MatchRules([oftfx.Rule("1", oftfx.OFT(3))]), InsertRotations("news")]
+        >>> result = PassManager(passes, verify=(torch.randn(5, 6),)).run(Program.of(model))
+        >>> [(change.site, change.action) for change in result.changes]
+        [('1', 'planned'), ('1', 'rotated')]
     """
 
     passes: Sequence[Pass]

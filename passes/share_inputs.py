@@ -26,6 +26,19 @@ class ShareInputs(Pass):
     segments, which gradient checkpointing forbids. Sites called more than once have to agree in every call.
     Without a recording every site stands alone, and the plan says so. Sites that keep rotations of their own are
     grouped all the same: they rotate in one product.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.passes import MatchRules, PassManager, Program, ShareInputs
+        >>> from oftfx.trace.record import record
+        >>> class Pair(torch.nn.Sequential):
+        ...     def forward(self, x):
+        ...         return self[0](x) + self[1](x)
+        >>> model = Pair(torch.nn.Linear(6, 4), torch.nn.Linear(6, 4))
+        >>> passes = [MatchRules([oftfx.Rule("*", oftfx.OFT(3, share_input=True))]), ShareInputs()]
+        >>> result = PassManager(passes).run(Program.of(model, record(model, (torch.randn(5, 6),))))
+        >>> [(site.fqn, site.owner) for site in result.program.planned]
+        [('0', '0'), ('1', '0')]
     """
 
     name = "share_inputs"

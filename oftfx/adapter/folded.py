@@ -74,6 +74,15 @@ def load_folded(directory: str | Path, model: nn.Module | None = None, **options
 
     Raises:
         AdapterFileError: the directory is not complete, not of one save, of another version, or not of this model.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(5, 6)
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> result = oftfx.fold(model)
+        >>> loaded = oftfx.load_folded(result.save("folded"), torch.nn.Sequential(torch.nn.Linear(6, 4)))
+        >>> torch.equal(loaded(x), result.model(x))
+        True
     """
     directory = Path(directory)
     note = _read_note(directory)

@@ -49,6 +49,15 @@ def save_rotations(model: nn.Module, path: str | Path) -> Path:
     Raises:
         FoldError: the model has no fixed rotations.
         AdapterFileError: the file cannot be written; one that was there is as it was.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.formats import format_named
+        >>> base = torch.nn.Sequential(format_named("bnb8").make_tiny(66, 10))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> file = oftfx.save_rotations(oftfx.fold(model, quantized="keep").model, "folded")
+        >>> file.name
+        'oftfx_rotations.safetensors'
     """
     numbers: dict[int, str] = {}
     tensors: dict[str, Tensor] = {}
@@ -81,6 +90,16 @@ def load_rotations(model: M, path: str | Path) -> M:
     Raises:
         AdapterFileError: there is no such file, it was written for other weights than those beside it, or it does not
             fit the model; nothing is changed then.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.formats import format_named
+        >>> base = torch.nn.Sequential(format_named("bnb8").make_tiny(66, 10))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> folded, x = oftfx.fold(model, quantized="keep").model, torch.randn(5, 66)
+        >>> loaded = oftfx.load_rotations(base, oftfx.save_rotations(folded, "folded").parent)
+        >>> torch.equal(loaded(x), folded(x))
+        True
     """
     sites, tensors = _read(Path(path) / FILE)
     program = Program.of(model)

@@ -64,6 +64,14 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     Raises:
         AdapterFileError: no such file, not readable, another kind of adapter, or numbers that are not finite.
         AdapterError: it does not fit the model; raised before anything changes.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(5, 6)
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> loaded = oftfx.load_adapter(base, oftfx.save_adapter(model, "news"))
+        >>> loaded is base, torch.equal(loaded(x), model(x))
+        (True, True)
     """
     check_name(adapter)
     directory = Path(path)

@@ -39,6 +39,12 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     Raises:
         AdapterError: an unknown adapter or layout, or a plan that PEFT's configuration cannot say.
         AdapterFileError: the files cannot be written; an adapter that was there is as it was.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> model = oftfx.transform(torch.nn.Sequential(torch.nn.Linear(6, 4)), {"*": oftfx.OFT(3)})
+        >>> sorted(file.name for file in oftfx.save_adapter(model, "news").iterdir())
+        ['adapter_config.json', 'adapter_model.safetensors']
     """
     root, store = located(model)
     store.require(adapter)

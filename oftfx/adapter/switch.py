@@ -20,7 +20,16 @@ def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
     Which parameters require gradients does not change.
 
     Raises:
-        AdapterError: an unknown name, or one named twice.
+        AdapterError: an unknown name, or one named twice; a model without adapters, or a recorded graph.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3)}, adapter="news")
+        >>> plan = oftfx.add_adapter(model, "code", {"*": oftfx.OFT(2)})
+        >>> oftfx.set_adapter(model, ["news", "code"])
+        >>> oftfx.active_adapters(model)
+        ('news', 'code')
     """
     root, store = switchable(model)
     names = () if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter)
@@ -31,7 +40,16 @@ def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
 
 
 def adapters(model: nn.Module) -> dict[str, Plan]:
-    """The adapters of a model by name, each with its plan; empty for a model that was never transformed."""
+    """The adapters of a model by name, each with its plan; empty for a model that was never transformed.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3)}, adapter="news")
+        >>> plan = oftfx.add_adapter(model, "code", {"*": oftfx.OFT(2)})
+        >>> {name: plan["0"].block_size for name, plan in oftfx.adapters(model).items()}
+        {'news': 3, 'code': 2}
+    """
     try:
         return {name: adapter.plan for name, adapter in located(model)[1].adapters.items()}
     except AdapterError:
@@ -39,7 +57,15 @@ def adapters(model: nn.Module) -> dict[str, Plan]:
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
-    """Names of the adapters that act, in order."""
+    """Names of the adapters that act, in order.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3)}, adapter="news")
+        >>> oftfx.active_adapters(model), oftfx.active_adapters(base)
+        (('news',), ())
+    """
     try:
         return located(model)[1].active
     except AdapterError:
@@ -50,7 +76,16 @@ def remove_adapter(model: nn.Module, adapter: str) -> None:
     """Take an adapter out of a model, in place.
 
     Raises:
-        AdapterError: an unknown name.
+        AdapterError: an unknown name; a model without adapters, or a recorded graph.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3)}, adapter="news")
+        >>> plan = oftfx.add_adapter(model, "code", {"*": oftfx.OFT(2)})
+        >>> oftfx.remove_adapter(model, "news")
+        >>> list(oftfx.adapters(model)), oftfx.active_adapters(model)
+        (['code'], ())
     """
     root, store = switchable(model)
     store.require(adapter)
@@ -61,7 +96,21 @@ def remove_adapter(model: nn.Module, adapter: str) -> None:
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model, inside a ``with``: no rotation acts, parameters trained whole have their base values."""
+    """The base model, inside a ``with``: no rotation acts, parameters trained whole have their base values.
+
+    Raises:
+        AdapterError: a model without adapters, or a recorded graph.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base, x = torch.nn.Sequential(torch.nn.Linear(6, 4)), torch.randn(5, 6)
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> with oftfx.disable_adapters(model):
+        ...     print(torch.equal(model(x), base(x)))
+        True
+        >>> torch.equal(model(x), base(x))
+        False
+    """
     root, store = switchable(model)
     active = store.active
     store.activate(root, ())
@@ -74,8 +123,17 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
 def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
     """Parameters of one adapter, or of all that act: skews first, then what trains whole. For an optimiser.
 
+    A skew is ``(blocks, b (b - 1) / 2)``, float32, or float64 for float64 weights; see `oftfx.Rotation`.
+
     Raises:
-        AdapterError: an unknown name.
+        AdapterError: an unknown name, or a model without adapters.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 4))
+        >>> model = oftfx.transform(base, {"0": oftfx.OFT(3)}, train=["1"])
+        >>> [tuple(parameter.shape) for parameter in oftfx.adapter_parameters(model)]
+        [(2, 3), (4, 9), (4,)]
     """
     root, store = located(model)
     names = store.active if adapter is None else (adapter,)

@@ -23,6 +23,15 @@ class Budget:
 
     Raises:
         FoldError: an unknown policy, none, or an error that is not positive.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.formats import format_named
+        >>> base = torch.nn.Sequential(format_named("bnb8").make_tiny(66, 10))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> budgets = [oftfx.Budget(error) for error in (1e-1, 1e-6)]
+        >>> [site.action for budget in budgets for site in oftfx.fold(model, quantized=budget).report]
+        ['requantized', 'kept']
     """
 
     error: float

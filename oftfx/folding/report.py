@@ -38,6 +38,14 @@ class FoldReport:
         adapters: what was folded, in order.
         dropped: adapters that did not act and are gone from the folded model.
         measured: the model's outputs on the calibration inputs, folded against unfolded; None where none were given.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> report = oftfx.fold(model, calibration=[(torch.randn(5, 6),)]).report
+        >>> report.adapters, len(report), round(report.survival, 3), report.output_error < 1e-6
+        (('default',), 1, 1.0, True)
     """
 
     sites: tuple[SiteFold, ...]

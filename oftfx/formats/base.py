@@ -31,6 +31,13 @@ class Geometry:
         out_features: rows.
         placements: where a rotation can act, the best first.
         experts: number of experts that the tensor holds one after another; 0 for none.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import format_of
+        >>> layer = torch.nn.Conv2d(6, 10, 3, groups=2)
+        >>> format_of(layer).geometry(layer)
+        Geometry(kind='conv2d', in_features=27, out_features=10, placements=('weight',), experts=0)
     """
 
     kind: str
@@ -66,6 +73,16 @@ class WeightFormat(ABC):
     Attributes:
         name: the word used in plans, reports and files.
         lossless: whether `requantize` rounds to the weight's own dtype only (dense), or to a grid.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import WeightFormat, format_of
+        >>> layer = torch.nn.Conv2d(6, 10, 3)
+        >>> found = format_of(layer)
+        >>> isinstance(found, WeightFormat), found.name, found.lossless
+        (True, 'dense', True)
+        >>> tuple(found.dequantize(layer).shape), found.nbytes(layer)
+        ((10, 54), 2160)
     """
 
     name: ClassVar[str]

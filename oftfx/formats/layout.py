@@ -33,6 +33,15 @@ class Layout:
         each: an own rotation for every expert; the matrix is then ``(out, experts * in)``.
         side: ``"input"``: the layer computes ``x @ M^T`` and x is rotated, so ``M' = M @ R^T``; ``"output"``: a row of
             M is the result (an embedding) and is rotated itself, so ``M' = M @ R``.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import Layout
+        >>> layout, stored = Layout("columns"), torch.arange(6.0).view(2, 3)  # (in, out)
+        >>> layout.matrix(stored).tolist()
+        [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+        >>> torch.equal(layout.restore(layout.matrix(stored), (2, 3)), stored)
+        True
     """
 
     stored: Stored = "rows"

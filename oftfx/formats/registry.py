@@ -27,7 +27,17 @@ _formats: dict[str, WeightFormat] = {f.name: f for f in _BUILTIN}  # in the orde
 
 
 def register_format(weight_format: WeightFormat) -> WeightFormat:
-    """Add a format; later ones are asked first, so a user's format can take over a class of layers."""
+    """Add a format; later ones are asked first, so a user's format can take over a class of layers.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import format_named, format_of, register_format
+        >>> class Mine(type(format_named("dense"))):
+        ...     name = "mine"
+        >>> mine = register_format(Mine())
+        >>> format_of(torch.nn.Linear(6, 4)).name
+        'mine'
+    """
     others = {n: f for n, f in _formats.items() if n != weight_format.name}
     _formats.clear()
     _formats.update({weight_format.name: weight_format, **others})
@@ -35,12 +45,25 @@ def register_format(weight_format: WeightFormat) -> WeightFormat:
 
 
 def formats() -> dict[str, WeightFormat]:
-    """All formats by name, in the order they are asked."""
+    """All formats by name, in the order they are asked.
+
+    Examples:
+        >>> from oftfx.formats import formats
+        >>> list(formats())[-1], "bnb4" in formats()
+        ('dense', True)
+    """
     return dict(_formats)
 
 
 def format_of(module: nn.Module) -> WeightFormat | None:
-    """The format that stores the weight of ``module``, or None where none does."""
+    """The format that stores the weight of ``module``, or None where none does.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import format_of
+        >>> format_of(torch.nn.Linear(6, 4)).name, format_of(torch.nn.ReLU())
+        ('dense', None)
+    """
     return next((f for f in _formats.values() if f.matches(module)), None)
 
 
@@ -49,6 +72,11 @@ def format_named(name: str) -> WeightFormat:
 
     Raises:
         FormatError: there is none.
+
+    Examples:
+        >>> from oftfx.formats import format_named
+        >>> format_named("dense").lossless, format_named("bnb4").lossless
+        (True, False)
     """
     if name not in _formats:
         raise FormatError(f"unknown weight format {name!r}; known: {', '.join(sorted(_formats))}")

@@ -14,7 +14,15 @@ from oftfx.grids import Codes, Grid, compensated, joined
 
 
 class ScalarFormat(WeightFormat):
-    """A `WeightFormat` by three functions: the layer's grid, its codes, and how codes are packed."""
+    """A `WeightFormat` by three functions: the layer's grid, its codes, and how codes are packed.
+
+    Examples:
+        >>> from oftfx.formats import ScalarFormat, format_named
+        >>> bnb8 = format_named("bnb8")
+        >>> layer = bnb8.make_tiny(66, 10)
+        >>> isinstance(bnb8, ScalarFormat), tuple(bnb8.codes(layer).codes.shape), bnb8.grid(layer).partition.groups
+        (True, (10, 66), 10)
+    """
 
     @abstractmethod
     def grid(self, module: nn.Module) -> Grid:

@@ -30,6 +30,14 @@ class Codes:
         scale: float32 ``(groups,)``.
         zero: float32 ``(groups,)``, in units of a code; None where the grid fixes it.
         parts: how the scales are stored, where the format quantizes them as well; what `Grid.couple` returned.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import Codes, Grid, Integers, Partition
+        >>> grid = Grid(Partition.tiles((1, 4), (1, 2)), Integers(-7, 7, reach=7))
+        >>> coded = Codes(torch.tensor([[7, -2, 1, 0]], dtype=torch.int16), torch.tensor([0.5, 2.0]))
+        >>> grid.values(coded).tolist()
+        [[3.5, -1.0, 2.0, 0.0]]
     """
 
     codes: Tensor
@@ -58,6 +66,16 @@ class Grid:
             stores, for `Codes.parts`.
         least_scale: scales are at least this, so that a group of zeros is not divided by zero.
         least_zero: integer zeros that are chosen anew are at least this; None: the smallest level.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import Grid, Integers, Partition
+        >>> grid = Grid(Partition.tiles((2, 3), (1, 3)), Integers(-7, 7, reach=7))
+        >>> coded = grid.fit(torch.tensor([[3.5, -1.1, 0.2], [-7.0, 2.4, 0.0]]))
+        >>> coded.scale.tolist(), coded.codes.tolist()
+        ([0.5, 1.0], [[7, -2, 0], [-7, 2, 0]])
+        >>> grid.values(coded).tolist()
+        [[3.5, -1.0, 0.0], [-7.0, 2.0, 0.0]]
     """
 
     partition: Partition
@@ -123,6 +141,9 @@ class Grid:
             weight: float32 ``(rows, columns)``.
             search: narrow each group's range as far as that lessens its squared error; else the range is the group's.
             importance: what the squared error of an element counts, ``(rows, columns)`` or broadcast to it.
+
+        Raises:
+            FormatError: each group has a zero of its own, and the levels are no `Integers`.
         """
         if importance is not None:
             importance = importance.expand_as(weight)

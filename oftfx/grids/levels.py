@@ -14,6 +14,13 @@ class Levels(ABC):
 
     Attributes:
         reach: the largest magnitude of a level on both sides; a group's largest element is scaled to it.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import Integers, Levels
+        >>> levels = Integers(-3, 3, reach=3)
+        >>> isinstance(levels, Levels), levels.decode(levels.encode(torch.tensor([0.4, 1.6, -9.0]))).tolist()
+        (True, [0.0, 2.0, -3.0])
     """
 
     reach: float
@@ -35,6 +42,12 @@ class Integers(Levels):
         low: smallest.
         high: largest, below 2**15.
         reach: what a group's largest magnitude is scaled to, where zero is fixed; formats differ in it.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import Integers
+        >>> Integers(-8, 7, reach=7).encode(torch.tensor([-9.2, 0.5, 1.5, 6.9])).tolist()
+        [-8, 0, 2, 7]
     """
 
     low: int
@@ -56,6 +69,14 @@ class Table(Levels):
 
     Attributes:
         values: float32 ``(levels,)``.
+        reach: what a group's largest magnitude is scaled to.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import Table
+        >>> table = Table(torch.tensor([0.0, 0.5, 1.0, -1.0]))
+        >>> table.encode(torch.tensor([0.3, -4.0, 0.8])).tolist()
+        [1, 3, 2]
     """
 
     values: Tensor
@@ -85,6 +106,13 @@ class Float8(Levels):
     Attributes:
         dtype: ``torch.float8_e4m3fn``, ...
         reach: what a group's largest magnitude is scaled to; its largest finite value unless a format says else.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import Float8
+        >>> levels = Float8(torch.float8_e4m3fn)
+        >>> levels.reach, levels.decode(levels.encode(torch.tensor([500.0, 17.0, 0.3]))).tolist()
+        (448.0, [448.0, 16.0, 0.3125])
     """
 
     dtype: torch.dtype

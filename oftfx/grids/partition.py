@@ -24,6 +24,15 @@ class Partition:
             apart (HQQ's axis 0).
         tile: rows and columns of a tile; for the other kinds ``(1, elements of a group)``.
         order: the columns in the order in which tiles are cut (act-order), int64 ``(columns,)``; None: as they are.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import Partition
+        >>> partition = Partition.tiles((2, 5), (1, 3))
+        >>> partition.split(torch.arange(10).view(2, 5)).tolist()
+        [[0, 1, 2], [3, 4, 0], [5, 6, 7], [8, 9, 0]]
+        >>> partition.expand(torch.tensor([1, 2, 3, 4])).tolist()
+        [[1, 1, 1, 2, 2], [3, 3, 3, 4, 4]]
     """
 
     rows: int

@@ -29,6 +29,13 @@ class Site:
         layout: how the stored tensor reads as matrix.
         placements: where a rotation can act, the best first: ``"activation"``, ``"weight"``.
         experts: number of experts the tensor holds; 0 for none.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(6, 10, 3, groups=2))
+        >>> site = oftfx.plan(model, {"*": oftfx.OFT(9)})["0"].site
+        >>> site.kind, site.in_features, site.out_features, site.placements
+        ('conv2d', 27, 10, ('weight',))
     """
 
     fqn: str

@@ -50,6 +50,15 @@ class ExportReport:
         nbytes: size of the file and its external data.
         adapters: adapters in the file, or that a swappable one was checked with; empty for a folded or plain model.
         checks: one `Verification` a shape, and a choice of adapters; empty without ``verify``.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> model = oftfx.transform(torch.nn.Sequential(torch.nn.Linear(6, 4)), {"*": oftfx.OFT(3)})
+        >>> report = oftfx.export_onnx(model, "model.onnx", (torch.randn(5, 6),), adapters="swappable")
+        >>> list(report.inputs), report.opset, report.adapters
+        (['input', '0.oft.blocks'], 20, ('default',))
+        >>> max(check.relative_error for check in report.checks) < 1e-6
+        True
     """
 
     path: Path
@@ -114,6 +123,13 @@ def export_onnx(
         MissingExtraError: the ``onnx`` extra is not installed.
         ExportError: the model cannot be exported, the file does not compute what it does, or it cannot be written. What
             was there is as it was.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.ReLU())
+        >>> report = oftfx.export_onnx(model, "model.onnx", (torch.randn(5, 6),))
+        >>> report.inputs, report.operators
+        ({'input': {0: 'batch'}}, {'Gemm': 1, 'Relu': 1})
     """
     _require_packages(verify)
     _check_arguments(adapters, dialect)

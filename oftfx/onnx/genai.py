@@ -55,6 +55,15 @@ def export_genai(
         MissingExtraError: the ``onnx`` extra is not installed.
         ExportError: the model cannot be exported, an adapter does not fit the graph, the settings are not known, or the
             directory cannot be written to. What was there is as it was.
+
+    Examples:
+        >>> import oftfx
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+        >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=33, max_position_embeddings=64, **sizes)).eval()
+        >>> report = oftfx.export_genai(model, "served")
+        >>> sorted(file.name for file in report.path.parent.iterdir())
+        ['genai_config.json', 'model.onnx']
     """
     if adapters not in ("fixed", "swappable"):
         raise ExportError(f"adapters: got {adapters!r}, expected 'fixed' or 'swappable'; GenAI feeds no other inputs")

@@ -34,6 +34,15 @@ class Plan:
         train_modules: the modules that were asked for by ``train``.
         train_bias: the biases that were asked for: ``"none"``, ``"all"`` or ``"oft"``.
         coverage: bytes of weight matrices that are rotated, and which are not.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 4))
+        >>> plan = oftfx.plan(model, {"*": oftfx.OFT(3)})
+        >>> [(site.fqn, site.blocks, site.trainable) for site in plan]
+        [('0', 2, 6), ('1', 3, 9)]
+        >>> oftfx.Plan.from_json(plan.to_json()) == plan
+        True
     """
 
     model_class: str

@@ -27,6 +27,12 @@ class Program:
         plan: which of them are rotated and how; None before rules are resolved.
         recording: the recorded program, or None where none was asked for.
         refused: weights that cannot be sites, by path, with the reason.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Embedding(11, 6), torch.nn.Linear(6, 4))
+        >>> [(site.fqn, site.kind, site.in_features) for site in oftfx.Program.of(model).sites]
+        [('0', 'embedding', 6), ('1', 'linear', 6)]
     """
 
     index: ModelIndex = field(repr=False)

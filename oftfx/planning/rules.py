@@ -25,6 +25,16 @@ class Rule:
             ``"all-linear"`` (every linear layer but the output head), or a predicate on a `Site`.
         spec: an `OFT`, or None to exclude what matches.
         optional: matching nothing is then no error.
+
+    Raises:
+        RuleError: the target is none of these or not a regular expression, or the spec is no `OFT`.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 9), torch.nn.Linear(9, 4))
+        >>> rules = [oftfx.Rule("1", None), oftfx.Rule(torch.nn.Linear, oftfx.OFT(3))]
+        >>> [site.fqn for site in oftfx.plan(model, rules)]
+        ['0']
     """
 
     target: Target

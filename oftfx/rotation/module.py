@@ -71,6 +71,18 @@ class Rotation(nn.Module):
         spec: the `OFT` it was made from.
         blocks: number of blocks, of all copies together.
         block_size: ``b``.
+
+    Raises:
+        RuleError: the size or number of blocks does not divide ``in_features``.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> rotation = oftfx.Rotation(6, oftfx.OFT(3, parameterization="cayley", init="normal"))
+        >>> tuple(rotation.skew.shape), tuple(rotation.matrices().shape)
+        ((2, 3), (2, 3, 3))
+        >>> x = torch.randn(5, 6)
+        >>> torch.allclose(rotation(x).norm(dim=1), x.norm(dim=1)), torch.allclose(rotation(x), x)
+        (True, False)
     """
 
     def __init__(

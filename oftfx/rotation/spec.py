@@ -38,6 +38,14 @@ class OFT:
 
     Raises:
         RuleError: a field is out of range.
+
+    Examples:
+        >>> import oftfx
+        >>> spec = oftfx.OFT(8, terms=3)
+        >>> spec.geometry(24, "head")
+        (3, 8)
+        >>> spec.to_dict()
+        {'block_size': 8, 'terms': 3}
     """
 
     block_size: int | None = None

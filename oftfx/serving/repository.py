@@ -34,6 +34,14 @@ class Repository:
         adapters: the names that a request may use.
         backend: what runs the model: ``"python"`` or ``"onnxruntime"`` in Triton, ``"mlserver"``.
         command: starts the server.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.serving import write_repository
+        >>> report = oftfx.export_onnx(torch.nn.Linear(6, 4), "scores.onnx", (torch.randn(5, 6),))
+        >>> print(write_repository("scores.onnx", "models", server="triton", backend="onnxruntime"))
+        models/scores/1: run by onnxruntime, adapters: none to choose
+        start: tritonserver --model-repository=models ...
     """
 
     path: Path
@@ -109,6 +117,16 @@ def write_repository(
         MissingExtraError: onnx or onnxruntime is not installed.
         ServingError: the model cannot be served, or an adapter does not belong to it.
         ExportError: an argument is wrong, or what is in ``out`` does not go with it. Nothing has been written then.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.serving import write_repository
+        >>> model = oftfx.transform(torch.nn.Sequential(torch.nn.Linear(6, 4)), {"*": oftfx.OFT(3)})
+        >>> report = oftfx.export_onnx(model, "scores.onnx", (torch.randn(5, 6),), adapters="swappable")
+        >>> files = {"news": oftfx.export_onnx_adapter(model, "news.onnx_adapter")}
+        >>> written = write_repository("scores.onnx", "served", server="mlserver", adapters=files)
+        >>> written.adapters, written.command
+        (('news',), 'mlserver start served')
     """
     for package in ("onnx", "onnxruntime"):
         if find_spec(package) is None:

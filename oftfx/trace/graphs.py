@@ -29,6 +29,15 @@ def graph(
     Raises:
         RuleError: another ``on_miss``.
         TraceError: the program depends on data, or cannot be recorded for another reason (which is named).
+
+    Examples:
+        >>> import oftfx, torch
+        >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> graph = oftfx.graph(model, (torch.randn(5, 6),))
+        >>> x = torch.randn(7, 6)
+        >>> torch.equal(graph(x), model(x)), graph.get_parameter("0.weight") is model[0].weight
+        (True, True)
     """
     if on_miss not in ("error", "eager"):
         raise RuleError(f"on_miss: got {on_miss!r}, expected 'error' or 'eager'")

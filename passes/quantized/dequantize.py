@@ -20,7 +20,19 @@ from oftfx.passes.quantized.policy import QuantizedPolicy
 
 
 class Dequantize(QuantizedPolicy):
-    """``quantized="float"``: exact, larger."""
+    """``quantized="float"``: exact, larger; ``W' = dequantize(W_q) @ blockdiag(R)^T``.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.formats import format_named
+        >>> from oftfx.passes import Dequantize, Program
+        >>> base = torch.nn.Sequential(format_named("bnb8").make_tiny(66, 10))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> [(change.site, change.action) for change in Dequantize().run(Program.of(model)).changes]
+        [('0', 'dequantized')]
+        >>> type(model[0]).__name__, model[0].weight.dtype
+        ('Linear', torch.float32)
+    """
 
     name = "dequantize"
     preserves = "rounding"

@@ -12,10 +12,22 @@ from oftfx.passes.quantized.policy import QuantizedPolicy, rounded, write_rounde
 
 
 class FromReference(QuantizedPolicy):
-    """``quantized="reference"``: for adapters that were trained on the float model.
+    """``quantized="reference"``: ``W @ blockdiag(R)^T`` of the original ``W``, rounded into the format.
+
+    For adapters that were trained on the float model.
 
     Args:
         reference: the original weights.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.formats.bnb8 import make_linear8bit
+        >>> original = torch.nn.Sequential(torch.nn.Linear(66, 10))
+        >>> base = torch.nn.Sequential(make_linear8bit(original[0]))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> report = oftfx.fold(model, quantized="reference", reference=original).report
+        >>> [(site.fqn, site.action, site.relative_error < 0.02) for site in report]
+        [('0', 'from reference', True)]
     """
 
     name = "from_reference"

@@ -11,7 +11,21 @@ from oftfx.passes.quantized.policy import QuantizedPolicy
 
 
 class Keep(QuantizedPolicy):
-    """``quantized="keep"``: exact. The blocks become fixed numbers; no Cayley transform is left."""
+    """``quantized="keep"``: exact, ``y = (x @ blockdiag(R)) @ W_q^T``.
+
+    The blocks become fixed numbers; no Cayley transform is left.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.formats import format_named
+        >>> from oftfx.passes import Keep, Program
+        >>> base = torch.nn.Sequential(format_named("bnb8").make_tiny(66, 10))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> [(change.site, change.action) for change in Keep().run(Program.of(model)).changes]
+        [('0', 'kept')]
+        >>> torch.equal(model[0].weight, base[0].weight)
+        True
+    """
 
     name = "keep"
     preserves = "rounding"

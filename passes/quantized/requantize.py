@@ -11,7 +11,20 @@ from oftfx.passes.quantized.policy import QuantizedPolicy, rounded, write_rounde
 
 
 class Requantize(QuantizedPolicy):
-    """``quantized="requantize"``: fast, no data; what is small against a rounding step is lost, and measured."""
+    """``quantized="requantize"``: the nearest codes of ``W' = dequantize(W_q) @ blockdiag(R)^T``.
+
+    Fast, no data; what is small against a rounding step is lost, and measured.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> from oftfx.formats import format_named
+        >>> from oftfx.passes import Requantize, Program
+        >>> base = torch.nn.Sequential(format_named("bnb8").make_tiny(66, 10))
+        >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
+        >>> found = Requantize().run(Program.of(model)).found
+        >>> [(site.fqn, site.action, site.relative_error < 0.01) for site in found.sites]
+        [('0', 'requantized', True)]
+    """
 
     name = "requantize"
     preserves = "lossy"

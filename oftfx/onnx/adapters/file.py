@@ -46,6 +46,14 @@ def export_onnx_adapter(
         MissingExtraError: no onnxruntime with adapters.
         AdapterError: no adapter of that name.
         ExportError: it is more than rotations, does not fit the graph, or the file cannot be written.
+
+    Examples:
+        >>> import onnxruntime, oftfx, torch
+        >>> model = oftfx.transform(torch.nn.Sequential(torch.nn.Linear(6, 4)), {"*": oftfx.OFT(3)})
+        >>> file = oftfx.export_onnx_adapter(model, "news.onnx_adapter")
+        >>> held = onnxruntime.AdapterFormat.read_adapter(str(file)).get_parameters()
+        >>> {name: value.shape() for name, value in held.items()}
+        {'0.oft.blocks': [2, 3, 3]}
     """
     try:
         import onnxruntime

@@ -88,6 +88,14 @@ class Request:
         inputs: arrays by name; text as an object array of str or bytes.
         parameters: the protocol's; ``adapter`` chooses the adapter by name, absent or ``""`` is the base model.
         outputs: the names of those to return; None: all.
+
+    Examples:
+        >>> import numpy, oftfx, torch
+        >>> from oftfx.serving import Request, ServedModel
+        >>> report = oftfx.export_onnx(torch.nn.Linear(6, 4), "model.onnx", (torch.randn(5, 6),))
+        >>> request = Request({"input": numpy.ones((2, 6), numpy.float32)})
+        >>> {name: array.shape for name, array in ServedModel("model.onnx").run(request).items()}
+        {'output_0': (2, 4)}
     """
 
     inputs: Mapping[str, Any]

@@ -45,6 +45,18 @@ class ServedModel:
 
     Raises:
         ServingError: the model cannot be served, or one of the adapters does not belong to it.
+
+    Examples:
+        >>> import numpy, oftfx, torch
+        >>> from oftfx.serving import Request, ServedModel
+        >>> model = oftfx.transform(torch.nn.Sequential(torch.nn.Linear(6, 4)), {"*": oftfx.OFT(3, init="normal")})
+        >>> report = oftfx.export_onnx(model, "model.onnx", (torch.randn(5, 6),), adapters="mixed")
+        >>> served, x = ServedModel("model.onnx"), {"input": numpy.ones((2, 6), numpy.float32)}
+        >>> served.batched, served.adapter_names()
+        (True, ['default'])
+        >>> base, rotated = served.run_all([Request(x), Request(x, {"adapter": "default"})])
+        >>> base["output_0"].shape, numpy.allclose(base["output_0"], rotated["output_0"])
+        ((2, 4), False)
     """
 
     def __init__(
