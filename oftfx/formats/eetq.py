@@ -174,7 +174,7 @@ def _grid(out_features: int, in_features: int, scales: torch.dtype) -> Grid:
         Partition.tiles((out_features, in_features), (1, in_features)),
         Integers(-128, 127, 128.0),
         product=scales,
-        stored=lambda scale: scale.to(scales).float(),
+        round_scale=lambda scale: scale.to(scales).float(),
         least_scale=_LEAST,
     )
 

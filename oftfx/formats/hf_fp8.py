@@ -60,7 +60,7 @@ class HfFp8(ScalarFormat):
         return Grid(
             Partition.tiles(shape, _block(module)),
             Float8(_CODES),
-            stored=power_of_two if exponents else lambda s: s.to(kept).float(),
+            round_scale=power_of_two if exponents else lambda s: s.to(kept).float(),
         )
 
     def codes(self, module: nn.Module) -> Codes:

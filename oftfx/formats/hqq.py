@@ -57,7 +57,7 @@ class Hqq(ScalarFormat):
             Integers(0, top),
             "float",
             product=kept if kept.itemsize >= 4 else module.compute_dtype,
-            stored=lambda scale: scale.to(kept).float(),
+            round_scale=lambda scale: scale.to(kept).float(),
         )
 
     def codes(self, module: nn.Module) -> Codes:

@@ -64,7 +64,7 @@ class IncFp8(ScalarFormat):
             Partition.tiles((out_features, in_features), (out_features if scale.numel() == 1 else 1, in_features)),
             levels,
             rounded=kept,
-            stored=power_of_two if powers else lambda s: s.to(kept).float(),
+            round_scale=power_of_two if powers else lambda s: s.to(kept).float(),
         )
 
     def codes(self, module: nn.Module) -> Codes:

@@ -76,7 +76,7 @@ class IncWeightOnly(ScalarFormat):
             "integer" if _has_own_zeros(layer) else middle,
             product=torch.float32 if layer.dtype in _TABLES else kept,
             rounded=layer.float_type,
-            stored=lambda scale: scale.to(kept).float(),
+            round_scale=lambda scale: scale.to(kept).float(),
             least_scale=max(1e-8, torch.finfo(kept).tiny),
         )
 

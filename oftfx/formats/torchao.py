@@ -62,7 +62,7 @@ class TorchAO(ScalarFormat):
             _levels(weight),
             "integer" if _zeros(weight) is not None else 0.0,
             rounded=weight.dtype,
-            stored=lambda scale: scale.to(kept).float(),
+            round_scale=lambda scale: scale.to(kept).float(),
         )
 
     def codes(self, module: nn.Module) -> Codes:

@@ -60,7 +60,7 @@ class Grid:
         zero: ``"integer"`` or ``"float"``: each group has its own; or the one number they all have.
         product: dtype in which the format's own runtime multiplies, so that values are the layer's to the bit.
         rounded: dtype in which it keeps what came out, where that is narrower.
-        stored: what a format makes of scales, and of float zeros, when it stores them in a narrower dtype; float32
+        round_scale: what a format makes of scales, and of float zeros, when it stores them in a narrower dtype; float32
             ``(groups,)`` both ways.
         couple: the same where it needs the scales of all groups at once (a second quantization); also returns what it
             stores, for `Codes.parts`.
@@ -83,7 +83,7 @@ class Grid:
     zero: Literal["integer", "float"] | float = 0.0
     product: torch.dtype = torch.float32
     rounded: torch.dtype = torch.float32
-    stored: Callable[[Tensor], Tensor] = lambda scale: scale
+    round_scale: Callable[[Tensor], Tensor] = lambda scale: scale
     couple: Callable[[Tensor], tuple[Tensor, Any]] | None = None
     least_scale: float = 1e-8
     least_zero: int | None = None
@@ -223,15 +223,18 @@ class Grid:
         for share in shares:
             scale = self._scale((high - low) * (share / (self.levels.high - self.levels.low)))
             zero = self.levels.low - low * share / scale
-            yield scale, (zero.round().clamp(least, self.levels.high) if self.zero == "integer" else self.stored(zero))
+            yield (
+                scale,
+                (zero.round().clamp(least, self.levels.high) if self.zero == "integer" else self.round_scale(zero)),
+            )
 
     def _scale(self, scale: Tensor) -> Tensor:
         scale = scale.clamp(min=self.least_scale)
         if self.couple is not None:
             return scale
-        stored = self.stored(scale)
+        kept = self.round_scale(scale)
         # What is too small for a narrow dtype must not become 0, by which would be divided.
-        return torch.where(stored > 0, stored, self.stored(torch.full_like(scale, _SMALLEST)))
+        return torch.where(kept > 0, kept, self.round_scale(torch.full_like(scale, _SMALLEST)))
 
 
 def _better(a: _Fit, b: _Fit) -> _Fit:

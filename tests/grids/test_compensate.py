@@ -26,8 +26,8 @@ def grids(shape):
     order = torch.randperm(columns, generator=torch.Generator().manual_seed(1))
     return {
         "groups, table": Grid(Partition.tiles(shape, (1, 32)), Table(NF4)),
-        "groups, integer zero": Grid(Partition.tiles(shape, (1, 32)), Integers(0, 15), "integer", stored=half),
-        "short last group": Grid(Partition.tiles(shape, (1, 36)), Integers(0, 15), "integer", stored=half),
+        "groups, integer zero": Grid(Partition.tiles(shape, (1, 32)), Integers(0, 15), "integer", round_scale=half),
+        "short last group": Grid(Partition.tiles(shape, (1, 36)), Integers(0, 15), "integer", round_scale=half),
         "act-order": Grid(Partition.tiles(shape, (1, 32), order), Integers(0, 15), "integer"),
         "act-order, one group a column": Grid(Partition.tiles(shape, (rows, 1), order), Integers(-8, 7, 8.0)),
         "fixed zero": Grid(Partition.tiles(shape, (1, 32)), Integers(0, 15, 8.0), 8.0),
@@ -36,7 +36,7 @@ def grids(shape):
         "rectangles, float8": Grid(Partition.tiles(shape, (16, 32)), Float8(torch.float8_e4m3fn)),
         "runs across rows": Grid(Partition.flat(shape, 40), Table(NF4)),
         "coupled": Grid(Partition.tiles(shape, (1, 32)), Table(NF4), couple=coupled),
-        "strided, float zero": Grid(Partition.strided(shape, 12), Integers(0, 15), "float", stored=half),
+        "strided, float zero": Grid(Partition.strided(shape, 12), Integers(0, 15), "float", round_scale=half),
         "strided across columns": Grid(Partition.strided(shape, 36), Integers(0, 15), "float"),
     }
 
@@ -98,7 +98,7 @@ def test_what_comes_out_is_on_the_grid(grid):
     assert torch.equal(moments, kept)
     assert coded.codes.shape == SHAPE
     assert coded.scale.shape == (grid.partition.groups,)
-    assert torch.equal(grid.stored(coded.scale), coded.scale)
+    assert torch.equal(grid.round_scale(coded.scale), coded.scale)
     if grid.zero == "integer":
         assert torch.equal(coded.zero, coded.zero.round().clamp(0, 15))
     again = grid.nearest(grid.values(coded), coded)

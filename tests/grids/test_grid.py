@@ -24,12 +24,12 @@ def mean_coupled(scale):
 GRIDS = {
     "table": Grid(Partition.tiles(SHAPE, (1, 8)), Table(NF4)),
     "float8": Grid(Partition.tiles(SHAPE, (4, 8)), Float8(torch.float8_e4m3fn)),
-    "symmetric": Grid(Partition.tiles(SHAPE, (1, 20)), Integers(-8, 7, 8.0), stored=half),
+    "symmetric": Grid(Partition.tiles(SHAPE, (1, 20)), Integers(-8, 7, 8.0), round_scale=half),
     "one scale": Grid(Partition.tiles(SHAPE, SHAPE), Integers(-127, 127, 127.0)),
-    "integer zero": Grid(Partition.tiles(SHAPE, (1, 8)), Integers(0, 15), "integer", stored=half),
+    "integer zero": Grid(Partition.tiles(SHAPE, (1, 8)), Integers(0, 15), "integer", round_scale=half),
     "integer zero from 1": Grid(Partition.tiles(SHAPE, (1, 8)), Integers(0, 15), "integer", least_zero=1),
-    "fixed zero": Grid(Partition.tiles(SHAPE, (1, 8)), Integers(0, 15, 8.0), 8.0, stored=half),
-    "float zero": Grid(Partition.flat(SHAPE, 12), Integers(0, 7), "float", stored=half),
+    "fixed zero": Grid(Partition.tiles(SHAPE, (1, 8)), Integers(0, 15, 8.0), 8.0, round_scale=half),
+    "float zero": Grid(Partition.flat(SHAPE, 12), Integers(0, 7), "float", round_scale=half),
     "strided": Grid(Partition.strided(SHAPE, 6), Integers(0, 3), "float"),
     "act-order": Grid(Partition.tiles(SHAPE, (1, 8), torch.randperm(20)), Integers(0, 15), "integer"),
     "coupled": Grid(Partition.flat(SHAPE, 8), Table(NF4), couple=mean_coupled),
@@ -74,8 +74,8 @@ def test_codes_are_the_nearest_of_all_levels(grid, search):
 
 def test_scales_and_zeros_are_what_the_format_can_store(grid):
     coded = grid.fit(torch.randn(SHAPE) * 0.05 + 0.02, search=True)
-    assert torch.equal(grid.stored(coded.scale), coded.scale)
-    assert grid.zero != "float" or torch.equal(grid.stored(coded.zero), coded.zero)
+    assert torch.equal(grid.round_scale(coded.scale), coded.scale)
+    assert grid.zero != "float" or torch.equal(grid.round_scale(coded.zero), coded.zero)
     if grid.zero == "integer":
         assert torch.equal(coded.zero, coded.zero.round())
         assert coded.zero.min() >= (grid.least_zero or grid.levels.low)
@@ -130,15 +130,15 @@ def test_the_search_is_the_best_of_all_its_shares(grid):
         share = 1 - (1 - _NARROWEST) * step / _STEPS
         groups = split(weight)
         if grid.symmetric:
-            scale, zero = grid.stored(groups.abs().amax(1) * share / grid.levels.reach), None
+            scale, zero = grid.round_scale(groups.abs().amax(1) * share / grid.levels.reach), None
         else:
             low, high = groups.amin(1).clamp(max=0), groups.amax(1).clamp(min=0)
             top = grid.levels.high
             if grid.least_zero:
                 low = torch.minimum(low, -high * grid.least_zero / (top - grid.least_zero))
-            scale = grid.stored((high - low) * share / top)
+            scale = grid.round_scale((high - low) * share / top)
             zero = -low * share / scale
-            zero = zero.round().clamp(grid.least_zero or 0, top) if grid.zero == "integer" else grid.stored(zero)
+            zero = zero.round().clamp(grid.least_zero or 0, top) if grid.zero == "integer" else grid.round_scale(zero)
         best = torch.minimum(best, errors(scale, zero))
     assert (found <= best * (1 + 1e-3)).all()
     whole = grid.fit(weight)

@@ -86,7 +86,7 @@ def grid_of(
         Integers(0, top, top / 2),
         float(2 ** (bits - 1)) if symmetric else "integer",
         product=dtype,
-        stored=lambda scale: scale.clamp(max=range_of.max).to(dtype).float(),
+        round_scale=lambda scale: scale.clamp(max=range_of.max).to(dtype).float(),
         least_scale=max(1e-8, range_of.tiny * range_of.eps),  # no scale may become 0 in float16
         least_zero=least_zero,
     )
