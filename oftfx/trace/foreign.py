@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
+from types import FrameType, TracebackType
 from typing import Any, TypeVar
 
 from oftfx.errors import OftfxError
@@ -29,5 +29,9 @@ def is_bug(error: BaseException) -> bool:
     if innermost is None:
         return False
     frame = innermost.tb_frame
-    ours = frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]
-    return ours and frame.f_code is not foreign.__code__
+    return is_ours(frame) and frame.f_code is not foreign.__code__
+
+
+def is_ours(frame: FrameType) -> bool:
+    """Whether a line of oftfx runs there."""
+    return frame.f_globals.get("__name__", "").partition(".")[0] == __name__.partition(".")[0]

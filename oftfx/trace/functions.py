@@ -33,6 +33,12 @@ DATA_DEPENDENT = frozenset(
 )
 """What turns tensor values into Python values or shapes: the program then depends on data."""
 
+QUESTIONS = {
+    **dict.fromkeys(["is_contiguous", "stride", "storage_offset"], "strides"),
+    **dict.fromkeys(["requires_grad", "grad_fn", "is_leaf", "grad"], "gradients"),
+}
+"""Methods and attributes whose answer may steer Python, and depends on more of an input than its size and dtype."""
+
 
 def items_of(out: Any) -> Iterator[tuple[Any, Any, Callable[..., Any]]]:
     """Key, value and getter of what a function returned in a container."""

@@ -11,6 +11,7 @@ from oftfx.trace.foreign import is_bug
 from oftfx.trace.graph_module import ProgramGraph
 from oftfx.trace.inputs import ExampleInputs
 from oftfx.trace.record import record
+from oftfx.trace.torch_private import SWITCH
 
 
 def graph(
@@ -54,10 +55,15 @@ def graph(
         ) from error
     if recording.rung != "graph" or recording.module is None:
         raise TraceError(f"{type(model).__name__} cannot become a graph: {recording.reason}")
-    other = record(model, example_inputs, dynamic=True, training=not model.training).graph
+    # In the other mode and without gradients, at once; only where something differs it matters what.
+    other = record(model, example_inputs, dynamic=True, training=not model.training, gradients=False).graph
     if not _same_program(recording.graph, other):
-        guard = recording.module.get_submodule("_guard")
-        guard.recorded_training = model.training  # type: ignore[assignment]
+        guard: Any = recording.module.get_submodule("_guard")
+        bare = record(model, example_inputs, dynamic=True, gradients=False).graph
+        if not _same_program(recording.graph, bare):
+            guard.recorded_gradients = True
+        if not _same_program(bare, other):
+            guard.recorded_training = model.training
     recording.module.on_miss = on_miss
     return recording.module
 
@@ -67,7 +73,8 @@ def _same_program(a: Any, b: Any) -> bool:
 
     def text(graph: Any) -> list[str]:
         skipped = ("placeholder", "output")
-        nodes = [n for n in graph.nodes if n.op not in skipped and n.target != "_guard"]
+        # What switches gradients off and on again inside the model restores what was there.
+        nodes = [n for n in graph.nodes if n.op not in skipped and n.target not in ("_guard", SWITCH)]
         return [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in nodes]
 
     return text(a) == text(b)

@@ -87,6 +87,7 @@ def record(
     dynamic: bool = False,
     executable: bool = False,
     training: bool | None = None,
+    gradients: bool = True,
     bare: bool = False,
     reason: str = "",
     look_into: Collection[nn.Module] = (),
@@ -100,6 +101,7 @@ def record(
         dynamic: keep input sizes symbolic, so the graph stands for other sizes as well.
         executable: also build `Recording.module`.
         training: the mode to record in; None for the model's. Real values always run in eval mode.
+        gradients: record with gradients enabled; real values always run without.
         bare: without the adapters that act now.
         reason: why a higher rung was not possible, for the result.
         look_into: modules without a site that are recorded operation by operation all the same, for the parameters
@@ -111,7 +113,7 @@ def record(
         Exception: what the model itself raises on these inputs.
     """
     call = example_call(model, example_inputs)
-    runner = _Run(model, call, fake, dynamic, executable, training, bare, reason, look_into)
+    runner = _Run(model, call, fake, dynamic, executable, training, gradients, bare, reason, look_into)
     if not fake:
         return runner.run()
     outside = Outside(model)
@@ -134,6 +136,7 @@ class _Run:
     dynamic: bool
     executable: bool
     training: bool | None
+    gradients: bool
     bare: bool
     reason: str
     look_into: Collection[nn.Module]
@@ -143,7 +146,7 @@ class _Run:
         start = time.perf_counter()
         model, (args, kwargs), fake = self.model, self.call, self.fake
         names = _argument_names(model, args, kwargs)
-        values = [*args, *kwargs.values()]
+        values = _apart([*args, *kwargs.values()])
         with ExitStack() as after:
             with ExitStack() as stack:
                 stack.enter_context(_ONE_AT_A_TIME)
@@ -162,13 +165,14 @@ class _Run:
                 _placeholders(recorder, names, values)
                 new_args, new_kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
                 # Gradients only matter to the real thing; a quantized layer may behave differently without them.
-                stack.enter_context(torch.enable_grad() if fake else torch.no_grad())
+                stack.enter_context(torch.enable_grad() if fake and self.gradients else torch.no_grad())
                 with recorder.recording():
                     out = foreign(root, *new_args, **new_kwargs)
             module = None
             if self.executable:
+                stand_in.check_unchanged()
                 recorder.graph.output(_output(recorder, out))
-                guard = _guard(model, names, values, shape_env, self.dynamic)
+                guard = _guard(model, names, values, shape_env if self.dynamic else None, recorder.asked)
                 _insert_guard(recorder.graph)
                 constants = {n: stand_in.original(t) for n, t in recorder.constants.items()}
                 module = build(model, recorder.graph, constants, guard)
@@ -223,10 +227,23 @@ def _key(key: Any) -> Any:
     return getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))
 
 
-def _guard(model: nn.Module, names: list[str], values: list[Any], shape_env: Any, dynamic: bool) -> ShapeGuard:
+def _guard(model: nn.Module, names: list[str], values: list[Any], shape_env: Any, asked: set[str]) -> ShapeGuard:
     tensors = [t for v in values for _, t in _leaves(v)]
-    expression = size_conditions(shape_env, tensors) if shape_env is not None and dynamic else ""
-    return ShapeGuard(type(model).__name__, dict(zip(names, values, strict=True)), expression)
+    expression = "" if shape_env is None else size_conditions(shape_env, tensors)
+    return ShapeGuard(type(model).__name__, dict(zip(names, values, strict=True)), expression, asked)
+
+
+def _apart(values: list[Any]) -> list[Any]:
+    """The same with an object of its own for every place: one that stands at two would be recorded as one input."""
+    seen = set[int]()
+
+    def own(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            return tensor
+        return tensor.detach().requires_grad_(tensor.requires_grad)
+
+    return [pytree.tree_map_only(torch.Tensor, own, value) for value in values]
 
 
 def _insert_guard(graph: fx.Graph) -> None:

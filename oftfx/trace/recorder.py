@@ -7,6 +7,7 @@ Everything else is looked through. A tensor is known by its identity, a symbolic
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,14 +19,15 @@ import torch.fx as fx
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
-from oftfx.errors import TraceError
+from oftfx.errors import TraceError, UnrecordableError
 from oftfx.placement.find import placements_on, without_rotation
 from oftfx.placement.input import RotateInput
 from oftfx.placement.output import RotateOutput
 from oftfx.rotation.caching import no_cache
-from oftfx.trace.foreign import foreign
-from oftfx.trace.functions import DATA_DEPENDENT, OPERATORS, items_of
+from oftfx.trace.foreign import foreign, is_ours
+from oftfx.trace.functions import DATA_DEPENDENT, OPERATORS, QUESTIONS, items_of
 from oftfx.trace.known_shapes import KnownShapes
+from oftfx.trace.shared import Shared
 from oftfx.trace.symbols import SymbolNodes
 from oftfx.trace.torch_private import (
     CALL,
@@ -55,6 +57,7 @@ class Recorder(TorchFunctionMode):
         constants: tensors that are neither inputs, parameters nor results, by attribute name.
         data_dependent: ``(function, module path)`` of every value that steered Python.
         calls: how often each module ran.
+        asked: what the model asked of tensors besides their sizes: ``"strides"``, ``"gradients"``.
     """
 
     def __init__(
@@ -62,11 +65,13 @@ class Recorder(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self.root, self.leaves, self.fake, self._made = root, leaves, made is not None, made
+        self._shared = Shared(root, model)
         self.graph = fx.Graph()
         self.symbols = SymbolNodes(self.graph)
         self.constants: dict[str, torch.Tensor] = {}
         self.data_dependent: list[tuple[str, str]] = []
         self.autocast_changes: list[str] = []
+        self.asked: set[str] = set()
         self.calls: dict[str, int] = {}
         self._names = {m: n for n, m in root.named_modules()}
         self._attributes = _names_by_id(root)
@@ -188,13 +193,18 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if (target := self._shared.written(name, args, kwargs)) is not None:
+            raise UnrecordableError(
+                f"{self.place} writes into a {tuple(target.shape)} parameter of the model, which a recording would "
+                "change. Write in the training loop instead, or into a buffer"
+            )
         if not self._on or (args and inside_functorch(args[0])):
             out = foreign(func, *args, **kwargs)
             for value in out if isinstance(out, (tuple, list)) else (out,):
                 if isinstance(value, torch.Tensor):
                     self._note_made(value)
             return out
-        name = getattr(func, "__name__", "")
         if switches_gradients(func):
             if in_checkpoint():
                 return None  # the graph computes what is checkpointed once, with its gradients
@@ -204,6 +214,7 @@ class Recorder(TorchFunctionMode):
         if name in DATA_DEPENDENT:
             self.data_dependent.append((name, self.where))
         if name != "__setitem__" and not _has_tensor(out):
+            self._note_question(func, name)
             return out  # .shape, .dtype and the like: executed, not recorded
         self._note_autocast()
         node = self._emit(func, name, self.argument(tuple(args)), self.argument(dict(kwargs)))
@@ -221,6 +232,12 @@ class Recorder(TorchFunctionMode):
         if is_method:
             return self.graph.call_method(name, args, kwargs)
         return self.graph.call_function(func, args, kwargs)
+
+    def _note_question(self, func: Any, name: str) -> None:
+        """What the model, not our own code, asks of a tensor besides its size may decide what it does."""
+        about = QUESTIONS.get(func.__self__.__name__ if name == "__get__" else name)
+        if about is not None and not is_ours(sys._getframe(2)):
+            self.asked.add(about)
 
     def _note_autocast(self) -> None:
         for device, state in self._autocast.items():

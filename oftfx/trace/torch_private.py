@@ -16,10 +16,14 @@ import torch.nn as nn
 import torch.utils.checkpoint
 from torch.utils import _pytree as pytree
 
-__all__ = ["CALL", "pytree"]  # the rest is defined here
+__all__ = ["CALL", "SWITCH", "pytree"]  # the rest is defined here
 
 CALL = "_call_impl"
 """What ``nn.Module.__call__`` looks up on the instance and calls, so that an attribute of this name intercepts it."""
+
+
+SWITCH = torch._C._set_grad_enabled
+"""What ``torch.no_grad`` and its like call."""
 
 
 def call_of(module: nn.Module) -> Any:
@@ -39,7 +43,7 @@ def device_of(tensor: torch.Tensor) -> torch.device:
 
 def switches_gradients(function: Any) -> bool:
     """Whether a torch function is the one behind ``torch.no_grad`` and its like."""
-    return function is torch._C._set_grad_enabled
+    return function is SWITCH
 
 
 def inside_functorch(value: Any) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from oftfx.errors import OftfxError, UnrecordableError
+from oftfx.errors import OftfxError, TraceError, UnrecordableError
 from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_of
 from oftfx.model.structure import structural_copy, tensors_in
@@ -24,7 +24,7 @@ class StandIn:
 
     Args:
         model: the model.
-        real: for real values: in eval mode, and with buffers of its own.
+        real: for real values: in eval mode.
         training: the mode, where it is not the model's.
         bare: without adapters.
 
@@ -69,11 +69,32 @@ class StandIn:
             self.module.train(training)
         if real:
             self.module.eval()
-            self._own_buffers()
+        self._own_buffers(real=real)
+        self._before = {n: (m, dict(m._buffers), _plain(m)) for n, m in self.module.named_modules()}
 
-    def _own_buffers(self) -> None:
+    def check_unchanged(self) -> None:
+        """After a forward: it left the modules as they were, apart from what it wrote into tensors.
+
+        Raises:
+            TraceError: it gave a module another buffer or number, which a graph would not do.
+        """
+        for path, (module, buffers, plain) in self._before.items():
+            now = _plain(module)
+            changed = [k for k, b in buffers.items() if module._buffers.get(k) is not b]
+            changed += [k for k, v in plain.items() if now.get(k, v) is not v and now[k] != v]
+            if changed:
+                raise TraceError(
+                    f"forward gives {path or type(self.model).__name__} another {changed[0]} in every call, which a "
+                    "graph would not do. Write into a buffer instead (self.n.add_(1)), or use emit='modules'"
+                )
+
+    def _own_buffers(self, *, real: bool) -> None:
+        """What a forward may write into; also among fake tensors, arithmetic on real ones alone is real."""
         copies: dict[int, torch.Tensor] = {}
         for module in self.module.modules():
+            weight_format = self.formats.get(module)
+            if not real and weight_format is not None and not weight_format.lossless:
+                continue  # not run there
             for name, buffer in module._buffers.items():
                 # Large integer buffers are packed weights: nothing counts in them, and copies would double a model.
                 if buffer is not None and (buffer.is_floating_point() or buffer.numel() < 2**16):
@@ -85,6 +106,10 @@ class StandIn:
             return tensor
         found = (t for m in self.model.modules() for t in tensors_in(vars(m), set()))
         return next((t for t in found if self._became.get(id(t)) is tensor), tensor)
+
+
+def _plain(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
 
 
 @contextmanager

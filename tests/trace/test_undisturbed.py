@@ -1,6 +1,7 @@
 """A copy is recorded: the model's objects stay as they are, and the graph has the model's own tensors."""
 
 import functools
+import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -189,6 +190,8 @@ class Checkpointed(nn.Module):
         return hidden + shift
 
 
+# Recorded without gradients as well, where torch says so itself.
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 def test_reentrant_checkpointing_is_looked_through():
     model = Checkpointed().train()
     graph = oftfx.graph(model, (X,))
@@ -200,3 +203,61 @@ def test_reentrant_checkpointing_is_looked_through():
     model(X).square().sum().backward()
     for gradient, parameter in zip(got, model.parameters(), strict=True):
         assert rel(gradient, parameter.grad) < 1e-6
+
+
+@pytest.mark.parametrize("fake", [True, False])
+@pytest.mark.parametrize("how", ["add_", "augmented", "setitem", "data"])
+def test_what_forward_writes_into_a_buffer_does_not_reach_the_model(fake, how):
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+            self.register_buffer("n", torch.zeros(6))
+
+        def forward(self, x):
+            if how == "add_":
+                self.n.add_(1)
+            elif how == "augmented":
+                self.n += 1
+            elif how == "setitem":
+                self.n[:3] = 1
+            else:
+                self.n.data.mul_(2).add_(1)
+            return self.a(x) + self.n
+
+    model = Writes().train()
+    assert record_best(model, (X,)).rung == "graph"
+    recording = record(model, (X,), fake=fake)
+    assert recording.rung == ("graph" if fake else "analysis")
+    assert torch.equal(model.n, torch.zeros(6))
+    assert model.n._version == 0
+
+
+@pytest.mark.parametrize("how", ["clamp_", "data", "max_norm"])
+def test_a_model_that_writes_into_its_parameters_is_not_recorded(how):
+    class Writes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(6, 6)
+            self.e = nn.Embedding(5, 6, max_norm=0.1 if how == "max_norm" else None)
+
+        def forward(self, x):
+            if how == "clamp_":
+                with torch.no_grad():
+                    self.a.weight.clamp_(-0.01, 0.01)
+            elif how == "data":
+                self.a.weight.data.mul_(0.5)
+            return self.a(x) + self.e(torch.arange(len(x)))
+
+    model = Writes().eval()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    recording = record_best(model, (X,))
+    if how == "clamp_":
+        assert recording.rung == "tree"
+        assert "writes into a (6, 6) parameter of the model" in recording.reason
+    else:  # fake tensors have nothing to write into
+        assert recording.rung == "graph"
+    shape = (5, 6) if how == "max_norm" else (6, 6)
+    with pytest.raises(UnrecordableError, match=re.escape(f"writes into a {shape} parameter")):
+        record(model, (X,), fake=False)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
