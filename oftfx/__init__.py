@@ -33,6 +33,7 @@ _HOME = {
     "adapters": "oftfx.adapter.switch",
     "active_adapters": "oftfx.adapter.switch",
     "disable_adapters": "oftfx.adapter.switch",
+    "refresh": "oftfx.adapter.switch",
     "adapter_parameters": "oftfx.adapter.switch",
     "save_adapter": "oftfx.adapter.save",
     "load_adapter": "oftfx.adapter.load",
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
         adapter_parameters,
         adapters,
         disable_adapters,
+        refresh,
         remove_adapter,
         set_adapter,
     )

@@ -11,20 +11,21 @@ from typing import Any, Literal
 import torch
 import torch.nn as nn
 
+from oftfx.adapter.before_fold import Before, own_copy
 from oftfx.adapter.fingerprint import fingerprint
 from oftfx.adapter.folded import save_folded
 from oftfx.adapter.kept import guard_saving
-from oftfx.adapter.store import AdapterStore, drop_store, keep_store, located
+from oftfx.adapter.store import AdapterStore, drop_store, located
 from oftfx.errors import AdapterError, FoldError
 from oftfx.folding.journal import Journal
 from oftfx.folding.measure import Measured, Seen, measure, see
-from oftfx.folding.note import forget_fold, note_fold
+from oftfx.folding.note import note_fold
 from oftfx.folding.policies import Policy
 from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.reference import Reference, ReferenceWeights
 from oftfx.folding.report import FoldReport
-from oftfx.model.huggingface import QuantizerNotes, note_float_layers
-from oftfx.model.structure import structural_copy
+from oftfx.model.huggingface import note_float_layers
+from oftfx.passes.check_readers import CheckReaders
 from oftfx.passes.fold_into_producers import FoldIntoProducers
 from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.passes.protocol import PassManager
@@ -165,8 +166,8 @@ def fold(
     keeps = not inplace if undo is None else undo
     journal = Journal(keep=inplace and keeps)
     # The state before is kept as a structure of its own; nothing the user does to the model afterwards reaches it.
-    before = None if inplace else structural_copy(root)
-    target = root if inplace else structural_copy(root)
+    before = None if inplace else own_copy(root)
+    target = root if inplace else own_copy(root)
     own = located(target)[1]
     before_fold = Before.of(target, own, journal)
     try:
@@ -177,6 +178,9 @@ def fold(
             for _, placement in rotated_sites(target):
                 placement.forget()  # as would rotated weights that the runs have kept
         program, folds = Program.of(target), list[Folds]()
+        plans = [store.adapters[name].plan for name in names]
+        readers = CheckReaders(plans, batches[0] if batches else None)
+        unchecked = PassManager([readers]).run(program).found[readers.name]
         if into == "producer":
             push = FoldIntoProducers(_producers(store, names), journal)
             folds.append(PassManager([push], verify=batches[0] if batches else None).run(program).found[push.name])
@@ -205,8 +209,13 @@ def fold(
     sites = [_with_reason(s, folds[0].left) for each in folds for s in each.sites]
     note_float_layers(target, [s.fqn for s in sites if s.action == "dequantized"])
     measured = _measured(seen if before is None else before, target, names, batches[:_MEASURED])
-    report = FoldReport(tuple(sites), names, tuple(n for n in store.adapters if n not in names), measured)
+    remarks = [f"whether other code reads the folded weights: {unchecked}"] if unchecked else []
+    if batches and measured is None:
+        remarks.append("the model's outputs: no float tensor is among them")
+    dropped = tuple(n for n in store.adapters if n not in names)
+    report = FoldReport(tuple(sites), names, dropped, measured, tuple(remarks))
     note_fold(target, report, hashes)
+    before_fold.close(target)
     return FoldResult(target, report, before if keeps and not inplace else None, before_fold if journal.keep else None)
 
 
@@ -216,7 +225,7 @@ def unfold(result: FoldResult) -> nn.Module:
     A fold in place is undone in place. Otherwise the result is a module tree of its own, and the folded model stays.
 
     Raises:
-        FoldError: nothing is known of the state before.
+        FoldError: nothing is known of the state before; or a fold in place is not the last thing that was done.
 
     Examples:
         >>> import oftfx, torch
@@ -228,39 +237,12 @@ def unfold(result: FoldResult) -> nn.Module:
         (True, ('default',))
     """
     if result._before is not None:
-        return structural_copy(result._before)
+        return own_copy(result._before)
     if result._undo is None:
         raise FoldError("this fold kept nothing of the state before it; fold with undo=True to undo it")
+    result._undo.check(result.model)
     result._undo.restore(result.model)
     return result.model
-
-
-@dataclass(frozen=True)
-class Before:
-    """What a fold in place has to bring back besides the sites themselves."""
-
-    store: AdapterStore
-    active: tuple[str, ...]
-    trainable: tuple[nn.Parameter, ...]
-    quantizer: QuantizerNotes
-    journal: Journal
-
-    @classmethod
-    def of(cls, model: nn.Module, store: AdapterStore, journal: Journal) -> Before:
-        """The state now; ``journal`` will know what happened to each site."""
-        trainable = tuple(p for p in store.parameters(tuple(store.adapters)) if p.requires_grad)
-        return cls(store, store.active, trainable, QuantizerNotes(model), journal)
-
-    def restore(self, model: nn.Module) -> None:
-        """Bring it back into the same model."""
-        self.journal.restore(model)
-        keep_store(model, self.store)
-        self.store.activate(model, self.active)
-        for parameter in self.trainable:
-            parameter.requires_grad_(True)
-        self.quantizer.restore(model)
-        forget_fold(model)
-        guard_saving(model)
 
 
 def _producers(store: AdapterStore, names: Sequence[str]) -> dict[str, Producer | str]:

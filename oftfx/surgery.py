@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import torch.nn as nn
 
 from oftfx.adapter.insert import insert
-from oftfx.adapter.store import check_name, find_store, store_of, transformed_part, unwrapped
+from oftfx.adapter.store import check_name, check_whole, find_store, store_of, transformed_part, unwrapped
 from oftfx.adapter.switch import switchable
 from oftfx.errors import AdapterError, RuleError
 from oftfx.formats.exact import choose_kernel
@@ -122,6 +122,7 @@ def transform(
         raise AdapterError(
             f"the part {part!r} of this model was transformed on its own; fold it, or transform the part"
         )
+    check_whole(model)
     planned = _planned(model, rules, example_inputs, train, train_bias, trace=emit == "graph")
     if not planned.program.plan:
         raise RuleError("no site is left to rotate: every rule is optional or excludes what it matches")

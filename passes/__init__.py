@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from oftfx.passes.check_readers import CheckReaders
     from oftfx.passes.find_functional import FindFunctional
     from oftfx.passes.find_producers import FindProducers
     from oftfx.passes.fold_into_producers import FoldIntoProducers
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 _HOME = {
     **dict.fromkeys(("Change", "Pass", "PassManager", "PassResult"), "oftfx.passes.protocol"),
     "Program": "oftfx.planning.program",
+    "CheckReaders": "oftfx.passes.check_readers",
     "FindFunctional": "oftfx.passes.find_functional",
     "FindProducers": "oftfx.passes.find_producers",
     "FoldIntoProducers": "oftfx.passes.fold_into_producers",
@@ -45,6 +47,7 @@ _HOME = {
 __all__ = [
     "Calibrate",
     "Change",
+    "CheckReaders",
     "Dequantize",
     "FindFunctional",
     "FindProducers",

@@ -10,6 +10,7 @@ import torch
 
 from oftfx.errors import FoldError, PassError, warn
 from oftfx.folding.float_weight import fold_float
+from oftfx.folding.hooks import hooks_remark
 from oftfx.folding.journal import Journal
 from oftfx.folding.policies import Budget, Policy, check_policy, choices
 from oftfx.folding.record import Folds, SiteFold
@@ -28,7 +29,6 @@ from oftfx.passes.quantized.policy import QuantizedPolicy
 from oftfx.passes.quantized.requantize import Requantize
 from oftfx.placement.base import Placement
 from oftfx.placement.find import rotated_sites
-from oftfx.placement.input import RotateInput
 from oftfx.planning.program import Program
 from oftfx.rotation.module import Rotation
 
@@ -108,7 +108,7 @@ class FoldRotations(Pass):
         bench = Workbench(program.index, self.journal)
         program.index.clear()  # else it would keep what the fold replaces
         some_ran = any(t.placement.ran for t in todo)
-        remarks = {t.fqn: _NEVER_RAN if some_ran and not t.placement.ran else _later_hooks(t.placement) for t in todo}
+        remarks = {t.fqn: _NEVER_RAN if some_ran and not t.placement.ran else hooks_remark(t.placement) for t in todo}
         later = {t.placement.module: t for t in todo if self._is_calibrated(t)}
         at_once = [t for t in todo if t.placement.module not in later]
         order, done = [t.fqn for t in todo], dict[str, SiteFold]()
@@ -219,17 +219,6 @@ def _format(fqn: str, placement: Placement) -> WeightFormat:
     if found is None:
         raise FoldError(_unreadable(fqn, placement))
     return found
-
-
-def _later_hooks(placement: Placement) -> str:
-    """A remark where a pre-hook that was registered later sees the rotated input now and the plain one after a fold."""
-    if not isinstance(placement, RotateInput):
-        return ""
-    hooks = list(placement.module._forward_pre_hooks.values())
-    later = hooks[hooks.index(placement) + 1 :]
-    later = [h for h in later if not isinstance(h, Placement)]
-    remark = f"{len(later)} pre-hook(s) registered after the rotation see the layer's unrotated input now"
-    return remark if later else ""
 
 
 def _unreadable(fqn: str, placement: Placement) -> str:

@@ -18,7 +18,7 @@ from oftfx.adapter import peft_files
 from oftfx.adapter.belonging import check_belongs
 from oftfx.adapter.insert import insert
 from oftfx.adapter.save import PLAN_FILE, rotation_by_site
-from oftfx.adapter.store import AdapterStore, check_name, find_store, store_of, unwrapped
+from oftfx.adapter.store import AdapterStore, check_name, check_whole, find_store, store_of, unwrapped
 from oftfx.errors import AdapterError, AdapterFileError, RuleError
 from oftfx.files import remains
 from oftfx.formats.exact import choose_kernel
@@ -79,6 +79,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     skew_keys, parameter_keys = peft_files.read_keys(tensors, str(directory / peft_files.WEIGHT_FILE))
     skews = {fqn: tensors[k] for fqn, k in skew_keys.items()}
     parameters = {name: tensors[k] for name, k in parameter_keys.items()}
+    check_whole(model)
     store = find_store(model)
     root = unwrapped(model)
     program = Program.of(root)
@@ -320,7 +321,7 @@ def _fill(
     skews: Mapping[str, Tensor],
     parameters: Mapping[str, Tensor],
 ) -> None:
-    for fqn, rotation in rotation_by_site(root, adapter).items():
+    for fqn, rotation in rotation_by_site(root, store, adapter).items():
         rotation.set_every_skew(skews[fqn])
     for name, tensor in parameters.items():
         store.trained[adapter][name].copy_(tensor)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     """
     root, store = located(model)
     store.require(adapter)
+    check_in_place(root, store, adapter)
     if layout not in LAYOUTS:
         raise AdapterError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
     plan = store.adapters[adapter].plan
@@ -83,13 +85,31 @@ def _warn_of_peft(root: nn.Module, plan: Plan) -> None:
 def adapter_tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[str, Tensor]]:
     """What a file of one adapter holds: skews and whole parameters by their keys."""
     plan = store.adapters[adapter].plan
-    rotations = rotation_by_site(root, adapter)
+    rotations = rotation_by_site(root, store, adapter)
     result: list[tuple[str, Tensor]] = [(peft_files.key_of_skew(e.site), rotations[e.fqn].every_skew()) for e in plan]
     rotated = [e.fqn for e in plan]
     result += [(peft_files.key_of_parameter(n, rotated), store.trained[adapter][n]) for n in plan.train]
     return result
 
 
-def rotation_by_site(root: nn.Module, adapter: str) -> dict[str, Any]:
-    """The rotations of one adapter by the path of their site."""
-    return {fqn: p.rotations[adapter] for fqn, p in rotated_sites(root) if adapter in p.rotations}
+def rotation_by_site(root: nn.Module, store: AdapterStore, adapter: str) -> dict[str, Any]:
+    """The rotations of one adapter by the path that their site had when they were put there."""
+    rotations = {fqn: p.rotations[adapter] for fqn, p in rotated_sites(root) if adapter in p.rotations}
+    moved = {entry.fqn: _now(entry.fqn, rotations) for entry in store.adapters[adapter].plan}
+    return {fqn: rotations[now] for fqn, now in moved.items()}
+
+
+def check_in_place(root: nn.Module, store: AdapterStore, adapter: str) -> None:
+    """Raise `AdapterError` where a site is not where it was put: another layer has been wrapped around it."""
+    rotated = dict(rotated_sites(root))
+    for entry in store.adapters[adapter].plan:
+        if entry.fqn not in rotated:
+            raise AdapterError(
+                f"{entry.fqn} is inside another layer now ({_now(entry.fqn, rotated)}), so no file of this adapter "
+                "would fit the model. Take that away first (unload() of a PeftModel; merge_adapter() would put its "
+                "update behind the rotation), or fold before"
+            )
+
+
+def _now(fqn: str, found: Mapping[str, Any]) -> str:
+    return fqn if fqn in found else next(f for f in found if f.startswith(f"{fqn}."))

@@ -10,6 +10,7 @@ import torch.nn as nn
 
 from oftfx.errors import AdapterError
 from oftfx.model.index import ModelIndex
+from oftfx.placement.encoder import unwatch_encoders, watch_encoders
 from oftfx.placement.find import rotated_sites
 from oftfx.planning.plans import Plan
 from oftfx.rotation.module import Rotation
@@ -177,6 +178,15 @@ def transformed_part(model: nn.Module) -> str | None:
     return next((n for n, m in model.named_modules() if n and ATTRIBUTE in m.__dict__), None)
 
 
+def check_whole(model: nn.Module) -> None:
+    """Raise `AdapterError` for a part of a transformed model, whose rotations are adapters of the whole."""
+    if find_store(model) is None and (fqn := next((f for f, p in rotated_sites(model) if p.rotations), None)):
+        raise AdapterError(
+            f"{fqn} rotates already, by an adapter of the model that this {type(model).__name__} is a part of. Give "
+            "the whole model to oftfx.add_adapter, with rules that name this part"
+        )
+
+
 def find_store(model: nn.Module) -> AdapterStore | None:
     """The store of a model, or None where it was never transformed."""
     try:
@@ -192,6 +202,7 @@ def store_of(model: nn.Module) -> AdapterStore:
 
 def keep_store(model: nn.Module, store: AdapterStore) -> AdapterStore:
     """Make ``store`` the model's."""
+    watch_encoders(model)
     model.__dict__[ATTRIBUTE] = store
     return store
 
@@ -199,6 +210,7 @@ def keep_store(model: nn.Module, store: AdapterStore) -> AdapterStore:
 def drop_store(model: nn.Module) -> None:
     """Make the model a plain one again; its rotations are gone already."""
     model.__dict__.pop(ATTRIBUTE, None)
+    unwatch_encoders(model)
 
 
 def _get(root: nn.Module, name: str) -> nn.Parameter:

@@ -12,6 +12,7 @@ from oftfx.adapter.store import AdapterStore, located
 from oftfx.errors import AdapterError
 from oftfx.placement.find import rotated_sites
 from oftfx.planning.plans import Plan
+from oftfx.rotation.module import Rotation
 
 
 def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
@@ -118,6 +119,31 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         store.activate(root, tuple(n for n in active if n in store.adapters))
+
+
+def refresh(model: nn.Module) -> None:
+    """Forget what eval mode has computed from parameters that were written into behind torch's back.
+
+    Rotations and rotated weights are kept between forwards in eval mode until a version of a parameter changes, an
+    optimiser steps, or the model moves or changes mode. Writing through ``.data`` changes no version: on a CPU most
+    such writes are seen all the same (see `oftfx.Rotation`), on an accelerator none is.
+
+    Examples:
+        >>> import oftfx, torch
+        >>> x, model = torch.randn(5, 6), torch.nn.Sequential(torch.nn.Linear(6, 4))
+        >>> model = oftfx.transform(model, {"*": oftfx.OFT(3)}).eval().requires_grad_(False)
+        >>> before = model(x)
+        >>> for parameter in oftfx.adapter_parameters(model):
+        ...     parameter.data[0] += 0.1
+        >>> oftfx.refresh(model)
+        >>> torch.allclose(model(x), before)
+        False
+    """
+    for module in model.modules():
+        if isinstance(module, Rotation):
+            module.forget()
+    for _, placement in rotated_sites(model):
+        placement.forget()
 
 
 def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:

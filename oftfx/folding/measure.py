@@ -11,9 +11,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils import _pytree as pytree
 
-from oftfx.model.running import Inputs, call_once, evaluating
+from oftfx.model.running import Inputs, call_once, evaluating, tensors_of
 from oftfx.precision import squared_error
 
 
@@ -55,24 +54,30 @@ def see(model: nn.Module, batch: Inputs) -> Seen:
     """Run a model in eval mode, without a cache of keys and values."""
     with evaluating(model):
         output = call_once(model, batch)
-    leaves = pytree.tree_leaves(output)
-    floats = tuple(t.detach() for t in leaves if isinstance(t, Tensor) and t.is_floating_point())
+    floats = tuple(t.detach() for t in tensors_of(output) if t.is_floating_point())
     return Seen(floats, _next_token(model, batch, output))
 
 
-def measure(before: Iterable[Seen], after: nn.Module, batches: Sequence[Inputs]) -> Measured:
-    """Compare a model with what another has made of the same batches; of a generator, one batch at a time."""
+def measure(before: Iterable[Seen], after: nn.Module, batches: Sequence[Inputs]) -> Measured | None:
+    """Compare a model with what another has made of the same batches; of a generator, one batch at a time.
+
+    None where there is nothing to compare: no output is a float tensor.
+    """
+    compared = 0
     missed = whole = 0.0
     nll = [0.0, 0.0]
     count = 0
     for batch, old in zip(batches, before, strict=True):
         new = see(after, batch)
+        compared += len(new.floats)
         for a, b in zip(new.floats, old.floats, strict=True):
             sums = squared_error(a.to(b.device), b)
             missed, whole = missed + sums[0], whole + sums[1]
         if old.loss is not None and new.loss is not None:
             nll = [nll[0] + old.loss[0], nll[1] + new.loss[0]]
             count += old.loss[1]
+    if not compared:
+        return None
     error = math.sqrt(missed / whole) if whole else math.sqrt(missed)
     if not count:
         return Measured(error)

@@ -10,7 +10,7 @@ import torch.nn as nn
 from oftfx.formats.base import WeightFormat, WeightState
 from oftfx.formats.exact import is_exact, use_exact
 from oftfx.model.structure import replace_module
-from oftfx.placement.base import Placement
+from oftfx.placement.base import Placement, SiteRotations
 from oftfx.rotation.module import FrozenRotation, Rotation
 
 
@@ -85,7 +85,7 @@ class Undo:
         """The state of a site now; ``path`` is that of its module."""
         holder = placement.holder
         if holder is not None:  # a shell of its own: folding empties the original
-            shell = type(holder)()
+            shell = SiteRotations(placement)
             shell._modules.update(holder._modules)
             shell.training, holder = holder.training, shell
         return cls(

@@ -38,6 +38,7 @@ class FoldReport:
         adapters: what was folded, in order.
         dropped: adapters that did not act and are gone from the folded model.
         measured: the model's outputs on the calibration inputs, folded against unfolded; None where none were given.
+        unchecked: what could not be looked at, with the reason.
 
     Examples:
         >>> import oftfx, torch
@@ -52,6 +53,7 @@ class FoldReport:
     adapters: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
     measured: Measured | None = None
+    unchecked: tuple[str, ...] = ()
 
     @property
     def output_error(self) -> float | None:
@@ -92,6 +94,7 @@ class FoldReport:
         worst = max((s.relative_error for s in self.sites), default=0.0)
         lines = [
             *(f"warning: {w}" for w in self.warnings),
+            *(f"not checked: {u}" for u in self.unchecked),
             f"folded {', '.join(self.adapters) or 'nothing'} into {len(self)} sites: {actions or 'none'}",
             f"worst relative error of a weight {worst:.2e}, survival of the update {self.survival:.1%}, "
             f"weights {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB after",

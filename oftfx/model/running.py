@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
 from typing import Any, TypeAlias
 
 import torch
@@ -61,9 +62,31 @@ def input_name(layer: nn.Module, kwargs: Mapping[str, Any]) -> str:
 
 
 def outputs_of(model: nn.Module, inputs: Inputs) -> list[torch.Tensor]:
-    """All tensors a model returns for keyword or positional inputs, in eval mode, without gradients."""
-    from torch.utils import _pytree as pytree
-
+    """All tensors a model returns for keyword or positional inputs, in eval mode, without gradients or a cache."""
     with evaluating(model), torch.no_grad():
-        out = call(model, inputs)
-    return [t for t in pytree.tree_leaves(out) if isinstance(t, torch.Tensor)]
+        out = call_once(model, inputs)
+    return list(tensors_of(out))
+
+
+def tensors_of(result: Any) -> Iterator[torch.Tensor]:
+    """Tensors anywhere in a model's result, in order, also in objects of classes of its own (a dataclass, say)."""
+    todo, seen = [result], dict[int, Any]()  # objects are kept, as ids are only unique among living ones
+    while todo:
+        value = todo.pop()
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif id(value) not in seen:
+            seen[id(value)] = value
+            todo += reversed(_parts(value))
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, (tuple, list, set)):
+        return list(value)
+    if isinstance(value, (nn.Module, type)) or callable(value):
+        return []
+    if is_dataclass(value):  # which may have no __dict__
+        return [getattr(value, f.name) for f in fields(value)]
+    return list(vars(value).values()) if hasattr(value, "__dict__") else []

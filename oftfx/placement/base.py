@@ -18,11 +18,35 @@ from oftfx.rotation.module import FrozenRotation, Rotation
 
 
 class SiteRotations(nn.Module):
-    """The rotations that live at a site, one child an adapter. It only holds them; a `Placement` applies them."""
+    """The rotations that live at a site, one child an adapter. It only holds them; a `Placement` applies them.
+
+    Args:
+        placement: which one; it lets go of what it has computed when the model moves.
+    """
+
+    def __init__(self, placement: Placement) -> None:
+        super().__init__()
+        self.__dict__["_placement"] = placement
 
     def forward(self, *_: Any, **__: Any) -> Any:
         """Not meant to be called; a container like ModuleList."""
         raise OftfxError("an `oft` child only holds rotations; call the layer it belongs to")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Refuse what torch.ao's eager quantization sets on every module before it replaces layers.
+
+        It observes no layer that has children, and puts our hooks on the new layer without their keyword arguments.
+        """
+        if name == "qconfig" and value is not None:
+            raise OftfxError(
+                f"{self._placement.site}: torch.ao.quantization replaces layers without their rotations; fold first "
+                "(oftfx.fold), then quantize what comes out"
+            )
+        super().__setattr__(name, value)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> SiteRotations:
+        self._placement.forget()  # also of the weight beside it, which is moved after its children
+        return super()._apply(fn, recurse)
 
 
 class Placement(ABC):
@@ -109,7 +133,7 @@ class Placement(ABC):
         """Make a rotation a child of the site: ``<site>.oft.<adapter>``."""
         holder = self.holder
         if holder is None:
-            holder = SiteRotations().train(self.module.training)
+            holder = SiteRotations(self).train(self.module.training)
             self.module.add_module(self.child, holder)
         elif not isinstance(holder, SiteRotations):
             raise OftfxError(f"{self.site} already has a child called {self.child!r} that is not ours")

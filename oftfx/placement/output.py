@@ -27,4 +27,8 @@ class RotateOutput(Placement):
     def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """Replace the layer's output."""
         self.note_run()
-        return self.alone(output) if self.in_effect() else None
+        if not self.in_effect():
+            return None
+        # What an embedding gives out keeps its dtype under autocast, and so does its product with a rotation.
+        with torch.autocast(output.device.type, enabled=False):
+            return self.alone(output)

@@ -14,6 +14,7 @@ from oftfx.placement.base import Placement
 from oftfx.placement.calls import close_call, is_inside, open_call, prepare, restore
 from oftfx.placement.torch_private import is_compiled, never_compiled_alone, pause_dynamo, resume_dynamo
 from oftfx.rotation.caching import caching
+from oftfx.rotation.glimpse import Glimpse
 from oftfx.rotation.identity import Identity
 from oftfx.rotation.module import FrozenRotation, Rotation
 
@@ -46,6 +47,7 @@ class RotateWeight(Placement):
             raise OftfxError(f"{self.site}: no known format reads the weight of this {type(self.module).__name__}")
         self.layout = weight_format.layout(self.module)
         self._identity = Identity()
+        self._glimpse = Glimpse()
         self._cached: tuple[Any, torch.Tensor] | None = None
 
     @property
@@ -131,10 +133,17 @@ class RotateWeight(Placement):
     def rotated(self, chain: list[Rotation | FrozenRotation]) -> torch.Tensor:
         """The weight as the reader sees it, in its own shape and dtype; the product is made in float32 at least."""
         weight: Any = self.module._parameters.get(self.parameter)
+        if weight is None:
+            raise OftfxError(
+                f"{self.site} of this {type(self.module).__name__} is no parameter any more: something computes it "
+                "(weight_norm, spectral_norm, pruning), and would not see the rotation. Take that away first "
+                "(torch.nn.utils.parametrize.remove_parametrizations, prune.remove), or fold before"
+            )
         states = [r.state() for r in chain]
         if None in states or not _cacheable(weight):
             return self._product(weight, chain)
-        key = (self._identity.of(weight), weight._version, weight.data_ptr(), weight.device, weight.dtype, *states)
+        place = weight._version, weight.data_ptr(), self._glimpse.of(weight), weight.device, weight.dtype
+        key = (self._identity.of(weight), *place, *states)
         cached = self._cached
         if cached is None or cached[0] != key:
             with torch.inference_mode(False), torch.no_grad():
@@ -153,6 +162,8 @@ class RotateWeight(Placement):
     def forget(self) -> None:
         """Drop the rotated weight."""
         self._cached = None
+        self._identity.forget()
+        self._glimpse.forget()
 
     def remove(self) -> None:
         """Take the hooks away, and what was computed."""

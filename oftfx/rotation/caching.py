@@ -52,4 +52,4 @@ def no_cache() -> Iterator[None]:
 
 def caching() -> bool:
     """Whether results may be kept from one forward to the next."""
-    return not torch.compiler.is_compiling() and _caching.get()
+    return not torch.compiler.is_compiling() and _caching.get() and not torch.jit.is_tracing()

@@ -12,6 +12,7 @@ from torch import Tensor
 from oftfx.rotation.caching import caching, count_steps, steps
 from oftfx.rotation.cayley import cayley
 from oftfx.rotation.cayley import project as project_norm
+from oftfx.rotation.glimpse import Glimpse
 from oftfx.rotation.identity import Identity
 from oftfx.rotation.rotate import rotate
 from oftfx.rotation.skew import skew_matrix, skew_size, skew_vector
@@ -53,7 +54,8 @@ class Rotation(nn.Module):
 
     In eval mode without gradients the blocks are computed once and kept until the parameter's version changes
     (an optimiser step, ``load_state_dict``, ``copy_``), an optimiser steps, it moves, or the module changes mode.
-    Writing through ``skew.data`` by hand in eval mode is invisible to torch and to this cache; call ``forget()``.
+    Writing through ``.data`` is invisible to torch. On a CPU a look at a few bytes of the tensor sees what writes all
+    of it (averaged weights, scaling); otherwise call `oftfx.refresh`.
 
     Args:
         in_features: length of the axis that one rotation turns.
@@ -100,6 +102,7 @@ class Rotation(nn.Module):
         count_steps()
         self.spec = spec
         self._identity = Identity()
+        self._glimpse = Glimpse()
         self.copies, self.tied = copies, tied
         self.in_features = in_features * copies
         blocks, self.block_size = spec.geometry(in_features, where)
@@ -122,6 +125,7 @@ class Rotation(nn.Module):
         """Drop what eval mode has cached, here and wherever the blocks went."""
         self._cached: tuple[Any, Tensor] | None = None
         self._identity.forget()
+        self._glimpse.forget()
 
     def matrices(self) -> Tensor:
         """Blocks ``(blocks, b, b)`` in float32 or wider: without dropout, never cached, differentiable."""
@@ -181,14 +185,15 @@ class Rotation(nn.Module):
         """What tells this rotation from another, and from itself after a change."""
         skew = self.skew
         version = 0 if skew.is_inference() else skew._version
-        return self._identity.of(skew), version, steps(), skew.requires_grad, self.training
+        seen = self._glimpse.of(skew) if type(skew) is nn.Parameter and not torch.compiler.is_compiling() else b""
+        return self._identity.of(skew), version, seen, steps(), skew.requires_grad, self.training
 
     def state(self) -> tuple[Any, ...] | None:
         """What the blocks depend on, where they may be kept for the next forward; None where they may not."""
         skew = self.skew
         if not self._cacheable(skew):
             return None
-        return self._identity.of(skew), skew._version, skew.data_ptr(), skew.device, steps()
+        return self._identity.of(skew), skew._version, skew.data_ptr(), self._glimpse.of(skew), skew.device, steps()
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""
@@ -270,6 +275,7 @@ class FrozenRotation(nn.Module):
     def __init__(self, blocks: Tensor) -> None:
         super().__init__()
         self._identity = Identity()
+        self._glimpse = Glimpse()
         self.register_buffer("blocks", blocks)
 
     @property
@@ -295,7 +301,7 @@ class FrozenRotation(nn.Module):
         if not caching() or self.blocks.is_meta or self.blocks.is_inference():
             return None
         blocks = self.blocks
-        return self._identity.of(blocks), blocks._version, blocks.data_ptr(), blocks.device
+        return self._identity.of(blocks), blocks._version, blocks.data_ptr(), self._glimpse.of(blocks), blocks.device
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""

@@ -7,7 +7,7 @@ import operator
 import threading
 import time
 import weakref
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ import torch.fx as fx
 import torch.nn as nn
 
 from oftfx.errors import TraceError, UnrecordableError
+from oftfx.model.running import tensors_of
 from oftfx.trace.foreign import foreign, is_bug
 from oftfx.trace.graph_module import ProgramGraph, build
 from oftfx.trace.guards import ShapeGuard
@@ -178,7 +179,7 @@ class _Run:
                 module = build(model, recorder.graph, constants, guard)
             else:
                 # Nothing can build the result from these; they say which values somebody outside reads.
-                recorder.graph.output(recorder.known(_returned(out)))
+                recorder.graph.output(recorder.known(tensors_of(out)))
         doubts = [self.reason] if self.reason else []
         doubts += recorder.doubts()
         rung = "graph" if fake and not doubts else "analysis"
@@ -269,24 +270,6 @@ def _output(recorder: Recorder, out: Any) -> Any:
     if isinstance(out, (tuple, list)):
         return foreign(type(out), [_output(recorder, v) for v in out])
     raise TraceError(f"the model returned a {type(out).__name__}, which a graph cannot build")
-
-
-def _returned(out: Any) -> Iterator[torch.Tensor]:
-    """Tensors anywhere in a model's result, also in objects of classes of its own; anything else is passed over."""
-    todo, seen = [out], dict[int, Any]()  # objects are kept, as ids are only unique among living ones
-    while todo:
-        value = todo.pop()
-        if id(value) in seen:
-            continue
-        seen[id(value)] = value
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, Mapping):
-            todo += value.values()
-        elif isinstance(value, (tuple, list, set)):
-            todo += value
-        elif hasattr(value, "__dict__") and not isinstance(value, (nn.Module, type)) and not callable(value):
-            todo += vars(value).values()
 
 
 def _first_line(error: Exception) -> str:

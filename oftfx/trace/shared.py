@@ -11,7 +11,10 @@ import torch.nn as nn
 
 from oftfx.trace.torch_private import is_fake, without_modes
 
-_AUGMENTED = {f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")}
+_WRITING = {"__setitem__"} | {
+    f"__i{n}__" for n in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "and", "or", "xor")
+}
+_NOT_WRITING = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 
 
 class Shared:
@@ -27,7 +30,7 @@ class Shared:
 
     def written(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """What a torch function of that name would write into, if that is shared; fake tensors have no memory."""
-        if name == "__setitem__" or name in _AUGMENTED or (name.endswith("_") and not name.endswith("__")):
+        if name in _WRITING or (name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITING):
             target = args[0]
         elif name in ("embedding", "embedding_bag") and kwargs.get("max_norm") is not None and not is_fake(args[0]):
             # Rows are scaled first; those that fake numbers choose are fake.
