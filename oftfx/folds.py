@@ -132,11 +132,9 @@ def fold(
     """
     root, store = located(model)
     names = store.active if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter)
-    store.require(*names)
+    names = store.together(names)
     if not names:
         raise AdapterError(f"no adapter is active; name one of {', '.join(store.adapters)} in fold(adapter=...)")
-    if len(set(names)) != len(names):
-        raise AdapterError(f"an adapter is named twice in {list(names)}")
     if into not in ("site", "producer"):
         raise FoldError(f"into: got {into!r}, expected 'site' or 'producer'")
     hashes = {name: fingerprint(root, name) for name in names}

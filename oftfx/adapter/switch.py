@@ -9,25 +9,32 @@ import torch.fx as fx
 import torch.nn as nn
 
 from oftfx.adapter.store import AdapterStore, located
-from oftfx.errors import AdapterError
+from oftfx.errors import AdapterError, warn
 from oftfx.placement.find import rotated_sites
 from oftfx.planning.plans import Plan
 
 
-def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
+def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None, *, trainable: bool | None = None) -> None:
     """Choose which adapters act: one, several in a row (``x -> R1 -> R2 -> W``), or None for the base model.
 
-    Which parameters require gradients does not change.
+    Parameters of the adapters that act require gradients, those of the others do not, as in PEFT. An adapter that was
+    made not to train (`load_adapter` without ``trainable=True``, a configuration with ``inference_mode=True``) does not
+    begin to.
+
+    Args:
+        model: a transformed model.
+        adapter: a name, several, or None.
+        trainable: whether the adapters that are named train from now on; None leaves that as it is.
 
     Raises:
-        AdapterError: an unknown name, or one named twice.
+        AdapterError: an unknown name, one named twice, or two adapters that train the same module whole.
     """
     root, store = switchable(model)
-    names = () if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter)
-    store.require(*names)
-    if len(set(names)) != len(names):
-        raise AdapterError(f"an adapter is named twice in {list(names)}")
+    names = store.together(() if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter))
+    for name in names if trainable is not None else ():
+        store.set_trainable(name, bool(trainable))
     store.activate(root, names)
+    store.follow(root)
 
 
 def adapters(model: nn.Module) -> dict[str, Plan]:
@@ -49,14 +56,27 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 def remove_adapter(model: nn.Module, adapter: str) -> None:
     """Take an adapter out of a model, in place.
 
+    Where it was the only one that acted, the first of those that are left by name acts instead, with a warning; that is
+    what PEFT does.
+
     Raises:
         AdapterError: an unknown name.
     """
     root, store = switchable(model)
     store.require(adapter)
+    acted = store.active
     store.remove(root, adapter)
     for _, placement in list(rotated_sites(root)):
         placement.drop(adapter)
+    if acted == (adapter,):
+        _let_another_act(root, store, adapter)
+
+
+def _let_another_act(root: nn.Module, store: AdapterStore, removed: str) -> None:
+    for name in sorted(store.adapters)[:1]:
+        store.activate(root, (name,))
+        store.follow(root)
+        warn(f"adapter {removed!r} acted and was removed; {name!r} acts now. set_adapter(model, None) gives the base")
 
 
 @contextmanager
@@ -68,7 +88,10 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        store.activate(root, tuple(n for n in active if n in store.adapters))
+        left = tuple(n for n in active if n in store.adapters)
+        store.activate(root, left)
+        if active and not left:
+            _let_another_act(root, store, active[0])
 
 
 def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
