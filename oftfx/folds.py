@@ -29,6 +29,7 @@ from oftfx.passes.fold_into_producers import FoldIntoProducers
 from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.passes.protocol import PassManager
 from oftfx.placement.find import rotated_sites
+from oftfx.placement.rows import check_no_rows
 from oftfx.planning.program import Program
 from oftfx.planning.site_plan import Producer
 from oftfx.terminal import bar
@@ -131,6 +132,7 @@ def fold(
         FoldError: see `FoldRotations`.
     """
     root, store = located(model)
+    check_no_rows(root, "a fold")
     names = store.active if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter)
     names = store.together(names)
     if not names:

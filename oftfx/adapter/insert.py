@@ -15,6 +15,7 @@ from oftfx.model.names import child_name
 from oftfx.passes.insert_rotations import InsertRotations
 from oftfx.passes.protocol import PassManager, PassResult
 from oftfx.placement.base import SiteRotations
+from oftfx.placement.rows import check_no_rows
 from oftfx.planning.plans import Plan
 from oftfx.planning.program import Program
 
@@ -24,6 +25,7 @@ def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool)
 
     ``trainable``: whether its parameters require gradients when it acts.
     """
+    check_no_rows(model, "adding an adapter")
     index = ModelIndex(model)
     check_insertable(index, program.planned)
     first = find_store(model) is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch.fx as fx
 import torch.nn as nn
@@ -11,6 +11,7 @@ import torch.nn as nn
 from oftfx.adapter.store import AdapterStore, located
 from oftfx.errors import AdapterError, warn
 from oftfx.placement.find import rotated_sites
+from oftfx.placement.rows import OPEN, Rows, check_no_rows, with_rows
 from oftfx.planning.plans import Plan
 
 
@@ -30,6 +31,7 @@ def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None, *, traina
         AdapterError: an unknown name, one named twice, or two adapters that train the same module whole.
     """
     root, store = switchable(model)
+    check_no_rows(root, "set_adapter")
     names = store.together(() if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter))
     for name in names if trainable is not None else ():
         store.set_trainable(name, bool(trainable))
@@ -64,6 +66,7 @@ def remove_adapter(model: nn.Module, adapter: str) -> None:
     """
     root, store = switchable(model)
     store.require(adapter)
+    check_no_rows(root, "remove_adapter")
     acted = store.active
     store.remove(root, adapter)
     for _, placement in list(rotated_sites(root)):
@@ -81,12 +84,17 @@ def _let_another_act(root: nn.Module, store: AdapterStore, removed: str) -> None
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model, inside a ``with``: no rotation acts, parameters trained whole have their base values."""
+    """The base model, inside a ``with``: no rotation acts, what trains whole has its base values.
+
+    Also inside `adapter_rows`: of the two, the inner one holds.
+    """
     root, store = switchable(model)
     active = store.active
     store.activate(root, ())
+    placements = [p for _, p in rotated_sites(root)]
     try:
-        yield
+        with with_rows(Rows(placements, None)) if OPEN.any else nullcontext():
+            yield
     finally:
         left = tuple(n for n in active if n in store.adapters)
         store.activate(root, left)

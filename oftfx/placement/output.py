@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from oftfx.placement.base import Placement
+from oftfx.placement.rows import OPEN, rows_of
 
 
 class RotateOutput(Placement):
@@ -27,4 +28,6 @@ class RotateOutput(Placement):
     def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """Replace the layer's output."""
         self.note_run()
+        if OPEN.any and (rows := rows_of(self)) is not None:
+            return rows.rotate(self, output)
         return self.alone(output) if self.in_effect() else None
