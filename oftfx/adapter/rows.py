@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch.nn as nn
 
+from oftfx.adapter.rows_of_whole import with_whole
 from oftfx.adapter.store import AdapterStore
 from oftfx.adapter.switch import switchable
 from oftfx.errors import AdapterError
@@ -32,9 +33,9 @@ def adapter_rows(model: nn.Module, names: Sequence[str | Sequence[str] | None]) 
             Dimension 0 of what every rotated layer reads has to be these rows; a search with beams has a row a beam.
 
     Raises:
-        AdapterError: an unknown name, an adapter that also trains whole modules, a compiled model; and, in a forward, a
-            layer that reads the rows in another shape, a weight that a larger module reads by itself, gradient
-            checkpointing, compilation, export or tracing.
+        AdapterError: an unknown name, an adapter that also trains biases, a compiled model; and, in a forward, a layer
+            that reads the rows in another shape, a weight that a larger module reads by itself, gradient checkpointing,
+            compilation, export or tracing.
 
     Examples:
         >>> import oftfx, torch
@@ -50,9 +51,10 @@ def adapter_rows(model: nn.Module, names: Sequence[str | Sequence[str] | None]) 
     if isinstance(names, str) or not names:
         raise AdapterError(f"adapter_rows: got {names!r}, expected a list with an adapter (or None) for each row")
     chains = [_chain(store, name) for name in names]
-    _check_rotations_only(store, chains)
     _check_runs_as_it_is(model)
-    with with_rows(Rows([p for _, p in rotated_sites(root)], chains)):
+    store.take_back(root)
+    rows = Rows([p for _, p in rotated_sites(root)], chains)
+    with with_whole(root, store, rows, chains), with_rows(rows):
         yield
 
 
@@ -60,17 +62,6 @@ def _chain(store: AdapterStore, name: str | Sequence[str] | None) -> Chain:
     if name is None or name == BASE:
         return ()
     return store.together((name,) if isinstance(name, str) else tuple(name))
-
-
-def _check_rotations_only(store: AdapterStore, chains: Sequence[Chain]) -> None:
-    for name in {n: None for chain in (*chains, store.active) for n in chain}:
-        if own := sorted(store.own(name)):
-            raise AdapterError(
-                f"adapter_rows: adapter {name!r} has its own {own[0]}"
-                + (f" and {len(own) - 1} more" if own[1:] else "")
-                + ", trained whole, of which a batch can only have one version; use one adapter a call"
-                + ("" if name in {n for chain in chains for n in chain} else ", or set_adapter(model, None) first")
-            )
 
 
 def _check_runs_as_it_is(model: nn.Module) -> None:

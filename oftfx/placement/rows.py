@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.nn as nn
@@ -25,6 +25,7 @@ from oftfx.placement.torch_private import never_compiled_alone
 if TYPE_CHECKING:
     from oftfx.placement.base import Placement
 
+G = TypeVar("G")
 Chain = tuple[str, ...]
 """Names of adapters in the order in which they act; none for the base."""
 
@@ -54,15 +55,20 @@ class Rows:
     Args:
         placements: of the model.
         chains: what acts on each row; None where the adapters of the model act on all, as outside.
+
+    Attributes:
+        ran: whether any site has asked for them.
     """
 
     def __init__(self, placements: Sequence[Placement], chains: Sequence[Chain] | None) -> None:
         self.placements = frozenset(placements)
         self.chains = None if chains is None else tuple(chains)
+        self.ran = False
         self._here: dict[Placement, dict[Chain, list[int]]] = {}
 
     def groups(self, placement: Placement) -> dict[Chain, list[int]]:
         """At a site, what acts there on which rows; adapters without a rotation there do nothing."""
+        self.ran = True
         found = self._here.get(placement)
         if found is None:
             found = self._here[placement] = {}
@@ -77,19 +83,10 @@ class Rows:
             AdapterError: dimension 0 of ``x`` is not the rows.
         """
         groups = self.groups(placement)
-        check_eager(placement)
+        check_eager(placement.site)
         if list(groups) != [()]:
             self.check(placement, x, x.dim() + axis > 0)
-        return self.by_group(groups, x, lambda part, chain: placement.alone(part, chain))
-
-    def by_group(self, groups: dict[Chain, list[int]], x: Tensor, run: Callable[[Tensor, Chain], Tensor]) -> Tensor:
-        """``run`` on the rows of each group, the results in the order of the rows."""
-        if len(groups) == 1:
-            return run(x, next(iter(groups)))
-        parts = [run(x.index_select(0, index_of(rows, x)), chain) for chain, rows in groups.items()]
-        order = [row for rows in groups.values() for row in rows]
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(parts).index_select(0, index_of(back, x))
+        return by_group(groups, x, lambda part, chain: placement.alone(part, chain))
 
     def check(self, placement: Placement, x: Tensor, batched: bool) -> None:
         """Refuse a tensor whose dimension 0 is not the rows."""
@@ -101,6 +98,21 @@ class Rows:
                 f"the batch, of size {count}; got {shape}. If the model reads all rows' tokens as one row here, or "
                 "puts another dimension first, use one adapter a call"
             )
+
+
+def by_group(groups: Mapping[G, Sequence[int]], x: Tensor, run: Callable[[Tensor, G], Tensor]) -> Tensor:
+    """``run`` on the rows of each group, the results in the order of the rows."""
+    if len(groups) == 1:
+        return run(x, next(iter(groups)))
+    parts = [run(x.index_select(0, index_of(rows, x)), group) for group, rows in groups.items()]
+    order = [row for rows in groups.values() for row in rows]
+    back = sorted(range(len(order)), key=order.__getitem__)
+    return torch.cat(parts).index_select(0, index_of(back, x))
+
+
+def is_innermost(rows: Rows) -> bool:
+    """Whether the call that runs now has these rows, and no others of the same model inside."""
+    return next((r for r in reversed(_ROWS.get()) if r.placements & rows.placements), None) is rows
 
 
 def rows_of(placement: Placement) -> Rows | None:
@@ -134,18 +146,18 @@ def check_no_rows(model: nn.Module, what: str) -> None:
 
 
 @never_compiled_alone
-def check_eager(placement: Placement) -> None:
+def check_eager(where: str) -> None:
     """Refuse a call that becomes, or is part of, something which is run again without these rows."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         raise AdapterError(
-            f"{placement.site}: inside adapter_rows the model cannot be compiled, exported or traced: which adapter a "
+            f"{where}: inside adapter_rows the model cannot be compiled, exported or traced: which adapter a "
             "row has is no part of a program. Call the model itself"
         )
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename.endswith("checkpoint.py") and frame.f_globals.get("__name__") == _CHECKPOINT:
             raise AdapterError(
-                f"{placement.site}: gradient checkpointing runs this layer again in backward, outside of adapter_rows, "
+                f"{where}: gradient checkpointing runs this layer again in backward, outside of adapter_rows, "
                 "where its rows have no adapters of their own; switch it off (model.gradient_checkpointing_disable())"
             )
         frame = frame.f_back  # type: ignore[assignment]

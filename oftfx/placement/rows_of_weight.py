@@ -9,7 +9,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import AdapterError
-from oftfx.placement.rows import Chain, Rows, check_eager, index_of, with_rows
+from oftfx.placement.rows import Chain, Rows, by_group, check_eager, index_of, with_rows
 
 if TYPE_CHECKING:
     from oftfx.placement.base import Placement
@@ -22,7 +22,7 @@ def chain_of_call(rows: Rows, placement: Placement) -> Chain:
         AdapterError: the rows differ, and the weight's reader cannot be run for some of them.
     """
     groups = rows.groups(placement)
-    check_eager(placement)
+    check_eager(placement.site)
     if len(groups) == 1:
         return next(iter(groups))
     reader = placement.reader
@@ -50,7 +50,7 @@ def output_by_rows(rows: Rows, placement: Placement, args: tuple[Any, ...], outp
         with with_rows(Rows([placement], [chain] * part.shape[0])):
             return placement.module(part)
 
-    return rows.by_group(groups, x, run)
+    return by_group(groups, x, run)
 
 
 def _dimensions_of_a_row(module: nn.Module) -> int:

@@ -144,17 +144,19 @@ def test_an_exception_leaves_nothing(model):
         ([], r"got \[\], expected a list"),
         (["a", "c"], "no adapter 'c'; the model has a, b"),
         ([["a", "a"]], "named twice"),
-        (["a", "whole"], r"adapter 'whole' has its own 1\.bias and 1 more, trained whole"),
+        (["a", "biased"], r"adapter 'biased' has its own 3\.bias, of which a batch can only have one version"),
     ],
 )
 def test_bad_names_are_refused(model, names, message):
+    oftfx.add_adapter(model, "biased", {"3": OFT(8)}, train_bias="oft")
     with pytest.raises(AdapterError, match=message), oftfx.adapter_rows(model, names):
         pass
     assert not OPEN.any
 
 
-def test_an_adapter_that_acts_with_modules_of_its_own_is_in_the_way(model):
-    oftfx.set_adapter(model, "whole")
+def test_an_adapter_that_acts_with_biases_of_its_own_is_in_the_way(model):
+    oftfx.add_adapter(model, "biased", {"3": OFT(8)}, train_bias="oft")
+    oftfx.set_adapter(model, "biased")
     refused = pytest.raises(AdapterError, match=r"one adapter a call, or set_adapter\(model, None\) first")
     with refused, oftfx.adapter_rows(model, ["a", None]):
         pass
