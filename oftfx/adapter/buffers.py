@@ -22,6 +22,8 @@ class BufferVersions:
         own: for each adapter, its versions.
     """
 
+    __slots__ = ("originals", "own")  # so a structural copy, which shares what attributes hold, has versions of its own
+
     def __init__(self) -> None:
         self.originals: dict[str, Tensor] = {}
         self.own: dict[str, dict[str, Tensor]] = {}

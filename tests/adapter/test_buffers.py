@@ -156,6 +156,19 @@ def test_copies_moves_folds_and_removal():
     assert rel(model(X.double()), base().eval()(X)) < 1e-6
 
 
+def test_a_copy_over_the_same_tensors_has_statistics_of_its_own():
+    """What one of them trains, whichever acted when it was copied, the other does not see."""
+    model = oftfx.transform(base(), SPEC, adapter="a", train=["1"])
+    oftfx.add_adapter(model, "b", {"2": OFT(4)}, train=["1"])
+    expected = {n: oftfx.set_adapter(model, n) or model[1].running_mean.clone() for n in "ab"}
+    other = oftfx.transform(model, {"4": OFT(4)}, adapter="c")
+    for name in "ab":
+        trained(other, name, 1)
+    for name in "ab":
+        oftfx.set_adapter(model, name)
+        assert torch.equal(model[1].running_mean, expected[name])
+
+
 @pytest.mark.needs("peft")
 @pytest.mark.filterwarnings("ignore::UserWarning:peft")
 def test_files_of_peft_both_ways(tmp_path):

@@ -106,6 +106,34 @@ def test_the_head_of_a_task_trains_whole_and_travels(ids, tmp_path, task):
     assert rel(output(again), output(theirs)) <= 1e-6
 
 
+def test_a_name_is_the_end_of_a_path_also_in_the_middle_of_a_word(ids):
+    """DistilBERT's pre_classifier is new, like its classifier, and PEFT trains both."""
+    from transformers import DistilBertConfig, DistilBertForSequenceClassification
+
+    def base():
+        torch.manual_seed(0)
+        return DistilBertForSequenceClassification(
+            DistilBertConfig(vocab_size=131, dim=48, n_layers=1, n_heads=4, hidden_dim=64)
+        ).eval()
+
+    config = {"oft_block_size": 8, "target_modules": ["q_lin"], "task_type": "SEQ_CLS"}
+    ours = oftfx.transform(base(), peft.OFTConfig(**config))
+    theirs = peft.get_peft_model(base(), peft.OFTConfig(**config))
+    assert oftfx.adapters(ours)["default"].train_modules == ("pre_classifier", "classifier")
+    assert sum(p.numel() for p in ours.parameters() if p.requires_grad) == theirs.get_nb_trainable_parameters()[0]
+
+
+def test_a_configuration_that_peft_has_written_into_means_the_same(tiny_bert):
+    config = peft.OFTConfig(oft_block_size=8, target_modules="all-linear", task_type="SEQ_CLS")
+    fresh = oftfx.plan(tiny_bert(), config)
+    theirs = peft.get_peft_model(tiny_bert(), config)
+    assert config.modules_to_save == ["classifier", "score"]
+    used = oftfx.plan(tiny_bert(), config)
+    names = {n.partition(".oft_R.")[0] for n, _ in theirs.named_parameters() if ".oft_R." in n}
+    assert {f"base_model.model.{e.fqn}" for e in fresh} == {f"base_model.model.{e.fqn}" for e in used} == names
+    assert fresh.train_modules == used.train_modules == ("classifier",)
+
+
 def test_globs_are_written_as_peft_reads_them(tmp_path):
     def base():
         torch.manual_seed(0)
