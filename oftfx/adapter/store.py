@@ -79,14 +79,15 @@ class AdapterStore:
 
     def follow(self, root: nn.Module, *names: str) -> None:
         """Let parameters of these adapters, or of all, require gradients just where their adapter acts and trains."""
-        for name in names or self.adapters:
-            adapter = self.adapters[name]
-            on = adapter.trainable and name in self.active
-            for rotation in self.rotations(root, name):
-                rotation.skew.requires_grad_(on)
-            brought = {id(self.trained[name][n]) for n in adapter.plan.brought}
+        on = {name: self.adapters[name].trainable and name in self.active for name in names or self.adapters}
+        for _, placement in rotated_sites(root):
+            for name, rotation in placement.rotations.items():
+                if name in on:
+                    _require_grad(rotation.skew, on[name])
+        for name in on:
+            brought = {id(self.trained[name][n]) for n in self.adapters[name].plan.brought}
             for parameter in self.trained[name].values():
-                parameter.requires_grad_(on and id(parameter) not in brought)
+                _require_grad(parameter, on[name] and id(parameter) not in brought)
 
     def remove(self, root: nn.Module, name: str) -> None:
         """Forget an adapter whose rotations are gone."""
@@ -247,6 +248,11 @@ def keep_store(model: nn.Module, store: AdapterStore) -> AdapterStore:
 def drop_store(model: nn.Module) -> None:
     """Make the model a plain one again; its rotations are gone already."""
     model.__dict__.pop(ATTRIBUTE, None)
+
+
+def _require_grad(parameter: nn.Parameter, on: bool) -> None:
+    if parameter.requires_grad != on:  # what FSDP has made of a parameter cannot be asked even for what it has
+        parameter.requires_grad_(on)
 
 
 def _get(root: nn.Module, name: str) -> nn.Parameter:
