@@ -35,6 +35,7 @@ _HOME = {
     "disable_adapters": "oftfx.adapter.switch",
     "refresh": "oftfx.adapter.switch",
     "adapter_parameters": "oftfx.adapter.switch",
+    "adapter_rows": "oftfx.adapter.rows",
     "save_adapter": "oftfx.adapter.save",
     "load_adapter": "oftfx.adapter.load",
     "fold": "oftfx.folds",
@@ -58,6 +59,7 @@ if TYPE_CHECKING:
     from oftfx.adapter.folded import load_folded
     from oftfx.adapter.kept import load_rotations, save_rotations
     from oftfx.adapter.load import load_adapter
+    from oftfx.adapter.rows import adapter_rows
     from oftfx.adapter.save import save_adapter
     from oftfx.adapter.switch import (
         active_adapters,

@@ -30,6 +30,7 @@ from oftfx.passes.fold_into_producers import FoldIntoProducers
 from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.passes.protocol import PassManager
 from oftfx.placement.find import rotated_sites
+from oftfx.placement.rows import check_no_rows
 from oftfx.planning.program import Program
 from oftfx.planning.site_plan import Producer
 from oftfx.terminal import bar
@@ -152,12 +153,11 @@ def fold(
         (True, False)
     """
     root, store = located(model)
+    check_no_rows(root, "a fold")
     names = store.active if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter)
-    store.require(*names)
+    names = store.together(names)
     if not names:
         raise AdapterError(f"no adapter is active; name one of {', '.join(store.adapters)} in fold(adapter=...)")
-    if len(set(names)) != len(names):
-        raise AdapterError(f"an adapter is named twice in {list(names)}")
     if into not in ("site", "producer"):
         raise FoldError(f"into: got {into!r}, expected 'site' or 'producer'")
     hashes = {name: fingerprint(root, name) for name in names}

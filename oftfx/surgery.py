@@ -9,7 +9,7 @@ from typing import Literal, TypeVar
 import torch.nn as nn
 
 from oftfx.adapter.insert import insert
-from oftfx.adapter.store import check_name, check_whole, find_store, store_of, transformed_part, unwrapped
+from oftfx.adapter.store import check_name, check_no_part, find_store, store_of, transformed_part, unwrapped
 from oftfx.adapter.switch import switchable
 from oftfx.errors import AdapterError, RuleError
 from oftfx.formats.exact import choose_kernel
@@ -21,9 +21,10 @@ from oftfx.passes.match_rules import MatchRules
 from oftfx.passes.measure_coverage import MeasureCoverage
 from oftfx.passes.protocol import PassManager, PassResult
 from oftfx.passes.share_inputs import ShareInputs
+from oftfx.planning.from_peft import check_storage
 from oftfx.planning.plans import Plan
 from oftfx.planning.program import Program
-from oftfx.planning.read_rules import Rules, asked_for
+from oftfx.planning.read_rules import Rules, asked_for, trains
 from oftfx.planning.rules import Rule
 from oftfx.planning.unreachable import can_look_into, unreachable
 from oftfx.trace.graph_module import ProgramGraph
@@ -47,7 +48,7 @@ def plan(
 
     Args:
         model: any module.
-        rules: see `oftfx.planning.read_rules.read_rules`; first match wins.
+        rules: see `oftfx.planning.read_rules.asked_for` and `read_rules`; first match wins.
         example_inputs: a dict of keyword arguments or a tuple, to record the program with; transformers models name
             their own. Without a recording the plan is made from the module tree, and says so.
         train: names or globs of further modules that train whole and are saved with the adapter.
@@ -64,7 +65,9 @@ def plan(
         >>> [(site.fqn, site.blocks, site.block_size) for site in plan]
         [('0', 2, 3), ('1', 3, 3)]
     """
-    return _planned(model, rules, example_inputs, train, train_bias, trace=True).program.plan  # type: ignore[return-value]
+    planned = _planned(model, rules, example_inputs, train, train_bias, trace=True).program.planned
+    check_storage(rules, planned)
+    return planned
 
 
 def transform(
@@ -122,13 +125,15 @@ def transform(
         raise AdapterError(
             f"the part {part!r} of this model was transformed on its own; fold it, or transform the part"
         )
-    check_whole(model)
+    check_no_part(model)
     planned = _planned(model, rules, example_inputs, train, train_bias, trace=emit == "graph")
+    check_storage(rules, planned.program.planned)
     if not planned.program.plan:
         raise RuleError("no site is left to rotate: every rule is optional or excludes what it matches")
     result = model if inplace else structural_copy(model)
-    insert(result, planned.program, adapter, trainable=True)
+    insert(result, planned.program, adapter, trainable=trains(rules))
     store_of(result).activate(result, (adapter,))
+    store_of(result).follow(result)
     return graph(result, example_inputs) if emit == "graph" else result
 
 
@@ -151,7 +156,7 @@ def add_adapter(
         example_inputs: see `oftfx.plan`.
         train: see `oftfx.plan`.
         train_bias: see `oftfx.plan`.
-        trainable: whether its parameters require gradients.
+        trainable: whether its parameters require gradients when it acts.
 
     Returns:
         The plan that was carried out.
@@ -174,9 +179,10 @@ def add_adapter(
         raise AdapterError(f"the model already has an adapter {adapter!r}; it has {', '.join(store.adapters)}")
     # A recording with adapters would show rotations of their own in front of sites that read the same.
     planned = _planned(root, rules, example_inputs, train, train_bias, trace=False, bare=True)
+    check_storage(rules, planned.program.planned)
     if not planned.program.plan:
         raise RuleError("no site is left to rotate: every rule is optional or excludes what it matches")
-    insert(root, planned.program, adapter, trainable=trainable)
+    insert(root, planned.program, adapter, trainable=trainable and trains(rules))
     store.activate(root, store.active)
     return planned.program.plan
 
@@ -195,8 +201,8 @@ def _planned(
         if train or train_bias != "none":
             raise RuleError("train and train_bias are part of a plan; give them to oftfx.plan instead")
         return PassResult(_carry_out(model, rules), True)
-    asked = asked_for(rules, train, train_bias)
     program = Program.of(model)
+    asked = asked_for(rules, program.index, train, train_bias)
     match = MatchRules(asked.rules, train=asked.train, train_bias=asked.train_bias)
     raw = _asked_parameters(program, asked.rules)
     planned = None if raw else PassManager([match]).run(program)  # rules are checked before the slow part

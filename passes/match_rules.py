@@ -80,14 +80,15 @@ class MatchRules(Pass):
         skipped += [s for found in unfit.values() for s in found]
         self._check_hits(program, hits, unfit)
         self._check_wins(hits, wins)
-        train = self._trained_names(program, modules, entries)
+        whole = self._trained_modules(modules, entries)
         plan = Plan(
             type(program.model).__name__,
             tuple(entries),
             tuple(skipped),
-            train=train,
-            train_modules=self.train,
+            train=self._trained_names(program, whole, entries),
+            train_modules=whole,
             train_bias=self.train_bias,
+            train_buffers=_inside(whole, modules, "_buffers"),
         )
         changes = [Change(e.fqn, "planned") for e in entries]
         changes += [Change(s.fqn, "skipped", s.reason, refused=True) for s in skipped]
@@ -137,10 +138,8 @@ class MatchRules(Pass):
                     "all its layers. Move it up, or use Rule(..., optional=True)"
                 )
 
-    def _trained_names(
-        self, program: Program, modules: dict[str, nn.Module], entries: list[SitePlan]
-    ) -> tuple[str, ...]:
-        names: dict[str, None] = {}
+    def _trained_modules(self, modules: dict[str, nn.Module], entries: list[SitePlan]) -> tuple[str, ...]:
+        whole: dict[str, None] = {}
         for wanted in self.train:
             rule = Rule(wanted, None)
             # PEFT's modules_to_save names the last part of a path; so may this.
@@ -156,7 +155,12 @@ class MatchRules(Pass):
                         f"train: {fqn} trains whole, but rules also rotate {taken[0]} in it; exclude it by a rule "
                         f"({taken[0]!r}: None)"
                     )
-                names.update((f"{fqn}.{p}", None) for p, _ in modules[fqn].named_parameters())
+                whole[fqn] = None
+        return tuple(whole)
+
+    def _trained_names(self, program: Program, whole: Sequence[str], entries: list[SitePlan]) -> tuple[str, ...]:
+        modules = program.index.modules
+        names = dict.fromkeys(_inside(whole, modules, "_parameters"))
         if self.train_bias not in ("none", "all", "oft"):
             raise RuleError(f"train_bias: got {self.train_bias!r}, expected 'none', 'all' or 'oft'")
         if self.train_bias == "all":
@@ -164,6 +168,13 @@ class MatchRules(Pass):
         elif self.train_bias == "oft":
             names.update((f"{e.fqn}.bias", None) for e in entries if modules[e.fqn]._parameters.get("bias") is not None)
         return tuple(names)
+
+
+def _inside(whole: Sequence[str], modules: dict[str, nn.Module], kind: str) -> tuple[str, ...]:
+    """Names of the tensors of a kind in these modules, but for those of rotations that other adapters have there."""
+    holders = {p: m for fqn in whole for p, m in modules[fqn].named_modules(prefix=fqn) if not is_own_module(m)}
+    tensors = ((path, *item) for path, module in holders.items() for item in vars(module)[kind].items())
+    return tuple(f"{path}.{name}" for path, name, tensor in tensors if tensor is not None)
 
 
 def _entry(site: Site, rule: Rule, spec: OFT, module: nn.Module) -> SitePlan:

@@ -7,7 +7,7 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
-from oftfx.errors import AdapterError, RuleError
+from oftfx.errors import AdapterError, OftfxWarning, RuleError
 from tests.reference import dense_rotation, randomize, rel
 
 pytestmark = pytest.mark.needs("transformers")
@@ -312,7 +312,7 @@ def test_a_peft_config_as_rules_selects_pefts_sites(tiny_llama):
         assert got == expected, case
         whole = [n for n, p in theirs.named_parameters() if p.requires_grad and ".oft_R." not in n]
         assert len(whole) == sum(p.requires_grad and ".oft." not in n for n, p in model.named_parameters())
-    with pytest.raises(RuleError, match="fan_in_fan_out"):
+    with pytest.warns(OftfxWarning, match=r"fan_in_fan_out=True, but model\.layers\.0\.self_attn\.q_proj is a Linear"):
         oftfx.plan(tiny_llama(), peft.OFTConfig(target_modules=["q_proj"], fan_in_fan_out=True))
     with pytest.raises(RuleError, match="type LORA"):
         oftfx.plan(tiny_llama(), peft.LoraConfig(target_modules=["q_proj"]))

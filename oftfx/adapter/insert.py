@@ -15,12 +15,17 @@ from oftfx.model.names import child_name
 from oftfx.passes.insert_rotations import InsertRotations
 from oftfx.passes.protocol import PassManager, PassResult
 from oftfx.placement.base import SiteRotations
+from oftfx.placement.rows import check_no_rows
 from oftfx.planning.plans import Plan
 from oftfx.planning.program import Program
 
 
 def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool) -> Adapter:
-    """Insert a planned adapter into ``model``, inactive, and enter it in the model's store."""
+    """Insert a planned adapter into ``model``, inactive, and enter it in the model's store.
+
+    ``trainable``: whether its parameters require gradients when it acts.
+    """
+    check_no_rows(model, "adding an adapter")
     index = ModelIndex(model)
     check_insertable(index, program.planned)
     first = find_store(model) is None
@@ -30,7 +35,7 @@ def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool)
         store.freeze_base(result.program.index)
         allow_training(model)
         note_zeros(model)
-    return store.add(result.program.index, Adapter(adapter, _noted(program.planned, result)), trainable=trainable)
+    return store.add(result.program.index, Adapter(adapter, _noted(program.planned, result), trainable))
 
 
 def check_insertable(index: ModelIndex, plan: Plan) -> None:
@@ -50,7 +55,10 @@ def check_insertable(index: ModelIndex, plan: Plan) -> None:
             raise AdapterError(
                 f"{entry.fqn} has a child {child_at!r} of its own ({type(child).__name__}), where a rotation would go"
             )
-    for name in plan.train:
+    for name in plan.train_buffers:
+        if name not in index.buffers:
+            raise RuleError(f"the plan has {name}, which {type(index.model).__name__} does not have as a buffer")
+    for name in (*plan.train, *plan.brought):
         if name not in index.parameters:
             raise RuleError(f"the plan trains {name}, which {type(index.model).__name__} does not have as a parameter")
         if not index.parameters[name].is_floating_point():

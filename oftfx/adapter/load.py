@@ -8,7 +8,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -17,10 +16,11 @@ from torch import Tensor
 from oftfx.adapter import peft_files
 from oftfx.adapter.belonging import check_belongs
 from oftfx.adapter.insert import insert
+from oftfx.adapter.read import read_config, read_plan, read_weights
 from oftfx.adapter.save import PLAN_FILE, rotation_by_site
-from oftfx.adapter.store import AdapterStore, check_name, check_whole, find_store, store_of, unwrapped
-from oftfx.errors import AdapterError, AdapterFileError, RuleError
-from oftfx.files import remains
+from oftfx.adapter.store import AdapterStore, check_name, check_no_part, find_store, store_of, unwrapped
+from oftfx.adapter.whole_tensors import check_whole, whole_in_config, whole_in_plan
+from oftfx.errors import AdapterError, AdapterFileError
 from oftfx.formats.exact import choose_kernel
 from oftfx.model.site import Site
 from oftfx.model.sites import choose_placement, fits
@@ -56,7 +56,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
         model: the base model, or a transformed one.
         path: the directory.
         adapter: name in the model.
-        trainable: whether its parameters require gradients; an adapter that exists keeps its own.
+        trainable: whether its parameters require gradients when it acts; an adapter that exists keeps its own.
 
     Returns:
         ``model``.
@@ -75,15 +75,19 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     """
     check_name(adapter)
     directory = Path(path)
-    tensors, notes = _read(directory / peft_files.WEIGHT_FILE)
+    tensors, notes = read_weights(directory / peft_files.WEIGHT_FILE)
     skew_keys, parameter_keys = peft_files.read_keys(tensors, str(directory / peft_files.WEIGHT_FILE))
     skews = {fqn: tensors[k] for fqn, k in skew_keys.items()}
-    parameters = {name: tensors[k] for name, k in parameter_keys.items()}
-    check_whole(model)
+    if wrong := next((k for k in skew_keys.values() if not tensors[k].is_floating_point()), None):
+        raise AdapterFileError(
+            f"{directory / peft_files.WEIGHT_FILE}: {wrong} has dtype {tensors[wrong].dtype}, expected a float"
+        )
+    others = {name: tensors[k] for name, k in parameter_keys.items()}
+    check_no_part(model)
     store = find_store(model)
     root = unwrapped(model)
     program = Program.of(root)
-    plan = _plan_of_file(program, directory, skews, parameters, notes)
+    plan = _plan_of_file(program, directory, skews, others, notes, store)
     if store is not None and adapter in store.adapters:
         _check_same(store.adapters[adapter].plan, plan, skews, adapter)
     else:
@@ -92,8 +96,12 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
             program = _recorded(program)
         insert(root, program, adapter, trainable=trainable)
     store = store_of(root)
-    _fill(root, store, adapter, skews, parameters)
+    store.take_back(root)
+    _fill(root, store, adapter, skews, others)
+    new = not store.active
     store.activate(root, store.active or (adapter,))
+    if new:
+        store.follow(root, adapter)
     return model
 
 
@@ -103,52 +111,20 @@ def _recorded(program: Program) -> Program:
     return PassManager([ShareInputs(), FindProducers()]).run(recorded).program
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    if not path.is_file():
-        nearby = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no directory"
-        advice = _interrupted(path) or "expected a directory of PEFT >= 0.16 or save_adapter"
-        raise AdapterFileError(f"no file {path} (there: {nearby or 'nothing'}); {advice}")
-    try:
-        data = path.read_bytes()
-        tensors = load(data)
-    except SafetensorError as error:
-        raise AdapterFileError(f"{path} is damaged or not a safetensors file: {error}") from None
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point():
-            raise AdapterFileError(f"{path}: {key} has dtype {tensor.dtype}, expected a float")
-        if not torch.isfinite(tensor).all():
-            raise AdapterFileError(
-                f"{path}: {key} holds {_bad(tensor)} of {tensor.numel()} numbers that are not finite"
-            )
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    return tensors, header.get("__metadata__", {})
-
-
-def _interrupted(path: Path) -> str:
-    return remains(path.parent, peft_files.CONFIG_FILE, PLAN_FILE)
-
-
-def _bad(tensor: Tensor) -> int:
-    return int((~torch.isfinite(tensor)).sum())
-
-
 def _plan_of_file(
     program: Program,
     directory: Path,
     skews: Mapping[str, Tensor],
-    parameters: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
     notes: Mapping[str, str],
+    store: AdapterStore | None,
 ) -> Plan:
     """The plan that a file stands for, checked against the model."""
     root = program.model
     own = (directory / PLAN_FILE) if (directory / PLAN_FILE).is_file() else None
     text = own.read_text(encoding="utf-8") if own else ""
-    saved = _saved_plan(text, directory / PLAN_FILE) if own else None
-    config = json.loads(text) if saved else _config(directory / peft_files.CONFIG_FILE)
+    saved = read_plan(text, directory / PLAN_FILE) if own else None
+    config = json.loads(text) if saved else read_config(directory / peft_files.CONFIG_FILE)
     sites = {s.fqn: s for s in program.sites}
     if saved:
         raw = [e.site for e in saved if not e.site.is_layer]
@@ -175,28 +151,20 @@ def _plan_of_file(
         raise AdapterFileError(
             f"{directory / peft_files.WEIGHT_FILE}: rotates {extra[0]}, which {PLAN_FILE} does not name"
         )
-    known = program.index.parameters
-    for name, tensor in parameters.items():
-        if name not in known:
-            raise AdapterError(f"{where}: holds {name}, which is no parameter of {type(root).__name__}")
-        if known[name].shape != tensor.shape:
-            raise AdapterError(
-                f"{where}: {name} has shape {tuple(tensor.shape)}, the model's {tuple(known[name].shape)}"
-            )
     if saved:
         entries = [_as_saved(e, saved[e.fqn], skews[e.fqn], where) for e in entries]
-        modules, bias = saved.train_modules, saved.train_bias
-    else:
-        modules = tuple(config.get("modules_to_save") or ())
-        bias = {"oft_only": "oft"}.get(config.get("bias", "none"), config.get("bias", "none"))
+    besides = whole_in_plan(saved) if saved else whole_in_config(config, others, program.index, store)
+    check_whole(besides, others, program.index, where)
     check_belongs(notes, config, where, PLAN_FILE if saved else peft_files.CONFIG_FILE)
     return Plan(
         type(root).__name__,
         tuple(_with_kernel(e, root) for e in entries),
         trace=saved.trace if saved else TraceInfo(),
-        train=tuple(n for n in known if n in parameters),
-        train_modules=modules,
-        train_bias=bias,
+        train=besides.train,
+        train_modules=besides.modules,
+        train_bias=besides.bias,
+        train_buffers=besides.buffers,
+        brought=besides.brought,
     )
 
 
@@ -216,27 +184,6 @@ def _as_saved(entry: SitePlan, saved: SitePlan, skew: Tensor, where: Path) -> Si
             f"{where}: {entry.fqn}: blocks that share their parameters in {PLAN_FILE} have different numbers"
         )
     return entry
-
-
-def _saved_plan(text: str, path: Path) -> Plan:
-    try:
-        return Plan.from_json(text)
-    except RuleError as error:
-        raise AdapterFileError(f"{path}: {error}") from None
-
-
-def _config(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except FileNotFoundError:
-        advice = _interrupted(path) or "it says how the numbers become a rotation"
-        raise AdapterFileError(f"no file {path}; {advice}") from None
-    except (ValueError, AttributeError) as error:
-        raise AdapterFileError(f"{path} is not a JSON object: {error}") from None
-    if kind != "OFT":
-        raise AdapterFileError(f"{path}: peft_type is {kind!r}, expected 'OFT'")
-    return config
 
 
 def _entry(site: Site, spec: OFT, skew: Tensor, where: Path) -> SitePlan:
@@ -302,10 +249,12 @@ def _check_same(here: Plan, file: Plan, skews: Mapping[str, Tensor], adapter: st
                 f"adapter {adapter!r}: {fqn} shares the rotation of {entry.owner} in the model, but the file has "
                 "different numbers for them. Load it under another name"
             )
-    if set(here.train) != set(file.train):
-        raise AdapterError(
-            f"adapter {adapter!r}: parameters that train whole differ: {sorted(set(here.train) ^ set(file.train))[:3]}"
-        )
+    for what in ("train", "train_buffers", "brought"):
+        if differing := sorted(set(getattr(here, what)) ^ set(getattr(file, what))):
+            raise AdapterError(
+                f"adapter {adapter!r}: what it has besides rotations is not the same in the model and in the file: "
+                f"{', '.join(differing[:3])}. Load it under another name"
+            )
 
 
 def _agrees(entry: SitePlan, skew: Tensor) -> bool:
@@ -319,9 +268,12 @@ def _fill(
     store: AdapterStore,
     adapter: str,
     skews: Mapping[str, Tensor],
-    parameters: Mapping[str, Tensor],
+    others: Mapping[str, Tensor],
 ) -> None:
     for fqn, rotation in rotation_by_site(root, store, adapter).items():
         rotation.set_every_skew(skews[fqn])
-    for name, tensor in parameters.items():
-        store.trained[adapter][name].copy_(tensor)
+    for name, tensor in others.items():
+        if name in store.trained[adapter]:
+            store.trained[adapter][name].copy_(tensor)
+        elif name in store.buffers.own[adapter]:
+            store.buffers.fill(adapter, name, tensor)

@@ -16,7 +16,9 @@ import torch.nn as nn
 
 from oftfx.errors import AdapterError, AdapterFileError
 from oftfx.model.site import Site
-from oftfx.planning.from_peft import VERSION, named
+from oftfx.model.structure import is_own_module
+from oftfx.planning.from_peft import VERSION
+from oftfx.planning.peft_selection import named
 from oftfx.planning.plans import Plan
 from oftfx.rotation.spec import OFT, nearest_divisor
 
@@ -97,7 +99,7 @@ def config_for(plan: Plan, root: nn.Module) -> dict[str, Any]:
         "layers_pattern": None,
         "layers_to_transform": None,
         "module_dropout": spec.dropout,
-        "modules_to_save": list(plan.train_modules) or None,
+        "modules_to_save": _whole(plan, root) or None,
         "num_cayley_neumann_terms": spec.terms,
         "oft_block_size": 0 if spec.blocks else spec.block_size,
         "peft_type": "OFT",
@@ -131,6 +133,22 @@ _SHARED = ("block_size", "blocks", "parameterization", "terms", "block_share", "
 def _peft_block_size(spec: OFT, in_features: int) -> int:
     found = nearest_divisor(in_features, spec.asked)
     return found if spec.blocks is None else in_features // found
+
+
+def _whole(plan: Plan, root: nn.Module) -> list[str]:
+    """Ends of paths that select exactly the modules that train whole; PEFT compares letters, not parts of paths."""
+    paths = [n for n, m in root.named_modules(remove_duplicate=False) if n and not is_own_module(m)]
+    modules = dict(root.named_modules(remove_duplicate=False))
+    whole = {id(modules[path]) for path in plan.train_modules}
+    for ends in ({p.rpartition(".")[2] for p in plan.train_modules}, plan.train_modules):
+        if {id(modules[p]) for p in paths if p.endswith(tuple(ends))} == whole:
+            return sorted(ends)
+    also = next(p for p in paths if p.endswith(plan.train_modules) and id(modules[p]) not in whole)
+    raise AdapterError(
+        f"PEFT's layout names a module that trains whole by the end of its path, and that of {also} ends with "
+        f"{next(p for p in plan.train_modules if also.endswith(p))!r}, so PEFT would train it as well. Save with "
+        "layout='oftfx'"
+    )
 
 
 def _targets(plan: Plan, root: nn.Module) -> list[str]:

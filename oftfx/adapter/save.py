@@ -88,8 +88,17 @@ def adapter_tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[
     rotations = rotation_by_site(root, store, adapter)
     result: list[tuple[str, Tensor]] = [(peft_files.key_of_skew(e.site), rotations[e.fqn].every_skew()) for e in plan]
     rotated = [e.fqn for e in plan]
-    result += [(peft_files.key_of_parameter(n, rotated), store.trained[adapter][n]) for n in plan.train]
-    return result
+    store.take_back(root)
+    named = (*plan.train, *plan.brought)
+    result += [(peft_files.key_of_parameter(n, rotated), store.trained[adapter][n]) for n in named]
+    return result + [(peft_files.PREFIX + n, store.buffers.own[adapter][n]) for n in saved_buffers(root, plan)]
+
+
+def saved_buffers(root: nn.Module, plan: Plan) -> list[str]:
+    """Those of an adapter's buffers that a ``state_dict`` holds."""
+    walked = root.named_modules(remove_duplicate=False)
+    left_out = {f"{path}.{name}" for path, module in walked for name in module._non_persistent_buffers_set}
+    return [name for name in plan.train_buffers if name not in left_out]
 
 
 def rotation_by_site(root: nn.Module, store: AdapterStore, adapter: str) -> dict[str, Any]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch.nn as nn
 
+from oftfx.adapter.buffers import BufferVersions
 from oftfx.errors import AdapterError
 from oftfx.model.index import ModelIndex
 from oftfx.placement.encoder import unwatch_encoders, watch_encoders
@@ -20,10 +22,11 @@ ATTRIBUTE = "_oftfx_adapters"
 
 @dataclass(frozen=True)
 class Adapter:
-    """One adapter: its name and the plan that it was inserted by."""
+    """One adapter: its name, the plan that it was inserted by, and whether its parameters train when it acts."""
 
     name: str
     plan: Plan
+    trainable: bool = True
 
 
 class AdapterStore:
@@ -32,8 +35,9 @@ class AdapterStore:
     Attributes:
         adapters: by name, in the order they were added.
         active: names that act, in the order they act.
-        originals: base parameters that some adapter trains whole, by name.
-        trained: for each adapter, its own version of those.
+        originals: base parameters that some adapter has of its own, by name.
+        trained: for each adapter, its own version of those: what it trains whole, and what its file brought.
+        buffers: the same of buffers.
     """
 
     def __init__(self) -> None:
@@ -41,6 +45,7 @@ class AdapterStore:
         self.active: tuple[str, ...] = ()
         self.originals: dict[str, nn.Parameter] = {}
         self.trained: dict[str, dict[str, nn.Parameter]] = {}
+        self.buffers = BufferVersions()
 
     def freeze_base(self, index: ModelIndex) -> None:
         """Only rotations require gradients from here on."""
@@ -49,30 +54,48 @@ class AdapterStore:
                 if parameter is not None:
                     parameter.requires_grad_(False)
 
-    def add(self, index: ModelIndex, adapter: Adapter, *, trainable: bool) -> Adapter:
-        """Enter an adapter whose rotations are in place."""
-        self._take_back(index.model)
+    def add(self, index: ModelIndex, adapter: Adapter) -> Adapter:
+        """Enter an adapter whose rotations are in place; it does not act, so nothing of it requires gradients yet."""
+        self.take_back(index.model)
         self.adapters[adapter.name] = adapter
+        self.buffers.add(index, adapter.name, adapter.plan.train_buffers)
         base = {n: self.originals.get(n, p) for n, p in index.parameters.items()}
-        wanted = {id(base[n]) for n in adapter.plan.train}
+        wanted = {id(base[n]) for n in (*adapter.plan.train, *adapter.plan.brought)}
         copies: dict[int, nn.Parameter] = {}
         own: dict[str, nn.Parameter] = {}
         for name, parameter in base.items():  # every name of a tied parameter, so ties stay
             if id(parameter) in wanted:
                 if id(parameter) not in copies:
-                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=trainable)
+                    copies[id(parameter)] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
                 self.originals.setdefault(name, parameter)
                 own[name] = copies[id(parameter)]
         self.trained[adapter.name] = own
         for rotation in self.rotations(index, adapter.name):
-            rotation.skew.requires_grad_(trainable)
+            rotation.skew.requires_grad_(False)
         return adapter
+
+    def set_trainable(self, name: str, trainable: bool) -> None:
+        """Remember whether the parameters of an adapter require gradients whenever it acts."""
+        self.adapters[name] = replace(self.adapters[name], trainable=trainable)
+
+    def follow(self, root: nn.Module, *names: str) -> None:
+        """Let parameters of these adapters, or of all, require gradients just where their adapter acts and trains."""
+        on = {name: self.adapters[name].trainable and name in self.active for name in names or self.adapters}
+        for _, placement in rotated_sites(root):
+            for name, rotation in placement.rotations.items():
+                if name in on:
+                    _require_grad(rotation.skew, on[name])
+        for name in on:
+            brought = {id(self.trained[name][n]) for n in self.adapters[name].plan.brought}
+            for parameter in self.trained[name].values():
+                _require_grad(parameter, on[name] and id(parameter) not in brought)
 
     def remove(self, root: nn.Module, name: str) -> None:
         """Forget an adapter whose rotations are gone."""
         self.activate(root, tuple(n for n in self.active if n != name))
         del self.adapters[name]
         del self.trained[name]
+        self.buffers.remove(name)
 
     def forget_folded(self, root: nn.Module) -> None:
         """After a fold that ended half way: the sites that it has folded are the adapters' no more."""
@@ -82,8 +105,8 @@ class AdapterStore:
             self.adapters[name] = replace(adapter, plan=replace(adapter.plan, entries=left))
 
     def activate(self, root: nn.Module, names: tuple[str, ...]) -> None:
-        """Let exactly these adapters act, in this order; of parameters trained whole, the last named one's count."""
-        self._take_back(root)
+        """Let exactly these adapters act, in this order. What requires gradients does not change, see `follow`."""
+        self.take_back(root)
         for _, placement in rotated_sites(root):
             placement.active = tuple(n for n in names if n in placement.rotations)
         self.active = names
@@ -93,14 +116,16 @@ class AdapterStore:
                 # The model was moved or cast meanwhile, which only reaches what is mounted.
                 new.data = new.data.to(live.device, live.dtype)
             _put(root, name, new)
+        self.buffers.mount(root, names)
 
     def _mounted(self, name: str) -> nn.Parameter:
         """The version of a whole parameter that belongs in the model now."""
         owners = [n for n in self.active if name in self.trained.get(n, {})]
         return self.trained[owners[-1]][name] if owners else self.originals[name]
 
-    def _take_back(self, root: nn.Module) -> None:
-        """Learn of parameter objects that were replaced in the model (``load_state_dict(assign=True)``, FSDP)."""
+    def take_back(self, root: nn.Module) -> None:
+        """Learn of objects that were replaced in the model (``load_state_dict(assign=True)``, FSDP, a forward)."""
+        self.buffers.take_back(root, self.active)
         for name in self.originals:
             live, known = _get(root, name), self._mounted(name)
             if live is known:
@@ -109,6 +134,10 @@ class AdapterStore:
                 for other, parameter in versions.items():
                     if parameter is known and (other == name or _get(root, other) is live):
                         versions[other] = live
+
+    def own(self, name: str) -> set[str]:
+        """Names of the parameters and buffers that an adapter has besides its rotations."""
+        return {*self.trained[name], *self.buffers.own[name]}
 
     def parameters(self, names: tuple[str, ...]) -> list[nn.Parameter]:
         """What these adapters train whole, each parameter once."""
@@ -122,6 +151,26 @@ class AdapterStore:
             if isinstance(rotation, Rotation):
                 found.setdefault(id(rotation), rotation)
         return list(found.values())
+
+    def together(self, names: Sequence[str]) -> tuple[str, ...]:
+        """The names, if these adapters can act at once.
+
+        Raises:
+            AdapterError: a name that is not here or that is named twice, or adapters that train the same module whole,
+                of which a model can only have one version.
+        """
+        self.require(*names)
+        if len(set(names)) != len(names):
+            raise AdapterError(f"an adapter is named twice in {list(names)}")
+        owners: dict[str, str] = {}
+        for name in names:
+            for own in sorted(self.own(name)):
+                if (other := owners.setdefault(own, name)) != name:
+                    raise AdapterError(
+                        f"adapters {other!r} and {name!r} cannot act at once: each has its own {own}, and the model "
+                        "can have one. Name one of them"
+                    )
+        return tuple(names)
 
     def require(self, *names: str) -> None:
         """Raise `AdapterError` for a name that is not here."""
@@ -178,7 +227,7 @@ def transformed_part(model: nn.Module) -> str | None:
     return next((n for n, m in model.named_modules() if n and ATTRIBUTE in m.__dict__), None)
 
 
-def check_whole(model: nn.Module) -> None:
+def check_no_part(model: nn.Module) -> None:
     """Raise `AdapterError` for a part of a transformed model, whose rotations are adapters of the whole."""
     if find_store(model) is None and (fqn := next((f for f, p in rotated_sites(model) if p.rotations), None)):
         raise AdapterError(
@@ -211,6 +260,11 @@ def drop_store(model: nn.Module) -> None:
     """Make the model a plain one again; its rotations are gone already."""
     model.__dict__.pop(ATTRIBUTE, None)
     unwatch_encoders(model)
+
+
+def _require_grad(parameter: nn.Parameter, on: bool) -> None:
+    if parameter.requires_grad != on:  # what FSDP has made of a parameter cannot be asked even for what it has
+        parameter.requires_grad_(on)
 
 
 def _get(root: nn.Module, name: str) -> nn.Parameter:

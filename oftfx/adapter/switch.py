@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch.fx as fx
 import torch.nn as nn
 
 from oftfx.adapter.store import AdapterStore, located
-from oftfx.errors import AdapterError
+from oftfx.errors import AdapterError, warn
 from oftfx.placement.find import rotated_sites
+from oftfx.placement.rows import OPEN, Rows, check_no_rows, with_rows
 from oftfx.planning.plans import Plan
 from oftfx.rotation.module import Rotation
 
 
-def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
+def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None, *, trainable: bool | None = None) -> None:
     """Choose which adapters act: one, several in a row (``x -> R1 -> R2 -> W``), or None for the base model.
 
-    Which parameters require gradients does not change.
+    Parameters of the adapters that act require gradients, those of the others do not, as in PEFT. An adapter that was
+    made not to train (`load_adapter` without ``trainable=True``, a configuration with ``inference_mode=True``) does not
+    begin to.
+
+    Args:
+        model: a transformed model.
+        adapter: a name, several, or None.
+        trainable: whether the adapters that are named train from now on; None leaves that as it is.
 
     Raises:
-        AdapterError: an unknown name, or one named twice; a model without adapters, or a recorded graph.
+        AdapterError: an unknown name, one named twice, or two adapters that train the same module whole.
 
     Examples:
         >>> import oftfx, torch
@@ -33,11 +41,12 @@ def set_adapter(model: nn.Module, adapter: str | Sequence[str] | None) -> None:
         ('news', 'code')
     """
     root, store = switchable(model)
-    names = () if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter)
-    store.require(*names)
-    if len(set(names)) != len(names):
-        raise AdapterError(f"an adapter is named twice in {list(names)}")
+    check_no_rows(root, "set_adapter")
+    names = store.together(() if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter))
+    for name in names if trainable is not None else ():
+        store.set_trainable(name, bool(trainable))
     store.activate(root, names)
+    store.follow(root)
 
 
 def adapters(model: nn.Module) -> dict[str, Plan]:
@@ -76,6 +85,9 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
 def remove_adapter(model: nn.Module, adapter: str) -> None:
     """Take an adapter out of a model, in place.
 
+    Where it was the only one that acted, the first of those that are left by name acts instead, with a warning; that is
+    what PEFT does.
+
     Raises:
         AdapterError: an unknown name; a model without adapters, or a recorded graph.
 
@@ -84,20 +96,34 @@ def remove_adapter(model: nn.Module, adapter: str) -> None:
         >>> base = torch.nn.Sequential(torch.nn.Linear(6, 4))
         >>> model = oftfx.transform(base, {"*": oftfx.OFT(3)}, adapter="news")
         >>> plan = oftfx.add_adapter(model, "code", {"*": oftfx.OFT(2)})
+        >>> oftfx.set_adapter(model, "code")
         >>> oftfx.remove_adapter(model, "news")
         >>> list(oftfx.adapters(model)), oftfx.active_adapters(model)
-        (['code'], ())
+        (['code'], ('code',))
     """
     root, store = switchable(model)
     store.require(adapter)
+    check_no_rows(root, "remove_adapter")
+    acted = store.active
     store.remove(root, adapter)
     for _, placement in list(rotated_sites(root)):
         placement.drop(adapter)
+    if acted == (adapter,):
+        _let_another_act(root, store, adapter)
+
+
+def _let_another_act(root: nn.Module, store: AdapterStore, removed: str) -> None:
+    for name in sorted(store.adapters)[:1]:
+        store.activate(root, (name,))
+        store.follow(root)
+        warn(f"adapter {removed!r} acted and was removed; {name!r} acts now. set_adapter(model, None) gives the base")
 
 
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
-    """The base model, inside a ``with``: no rotation acts, parameters trained whole have their base values.
+    """The base model, inside a ``with``: no rotation acts, what trains whole has its base values.
+
+    Also inside `adapter_rows`: of the two, the inner one holds.
 
     Raises:
         AdapterError: a model without adapters, or a recorded graph.
@@ -115,10 +141,15 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     root, store = switchable(model)
     active = store.active
     store.activate(root, ())
+    placements = [p for _, p in rotated_sites(root)]
     try:
-        yield
+        with with_rows(Rows(placements, None)) if OPEN.any else nullcontext():
+            yield
     finally:
-        store.activate(root, tuple(n for n in active if n in store.adapters))
+        left = tuple(n for n in active if n in store.adapters)
+        store.activate(root, left)
+        if active and not left:
+            _let_another_act(root, store, active[0])
 
 
 def refresh(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import cached_property
 
+import torch
 import torch.nn as nn
 
 from oftfx.formats.base import WeightFormat
@@ -54,6 +55,17 @@ class ModelIndex:
         }
 
     @cached_property
+    def buffers(self) -> dict[str, torch.Tensor]:
+        """Each buffer by each of its names, also those that no ``state_dict`` holds."""
+        walked = self.model.named_modules(remove_duplicate=False)
+        return {
+            f"{path}.{name}" if path else name: buffer
+            for path, module in walked
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        }
+
+    @cached_property
     def names(self) -> dict[int, list[str]]:
         """All names of each parameter, by its ``id``."""
         found: dict[int, list[str]] = {}
@@ -64,7 +76,7 @@ class ModelIndex:
     def clear(self) -> None:
         """Let go of every module and parameter; what is asked for afterwards is looked up anew."""
         self._formats.clear()
-        for name in ("paths", "modules", "parameters", "names"):
+        for name in ("paths", "modules", "parameters", "buffers", "names"):
             self.__dict__.pop(name, None)
 
     def path(self, module: nn.Module) -> str:

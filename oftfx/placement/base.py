@@ -97,13 +97,14 @@ class Placement(ABC):
         if not torch.compiler.is_compiling():
             self.ran = True
 
-    def in_effect(self) -> list[Rotation | FrozenRotation]:
-        """The rotations that act now, in order."""
-        return [*self.fixed, *(self.rotations[n] for n in self.active if n in self.rotations)]
+    def in_effect(self, names: Iterable[str] | None = None) -> list[Rotation | FrozenRotation]:
+        """The rotations that act now, or with these adapters, in order."""
+        names = self.active if names is None else names
+        return [*self.fixed, *(self.rotations[n] for n in names if n in self.rotations)]
 
-    def alone(self, x: torch.Tensor) -> torch.Tensor:
-        """``x @ R1 @ R2 ...`` of what acts here, whatever else reads ``x``."""
-        for rotation in self.in_effect():
+    def alone(self, x: torch.Tensor, names: Iterable[str] | None = None) -> torch.Tensor:
+        """``x @ R1 @ R2 ...`` of what acts here, or of these adapters, whatever else reads ``x``."""
+        for rotation in self.in_effect(names):
             x = rotation(x)
         return x
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ import torch.nn as nn
 from oftfx.model.running import input_name
 from oftfx.placement.base import Placement
 from oftfx.placement.group import InputGroup
+from oftfx.placement.rows import OPEN, rows_of
 from oftfx.rotation.rotate import in_format_of
 
 
@@ -43,7 +45,7 @@ class RotateInput(Placement):
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Replace the layer's input, given by position or by name."""
         self.note_run()
-        if kwargs is None or (not self.active and not self.fixed):
+        if kwargs is None or not (self.active or self.fixed or OPEN.any):
             return None  # without keywords: taken away by a hook that ran before this one, in the same call
         if args:
             return (self.rotate(args[0]), *args[1:]), kwargs
@@ -62,13 +64,16 @@ class RotateInput(Placement):
 
     def rotate(self, x: torch.Tensor) -> torch.Tensor:
         """Apply what acts to the input, any number of other axes; together with the sites that read the same."""
-        y = self.alone(x) if self.group is None else self.group.rotate(self, x)
+        if OPEN.any and (rows := rows_of(self)) is not None:
+            y = rows.rotate(self, x, self.axis)
+        else:
+            y = self.alone(x) if self.group is None else self.group.rotate(self, x)
         return y if x.is_nested else in_format_of(x, y)
 
-    def alone(self, x: torch.Tensor) -> torch.Tensor:
+    def alone(self, x: torch.Tensor, names: Iterable[str] | None = None) -> torch.Tensor:
         """The same for this site only, on the axis that it turns."""
         if self.axis == -1:
-            return super().alone(x)
-        y = super().alone(x.movedim(self.axis, -1).unflatten(-1, (self.groups, -1)))
+            return super().alone(x, names)
+        y = super().alone(x.movedim(self.axis, -1).unflatten(-1, (self.groups, -1)), names)
         y = y.flatten(-2).movedim(-1, self.axis)
         return y.contiguous() if x.is_contiguous() else y

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from oftfx.placement.base import Placement
+from oftfx.placement.rows import OPEN, rows_of
 
 
 class RotateOutput(Placement):
@@ -27,8 +28,9 @@ class RotateOutput(Placement):
     def __call__(self, module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor | None:
         """Replace the layer's output."""
         self.note_run()
-        if not self.in_effect():
+        rows = rows_of(self) if OPEN.any else None
+        if rows is None and not self.in_effect():
             return None
         # What an embedding gives out keeps its dtype under autocast, and so does its product with a rotation.
         with torch.autocast(output.device.type, enabled=False):
-            return self.alone(output)
+            return self.alone(output) if rows is None else rows.rotate(self, output)

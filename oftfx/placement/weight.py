@@ -12,6 +12,8 @@ from oftfx.errors import OftfxError
 from oftfx.model.running import input_name
 from oftfx.placement.base import Placement
 from oftfx.placement.calls import close_call, is_inside, open_call, prepare, restore
+from oftfx.placement.rows import OPEN, rows_of
+from oftfx.placement.rows_of_weight import chain_of_call, output_by_rows
 from oftfx.placement.torch_private import is_compiled, never_compiled_alone, pause_dynamo, resume_dynamo
 from oftfx.rotation.caching import caching
 from oftfx.rotation.glimpse import Glimpse
@@ -85,13 +87,15 @@ class RotateWeight(Placement):
         return with_right_gradient(module, args, kwargs or {})
 
     @never_compiled_alone
-    def give_back(self, module: nn.Module, args: Any, output: Any) -> None:
-        """The call has ended."""
+    def give_back(self, module: nn.Module, args: Any, output: Any) -> Any:
+        """The call has ended; where rows of a batch have adapters of their own, theirs are made now."""
         if torch.compiler.is_dynamo_compiling():
             self.module.__dict__.pop(self.parameter, None)
-            return
+            return None
         compiler = pause_dynamo()
         resume_dynamo(close_call(self) or compiler)
+        rows = rows_of(self) if OPEN.any and output is not None else None
+        return None if rows is None else output_by_rows(rows, self, args, output)
 
     def acting(self, module: nn.Module) -> torch.Tensor | None:
         """The rotated weight; None where no rotation acts now."""
@@ -101,7 +105,8 @@ class RotateWeight(Placement):
                 "rotated there; use DistributedDataParallel"
             )
         self.note_run()
-        chain = self.in_effect()
+        rows = rows_of(self) if OPEN.any else None
+        chain = self.in_effect(None if rows is None else chain_of_call(rows, self))
         if not chain:
             return None
         if "_hf_hook" in self.module.__dict__ and self.module._parameters.get(self.parameter).is_meta:  # type: ignore[union-attr]

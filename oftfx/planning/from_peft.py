@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
+from importlib import import_module
 from typing import Any
 
-from oftfx.errors import RuleError
+import torch.nn as nn
+
+from oftfx.errors import RuleError, warn
+from oftfx.model.index import ModelIndex
 from oftfx.model.site import Site
+from oftfx.planning.peft_selection import Selection, whole_modules
+from oftfx.planning.plans import Plan
 from oftfx.planning.rules import Rule
 from oftfx.rotation.spec import OFT
 
@@ -34,78 +40,96 @@ def spec_from_config(config: Mapping[str, Any]) -> OFT:
     )
 
 
-def rules_from_config(config: Any) -> tuple[Rule, ...]:
-    """Rules for a ``peft.OFTConfig``: targets, exclusions and layer numbers select the sites PEFT would.
-
-    ``modules_to_save`` and ``bias`` become ``train`` and ``train_bias`` of `oftfx.transform`.
+def fields_of(config: Any, model: nn.Module) -> dict[str, Any]:
+    """The fields of a live ``peft.OFTConfig``, with PEFT's targets for the architecture if it names none.
 
     Raises:
-        RuleError: not an OFT configuration, no ``target_modules``, or a field that has no meaning here.
+        RuleError: not an OFT configuration, or one without targets for a model that PEFT knows none for.
     """
     kind = getattr(config.peft_type, "value", config.peft_type)
     if kind != "OFT":
         raise RuleError(f"a PEFT configuration of type {kind}; only OFTConfig can be used as rules")
-    if config.target_modules is None:
-        raise RuleError("this OFTConfig names no target_modules; give them, e.g. target_modules='all-linear'")
-    if config.fan_in_fan_out:
-        raise RuleError("fan_in_fan_out=True: how a layer stores its weight is read from the layer; leave it False")
     values = dict(vars(config))
-    values.setdefault("peft_version", VERSION)
-    values["peft_version"] = values["peft_version"] or VERSION  # a live object has today's meaning
-    target = config.target_modules
-    if target == "all-linear" and config.exclude_modules is None and config.layers_to_transform is None:
-        return (Rule("all-linear", spec_from_config(values)),)
+    values["peft_version"] = values.get("peft_version") or VERSION  # a live object has today's meaning
+    if values["target_modules"] is None:
+        values["target_modules"] = _default_targets(model)
+    return values
+
+
+def rules_from_config(config: Mapping[str, Any], index: ModelIndex) -> tuple[Rule, ...]:
+    """Rules for the fields of a ``peft.OFTConfig``: they select the sites that PEFT would.
+
+    ``modules_to_save`` and ``bias`` become ``train`` and ``train_bias`` of `oftfx.transform`.
+
+    Raises:
+        RuleError: layers are asked for where PEFT would pass over that.
+    """
+    selection = Selection.of(config)
+    if selection.layers and isinstance(selection.target, str):
+        raise RuleError(
+            f"layers_to_transform={config['layers_to_transform']} with target_modules={selection.target!r}: PEFT asks "
+            "only targets of a list for their layer, and would rotate all. Say the layers in the expression, or give "
+            "a list of names"
+        )
+    if selection.exclude and not any(selection.excludes(p) for every in index.paths.values() for p in every):
+        given = selection.exclude if isinstance(selection.exclude, str) else sorted(selection.exclude)
+        warn(f"exclude_modules={given}: {type(index.model).__name__} has no such module, so nothing is excluded")
+    spec = spec_from_config(config)
+    if selection.is_all_linear and not selection.exclude and not selection.whole:
+        return (Rule("all-linear", spec),)
 
     def selected(site: Site) -> bool:
-        if config.exclude_modules is not None and named(config.exclude_modules, site.fqn):
-            return False
-        if target == "all-linear":
-            chosen = site.is_linear and site.is_layer and not site.is_head
-        else:
-            chosen = named(target, site.fqn)
-        return chosen and _in_layers(site.fqn, config.layers_to_transform, config.layers_pattern)
+        if selection.is_all_linear:
+            return site.is_linear and site.is_layer and not site.is_head and not selection.excludes(site.fqn)
+        return selection.selects(site.fqn)
 
-    selected.__qualname__ = f"OFTConfig(target_modules={target if isinstance(target, str) else sorted(target)})"
-    return (Rule(selected, spec_from_config(values)),)
+    shown = selection.target if isinstance(selection.target, str) else sorted(selection.target)
+    selected.__qualname__ = f"OFTConfig(target_modules={shown})"
+    return (Rule(selected, spec),)
 
 
-def trained_by_config(config: Any) -> tuple[tuple[str, ...], str]:
-    """What an ``OFTConfig`` trains besides rotations: names of modules, and which biases, in our word."""
-    bias = config.bias
-    return tuple(config.modules_to_save or ()), "oft" if bias == "oft_only" else bias
+def trained_by_config(config: Mapping[str, Any], index: ModelIndex) -> tuple[tuple[str, ...], str]:
+    """What a configuration trains besides rotations: paths of modules, and which biases, in our word."""
+    bias = config.get("bias") or "none"
+    return whole_modules(config, index), "oft" if bias == "oft_only" else bias
+
+
+def check_storage(config: Any, plan: Plan) -> None:
+    """Warn where ``fan_in_fan_out=True`` is said of a layer that stores its weight as ``(out, in)``; PEFT does too."""
+    other = [e for e in plan if e.site.kind != "conv1d_gpt2"]
+    if getattr(config, "fan_in_fan_out", False) and other:
+        warn(
+            f"fan_in_fan_out=True, but {other[0].fqn} is a {other[0].site.module_class}; how a layer stores its weight "
+            "is read from the layer"
+        )
 
 
 def configured_sites(config: Mapping[str, Any], sites: Iterable[str]) -> set[str]:
     """Those of the model's sites that a configuration names one by one or by regular expression; all of them are in a
     complete file. Of ``"all-linear"`` PEFT decides by the layers' classes, so nothing is expected.
     """
-    target = config.get("target_modules")
-    if not target or target == "all-linear":
+    selection = Selection.of(config)
+    if not selection.target or selection.is_all_linear:
         return set()
-    excluded, layers, pattern = (config.get(k) for k in ("exclude_modules", "layers_to_transform", "layers_pattern"))
-    return {
-        s
-        for s in sites
-        if named(target, s) and not (excluded and named(excluded, s)) and _in_layers(s, layers, pattern)
-    }
+    return {s for s in sites if selection.selects(s)}
 
 
-def named(wanted: str | Iterable[str], fqn: str) -> bool:
-    """PEFT's rule: a string is a regular expression for the whole path, a list holds paths or their last parts."""
-    if isinstance(wanted, str):
-        return re.fullmatch(wanted, fqn) is not None
-    return any(fqn == w or fqn.endswith(f".{w}") for w in wanted)
-
-
-def _in_layers(fqn: str, layers: int | Iterable[int] | None, pattern: str | Iterable[str] | None) -> bool:
-    if layers is None or layers == []:
-        return True
-    names = [pattern] if isinstance(pattern, str) else list(pattern or ())
-    searches = [rf".*\.{re.escape(n)}\.(\d+)\." for n in names] or [r".*?\.[^.]*\.(\d+)\."]
-    for search in searches:
-        if found := re.match(search, fqn):
-            return int(found.group(1)) in ([layers] if isinstance(layers, int) else list(layers))
-    return False
+def _default_targets(model: nn.Module) -> str | list[str]:
+    """What PEFT takes for an architecture when a configuration names no targets."""
+    advice = "give target_modules, e.g. target_modules='all-linear'"
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    try:
+        known = import_module("peft.utils.constants").TRANSFORMERS_MODELS_TO_OFT_TARGET_MODULES_MAPPING
+    except (ImportError, AttributeError):
+        raise RuleError(
+            f"this OFTConfig names no target_modules, and there is no peft here to ask what it takes; {advice}"
+        ) from None
+    if kind not in known:
+        raise RuleError(
+            f"this OFTConfig names no target_modules, and PEFT has none for {type(model).__name__} "
+            f"(model_type {kind!r}); {advice}"
+        )
+    return known[kind]
 
 
 def _version(text: str | None) -> tuple[int, int]:

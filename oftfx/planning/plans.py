@@ -31,7 +31,9 @@ class Plan:
         skipped: what rules reached without effect, with reasons.
         trace: how the program was captured.
         train: names of parameters, other than rotations, that train whole and are saved with the adapter.
-        train_modules: the modules that were asked for by ``train``.
+        train_modules: paths of the modules that train whole.
+        train_buffers: names of their buffers, of which each adapter has its own, as of what they train.
+        brought: names of base parameters that a file came with; the adapter has its own, which never train.
         train_bias: the biases that were asked for: ``"none"``, ``"all"`` or ``"oft"``.
         coverage: bytes of weight matrices that are rotated, and which are not.
 
@@ -52,6 +54,8 @@ class Plan:
     train: tuple[str, ...] = ()
     train_modules: tuple[str, ...] = ()
     train_bias: str = "none"
+    train_buffers: tuple[str, ...] = ()
+    brought: tuple[str, ...] = ()
     coverage: Coverage = field(default_factory=Coverage)
 
     def __iter__(self) -> Iterator[SitePlan]:
@@ -106,6 +110,8 @@ class Plan:
                 train=tuple(data["train"]),
                 train_modules=tuple(data["train_modules"]),
                 train_bias=data["train_bias"],
+                train_buffers=tuple(data.get("train_buffers", ())),
+                brought=tuple(data.get("brought", ())),
                 coverage=_coverage(data.get("coverage", {})),
             )
         except (KeyError, TypeError) as error:

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from oftfx.errors import RuleError
-from oftfx.planning.from_peft import rules_from_config, trained_by_config
+from oftfx.model.index import ModelIndex
+from oftfx.planning.from_peft import fields_of, rules_from_config, trained_by_config
 from oftfx.planning.rules import Rule
 from oftfx.rotation.spec import OFT
 
@@ -35,26 +36,31 @@ class Asked:
         return tuple(r.spec for r in self.rules if r.spec is not None)
 
 
-def asked_for(rules: Rules | Any, train: Sequence[str] = (), train_bias: str = "none") -> Asked:
+def asked_for(rules: Rules | Any, index: ModelIndex, train: Sequence[str] = (), train_bias: str = "none") -> Asked:
     """Rules with what trains besides; a PEFT ``OFTConfig`` says that too (``modules_to_save``, ``bias``).
 
     Raises:
         RuleError: see `read_rules`.
     """
-    found = read_rules(rules)
     if getattr(rules, "peft_type", None) is None:
-        return Asked(found, tuple(train), train_bias)
-    own, bias = trained_by_config(rules)
-    return Asked(found, (*train, *own), bias if train_bias == "none" else train_bias)
+        return Asked(read_rules(rules), tuple(train), train_bias)
+    config = fields_of(rules, index.model)
+    own, bias = trained_by_config(config, index)
+    return Asked(rules_from_config(config, index), (*train, *own), bias if train_bias == "none" else train_bias)
+
+
+def trains(rules: Rules | Any) -> bool:
+    """Whether what is asked for is to train; a PEFT ``OFTConfig`` with ``inference_mode=True`` says no."""
+    return not getattr(rules, "inference_mode", False)
 
 
 def read_rules(rules: Rules | Any) -> tuple[Rule, ...]:
-    """Bring every accepted form of ``rules`` to a tuple of `Rule`; the first that matches a site wins.
+    """Bring every form of ``rules`` that says itself what it means to a tuple of `Rule`; the first that matches wins.
 
     Args:
-        rules: a `Rule`, a sequence of them, a mapping ``{target: OFT | None}``, ``"all-linear"``, a PEFT
-            ``OFTConfig``, or the path of a TOML file with ``[[rule]]`` tables (``target``, optional ``optional``,
-            ``exclude = true`` or the fields of `OFT`).
+        rules: a `Rule`, a sequence of them, a mapping ``{target: OFT | None}``, ``"all-linear"``, or the path of a TOML
+            file with ``[[rule]]`` tables (``target``, optional ``optional``, ``exclude = true`` or the fields of
+            `OFT`). For a PEFT ``OFTConfig``, whose meaning depends on the model, see `asked_for`.
 
     Raises:
         RuleError: any other type, an empty list, a file that is missing or malformed.
@@ -67,8 +73,6 @@ def read_rules(rules: Rules | Any) -> tuple[Rule, ...]:
         return (Rule("all-linear", OFT()),)
     elif isinstance(rules, Path) or (isinstance(rules, str) and rules.endswith(".toml")):
         result = _read_toml(Path(rules))
-    elif getattr(rules, "peft_type", None) is not None:
-        return rules_from_config(rules)
     elif isinstance(rules, Sequence) and not isinstance(rules, str):
         if wrong := [r for r in rules if not isinstance(r, Rule)]:
             raise RuleError(f"a list of rules holds Rule objects, got {wrong[0]!r}")

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch.nn as nn
 
 from oftfx.errors import RuleError, TraceError
+from oftfx.placement.rows import check_no_rows
 from oftfx.trace.foreign import is_bug
 from oftfx.trace.graph_module import ProgramGraph
 from oftfx.trace.inputs import ExampleInputs
@@ -42,6 +43,7 @@ def graph(
     """
     if on_miss not in ("error", "eager"):
         raise RuleError(f"on_miss: got {on_miss!r}, expected 'error' or 'eager'")
+    check_no_rows(model, "a recording")
     try:
         recording = record(model, example_inputs, dynamic=True, executable=True)
     except TraceError:

@@ -18,6 +18,7 @@ import torch.nn as nn
 
 from oftfx.errors import TraceError, UnrecordableError
 from oftfx.model.running import tensors_of
+from oftfx.placement.rows import check_no_rows
 from oftfx.trace.foreign import foreign, is_bug
 from oftfx.trace.graph_module import ProgramGraph, build
 from oftfx.trace.guards import ShapeGuard
@@ -65,6 +66,7 @@ def record_best(
     Fake tensors with the example's sizes first, then real values, then the module tree alone. ``look_into`` and
     ``bare``: see `record`.
     """
+    check_no_rows(model, "a recording")
     reasons: list[str] = []
     for fake in (True, False):
         try:

@@ -4,7 +4,7 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
-from oftfx.errors import AdapterError, RuleError
+from oftfx.errors import AdapterError, OftfxWarning, RuleError
 from tests.reference import dense_rotation, rel
 
 
@@ -71,6 +71,7 @@ def test_adapter_parameters(model):
 
 def test_removing_adapters_gives_the_plain_model_back(model):
     x = torch.randn(4, 12, dtype=torch.float64)
+    oftfx.set_adapter(model, None)
     for name in "abc":
         oftfx.remove_adapter(model, name)
     assert oftfx.adapters(model) == {}
@@ -134,10 +135,105 @@ def test_a_second_adapter_keeps_the_tie_of_what_it_trains():
 
 
 def test_removing_while_disabled(model):
-    with oftfx.disable_adapters(model):
+    warned = pytest.warns(OftfxWarning, match="adapter 'a' acted and was removed; 'b' acts now")
+    with warned, oftfx.disable_adapters(model):
         oftfx.remove_adapter(model, "a")
-    assert oftfx.active_adapters(model) == ()
+        assert oftfx.active_adapters(model) == ()
+    assert oftfx.active_adapters(model) == ("b",)
     assert list(oftfx.adapters(model)) == ["b", "c"]
+
+
+def trainable(model):
+    return {n for n, p in model.named_parameters() if p.requires_grad}
+
+
+def test_only_what_acts_requires_gradients(model):
+    own = {
+        "a": {"0.oft.a.skew"},
+        "b": {"2.oft.b.skew", "1.weight", "1.bias"},
+        "c": {"0.oft.c.skew", "2.oft.c.skew"},
+    }
+    assert trainable(model) == own["a"]
+    for names in ("b", "c", ["c", "b"], [], "a"):
+        oftfx.set_adapter(model, names)
+        assert trainable(model) == {n for name in names for n in own[name]}
+    with oftfx.disable_adapters(model):
+        assert model[1].weight.requires_grad is False
+    assert trainable(model) == own["a"]
+
+
+def test_an_adapter_can_be_frozen_and_stays_so(model):
+    oftfx.set_adapter(model, "b", trainable=False)
+    assert trainable(model) == set()
+    oftfx.set_adapter(model, ["b", "a"])
+    assert trainable(model) == {"0.oft.a.skew"}
+    oftfx.set_adapter(model, "b", trainable=True)
+    assert trainable(model) == {"2.oft.b.skew", "1.weight", "1.bias"}
+
+
+def test_adding_leaves_what_requires_gradients_as_it_was(model):
+    model[0].oft.a.skew.requires_grad_(False)  # the user's own wish
+    oftfx.add_adapter(model, "d", {"2": OFT(3)})
+    assert trainable(model) == set()
+
+
+def test_removing_what_acts_lets_the_first_of_the_others_act(model):
+    oftfx.set_adapter(model, ["c", "b"])
+    oftfx.remove_adapter(model, "c")
+    assert oftfx.active_adapters(model) == ("b",)
+    with pytest.warns(OftfxWarning, match="adapter 'b' acted and was removed; 'a' acts now"):
+        oftfx.remove_adapter(model, "b")
+    assert oftfx.active_adapters(model) == ("a",)
+    assert trainable(model) == {"0.oft.a.skew"}
+    oftfx.remove_adapter(model, "a")
+    assert oftfx.active_adapters(model) == ()
+
+
+@pytest.mark.needs("peft")
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_switching_and_removing_are_as_in_peft():
+    """The same parameters train and the same adapters act, after each of the same steps."""
+    peft = pytest.importorskip("peft")
+
+    def base():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(12, 12), nn.LayerNorm(12), nn.Linear(12, 5))
+
+    def config(**more):
+        return peft.OFTConfig(oft_block_size=4, target_modules=["0"], modules_to_save=["2"], **more)
+
+    def theirs_trainable():
+        names = [n.removeprefix("base_model.model.") for n, p in theirs.named_parameters() if p.requires_grad]
+        parts = [n.replace("modules_to_save", "oft_R").split(".") for n in names]
+        return {(site, adapter) for site, _, adapter, *_ in parts}
+
+    def ours_trainable():
+        acting = oftfx.active_adapters(ours)
+        return {(n.split(".")[0], n.split(".")[2] if ".oft." in n else acting[0]) for n in trainable(ours)}
+
+    theirs = peft.get_peft_model(base(), config(), adapter_name="b")
+    ours = oftfx.transform(base(), config(), adapter="b")
+    for name in "ca":
+        theirs.add_adapter(name, config())
+        oftfx.add_adapter(ours, name, config())
+        assert ours_trainable() == theirs_trainable() == {("0", "b"), ("2", "b")}
+    for name in "cab":
+        theirs.set_adapter(name)
+        oftfx.set_adapter(ours, name)
+        assert ours_trainable() == theirs_trainable() == {("0", name), ("2", name)}
+    theirs.set_adapter("c")
+    oftfx.set_adapter(ours, "c")
+    theirs.delete_adapter("c")
+    with pytest.warns(OftfxWarning, match="'a' acts now"):
+        oftfx.remove_adapter(ours, "c")
+    assert list(theirs.active_adapters) == list(oftfx.active_adapters(ours)) == ["a"]
+    assert ours_trainable() == theirs_trainable() == {("0", "a"), ("2", "a")}
+    theirs.add_adapter("frozen", config(inference_mode=True))
+    oftfx.add_adapter(ours, "still", config(inference_mode=True))
+    assert ours_trainable() == theirs_trainable() == {("0", "a"), ("2", "a")}
+    theirs = peft.get_peft_model(base(), config(inference_mode=True))
+    ours = oftfx.transform(base(), config(inference_mode=True))
+    assert ours_trainable() == theirs_trainable() == set()
 
 
 def test_a_recorded_graph_says_that_it_cannot_switch(model):

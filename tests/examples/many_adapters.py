@@ -1,4 +1,4 @@
-"""Several adapters in one model: add, switch, compose, silence, remove."""
+"""Several adapters in one model: add, switch, compose, silence, mix in a batch, remove."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -40,6 +40,11 @@ with oftfx.disable_adapters(model):  # the same for a while
 print(oftfx.active_adapters(model), list(oftfx.adapters(model)))
 # --8<-- [end:switch]
 
+# --8<-- [start:rows]
+with oftfx.adapter_rows(model, ["code", None]):  # the first row's adapter, none for the second
+    mixed = logits()
+# --8<-- [end:rows]
+
 # --8<-- [start:fold]
 folded = oftfx.fold(model)  # those that act, in their order
 only_code = oftfx.fold(model, adapter="code")  # the report names the ones that are dropped
@@ -53,5 +58,7 @@ with torch.no_grad():
     assert (folded.model(**inputs).logits - both).norm() < 1e-5 * both.norm()
     assert (only_code.model(**inputs).logits - one).norm() < 1e-5 * one.norm()
 assert (both - one).norm() > 0.01 * one.norm()
+for row, expected in zip(mixed, (one[0], none[1]), strict=True):
+    assert (row - expected).norm() < 1e-5 * expected.norm()
 assert only_code.report.dropped == ("news",)
 assert list(oftfx.adapters(model)) == ["code"]

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
+from oftfx.errors import OftfxWarning
 from oftfx.folding.record import Undo
 from oftfx.passes import FreezeRotations
 from oftfx.placement.find import rotated_sites
@@ -330,7 +331,8 @@ def test_another_adapter_of_a_removed_ones_name_acts_with_its_own_rotations(spec
     plan = oftfx.adapters(model)["default"]
     with torch.no_grad():
         before = model(x)
-        oftfx.remove_adapter(model, "default")
+        with pytest.warns(OftfxWarning, match="'second' acts now"):
+            oftfx.remove_adapter(model, "default")
         oftfx.add_adapter(model, "default", plan)  # a plan needs no recording, which would run the model in between
         oftfx.set_adapter(model, "default")
         assert torch.equal(model(x), plain()(x))  # a new adapter is the identity
@@ -338,7 +340,8 @@ def test_another_adapter_of_a_removed_ones_name_acts_with_its_own_rotations(spec
         assert rel(model(x), ungrouped(model, x)) < 1e-6
         assert rel(model(x), before) > 1e-2
         assert all(g._known[1] for g in groups)
-        oftfx.remove_adapter(model, "default")
+        with pytest.warns(OftfxWarning, match="'second' acts now"):
+            oftfx.remove_adapter(model, "default")
         assert all(g._known == (None, {}) and g._cached is None and not g.handout.waiting for g in groups)
 
 

@@ -88,10 +88,10 @@ def _rotations(model: nn.Module, adapter: str) -> dict[str, Rotation]:
     """By site."""
     root, store = located(model)
     store.require(adapter)
-    if own := sorted(store.trained[adapter]):
+    if own := sorted(store.own(adapter)):
         raise ExportError(
             f"adapter {adapter!r} also has {own[0]}"
-            + (f" and {len(own) - 1} more parameters" if own[1:] else "")
+            + (f" and {len(own) - 1} more tensors" if own[1:] else "")
             + " of its own, trained whole; a swappable adapter is rotations only. Export with adapters='fixed'"
         )
     found = {fqn: p.rotations[adapter] for fqn, p in rotated_sites(root) if adapter in p.rotations}

@@ -1,0 +1,82 @@
+"""Read the files of an adapter directory, each checked for itself."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oftfx.adapter import peft_files
+from oftfx.adapter.save import PLAN_FILE
+from oftfx.errors import AdapterFileError, RuleError
+from oftfx.files import remains
+from oftfx.planning.plans import Plan
+
+
+def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata.
+
+    Raises:
+        AdapterFileError: no such file, not readable, or numbers that are not finite.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not path.is_file():
+        nearby = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no directory"
+        advice = _interrupted(path) or "expected a directory of PEFT >= 0.16 or save_adapter"
+        raise AdapterFileError(f"no file {path} (there: {nearby or 'nothing'}); {advice}")
+    try:
+        data = path.read_bytes()
+        tensors = load(data)
+    except SafetensorError as error:
+        raise AdapterFileError(f"{path} is damaged or not a safetensors file: {error}") from None
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterFileError(
+                f"{path}: {key} holds {_bad(tensor)} of {tensor.numel()} numbers that are not finite"
+            )
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return tensors, header.get("__metadata__", {})
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """PEFT's configuration.
+
+    Raises:
+        AdapterFileError: no such file, or not of an OFT adapter.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        kind = config.get("peft_type")
+    except FileNotFoundError:
+        advice = _interrupted(path) or "it says how the numbers become a rotation"
+        raise AdapterFileError(f"no file {path}; {advice}") from None
+    except (ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{path} is not a JSON object: {error}") from None
+    if kind != "OFT":
+        raise AdapterFileError(f"{path}: peft_type is {kind!r}, expected 'OFT'")
+    return config
+
+
+def read_plan(text: str, path: Path) -> Plan:
+    """The plan that stands beside the tensors of our own layout.
+
+    Raises:
+        AdapterFileError: it is none.
+    """
+    try:
+        return Plan.from_json(text)
+    except RuleError as error:
+        raise AdapterFileError(f"{path}: {error}") from None
+
+
+def _interrupted(path: Path) -> str:
+    return remains(path.parent, peft_files.CONFIG_FILE, PLAN_FILE)
+
+
+def _bad(tensor: Tensor) -> int:
+    return int((~torch.isfinite(tensor)).sum())
