@@ -8,6 +8,7 @@ from typing import Literal, TypeVar
 
 import torch.nn as nn
 
+from oftfx.adapter.before_fold import own_copy
 from oftfx.adapter.insert import insert
 from oftfx.adapter.store import check_name, check_no_part, find_store, store_of, transformed_part, unwrapped
 from oftfx.adapter.switch import switchable
@@ -65,7 +66,8 @@ def plan(
         >>> [(site.fqn, site.blocks, site.block_size) for site in plan]
         [('0', 2, 3), ('1', 3, 3)]
     """
-    planned = _planned(model, rules, example_inputs, train, train_bias, trace=True).program.planned
+    bare = find_store(model) is not None
+    planned = _planned(model, rules, example_inputs, train, train_bias, trace=True, bare=bare).program.planned
     check_storage(rules, planned)
     return planned
 
@@ -95,7 +97,8 @@ def transform(
         adapter: name of the new adapter; it is the active one afterwards.
         train: see `plan`. These parameters are copied, so the input's stay as they are.
         train_bias: see `plan`.
-        inplace: change ``model`` itself. Otherwise the result is a module tree of its own over the same tensors.
+        inplace: change ``model`` itself. Otherwise the result is a module tree of its own over the same tensors, with
+            own values of what trains.
         emit: ``"modules"``, or ``"graph"`` for an executable, trainable ``fx.GraphModule`` with the rotations as nodes.
 
     Raises:
@@ -126,11 +129,12 @@ def transform(
             f"the part {part!r} of this model was transformed on its own; fold it, or transform the part"
         )
     check_no_part(model)
-    planned = _planned(model, rules, example_inputs, train, train_bias, trace=emit == "graph")
+    bare = existing is not None  # rotations that are there would hide what reads the weights
+    planned = _planned(model, rules, example_inputs, train, train_bias, trace=emit == "graph", bare=bare)
     check_storage(rules, planned.program.planned)
     if not planned.program.plan:
         raise RuleError("no site is left to rotate: every rule is optional or excludes what it matches")
-    result = model if inplace else structural_copy(model)
+    result = model if inplace else structural_copy(model) if existing is None else own_copy(model)
     insert(result, planned.program, adapter, trainable=trains(rules))
     store_of(result).activate(result, (adapter,))
     store_of(result).follow(result)

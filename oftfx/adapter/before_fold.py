@@ -61,7 +61,8 @@ class Before:
 
     def check(self, model: nn.Module) -> None:
         """Raise `FoldError` where the model is not any more what the fold left."""
-        if find_store(model) is not None:
+        store = find_store(model)
+        if store is not None and store.adapters:
             raise FoldError(
                 "the model has been transformed again since this fold, and undoing it would let both adapters act; "
                 "fold and unfold the later one first"

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import torch
 import torch.nn as nn
-from torch.nn.modules.batchnorm import _NormBase
 
 from oftfx.errors import OftfxError
 from oftfx.formats.registry import format_of
@@ -29,9 +28,10 @@ HOOKS = (
 def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
     """A module tree of its own over the same tensors: same classes, names, hooks and attributes.
 
-    Buffers are the same objects, but for the running statistics of batch norms. Parameters are new ones over the same
-    memory, so freezing or moving the copy leaves the original alone. A quantized layer whose runtime may rewrite its
-    weight in place gets state objects of its own over the same bytes (`WeightFormat.own`).
+    Parameters are new ones over the same memory, so freezing or moving the copy leaves the original alone. Buffers that
+    a forward may write into (statistics, counters: floats of any size, few other numbers) are copied, for training the
+    copy must not change the original; those of quantized layers are the same objects. A quantized layer whose runtime
+    may rewrite its weight in place gets state objects of its own over the same bytes (`WeightFormat.own`).
 
     Args:
         model: any module.
@@ -43,8 +43,10 @@ def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
     memo = {} if memo is None else memo
     seen: set[int] = set()
     for module in model.modules():
-        if isinstance(module, _NormBase):  # a forward in training mode writes these
-            memo.update((id(b), b.clone()) for b in module._buffers.values() if b is not None)
+        if not _is_quantized(module):
+            memo.update(
+                (id(b), b.detach().clone()) for b in module._buffers.values() if b is not None and _may_be_written(b)
+            )
         for tensor in tensors_in(vars(module), seen):
             if id(tensor) in memo:
                 continue
@@ -70,6 +72,16 @@ def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
         if weight_format is not None:
             weight_format.own(module)
     return result
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    weight_format = format_of(module)
+    return weight_format is not None and not weight_format.lossless
+
+
+def _may_be_written(buffer: torch.Tensor) -> bool:
+    """Many integers or booleans are packed weights or masks: nothing counts in them, and copies may double a model."""
+    return buffer.is_floating_point() or buffer.numel() < 2**16
 
 
 _LEFT_OUT = ("_compiled_call_impl",)  # bound to the module that was compiled; nn.Module.__getstate__ drops it too

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -140,8 +141,14 @@ def flat_outputs(out: Any, taken: tuple[str, ...] = ()) -> list[tuple[str, Tenso
 
 
 def _as_dicts(out: Any) -> Any:
-    """With plain dicts in place of a library's own mappings; those of diffusers do not tell torch their keys."""
-    return {n: _as_dicts(v) for n, v in out.items()} if isinstance(out, Mapping) else out
+    """With plain dicts in place of dataclasses and a library's own mappings, which do not tell torch their keys."""
+    if isinstance(out, Mapping):
+        return {n: _as_dicts(v) for n, v in out.items()}
+    if is_dataclass(out) and not isinstance(out, type):
+        return {f.name: _as_dicts(getattr(out, f.name)) for f in fields(out)}
+    if type(out) in (tuple, list):
+        return [_as_dicts(v) for v in out]
+    return out
 
 
 def _name(path: Any, index: int) -> str:

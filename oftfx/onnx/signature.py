@@ -33,6 +33,9 @@ class Signature:
             ExportError: an output is an input, or another output; such a graph has no value of that name.
         """
         found = self.run(model, self.inputs)
+        if not found:
+            kind = type(model(**self.inputs)).__name__
+            raise ExportError(f"the model returns a {kind}, in which no tensor is found; a graph needs an output")
         seen = {id(t): f"input {n}" for n, t in self.inputs.items()}
         for name, tensor in found.items():
             if id(tensor) in seen:

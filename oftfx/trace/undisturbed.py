@@ -69,7 +69,6 @@ class StandIn:
             self.module.train(training)
         if real:
             self.module.eval()
-        self._own_buffers(real=real)
         self._before = {n: (m, dict(m._buffers), _plain(m)) for n, m in self.module.named_modules()}
 
     def check_unchanged(self) -> None:
@@ -87,18 +86,6 @@ class StandIn:
                     f"forward gives {path or type(self.model).__name__} another {changed[0]} in every call, which a "
                     "graph would not do. Write into a buffer instead (self.n.add_(1)), or use emit='modules'"
                 )
-
-    def _own_buffers(self, *, real: bool) -> None:
-        """What a forward may write into; also among fake tensors, arithmetic on real ones alone is real."""
-        copies: dict[int, torch.Tensor] = {}
-        for module in self.module.modules():
-            weight_format = self.formats.get(module)
-            if not real and weight_format is not None and not weight_format.lossless:
-                continue  # not run there
-            for name, buffer in module._buffers.items():
-                # Large integer buffers are packed weights: nothing counts in them, and copies would double a model.
-                if buffer is not None and (buffer.is_floating_point() or buffer.numel() < 2**16):
-                    module._buffers[name] = copies.setdefault(id(buffer), buffer.detach().clone())
 
     def original(self, tensor: torch.Tensor) -> torch.Tensor:
         """The model's own tensor that one of the copy stands for; any other one as it is."""

@@ -132,3 +132,31 @@ def test_memo_tells_what_became_of_an_object():
     assert memo[id(model.a.weight)] is copied.a.weight
     with open(__file__) as model.file, pytest.raises(oftfx.errors.OftfxError, match="cannot be copied"):
         structural_copy(model)
+
+
+def test_training_a_copy_leaves_what_a_forward_writes_in_the_original_alone():
+    class Running(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(6, 6)
+            self.register_buffer("mean", torch.zeros(6))
+            self.register_buffer("count", torch.zeros((), dtype=torch.long))
+            self.register_buffer("mask", torch.ones(300, 300, dtype=torch.bool))
+            self.register_buffer("same", self.mean)
+
+        def forward(self, x):
+            y = self.l(x)
+            if self.training:
+                self.mean.lerp_(y.detach().mean(0), 0.1)
+                self.count += 1
+            return y - self.mean
+
+    base = Running()
+    made = oftfx.transform(base, {"l": oftfx.OFT(3)}).train()
+    made(torch.randn(4, 6))
+    assert base.mean.norm() == 0
+    assert base.count == 0
+    assert made.count == 1
+    assert made.mean.norm() > 0
+    assert made.same is made.mean
+    assert made.mask is base.mask

@@ -1,3 +1,4 @@
+import dataclasses
 import errno
 import os
 
@@ -329,3 +330,37 @@ def test_a_weight_that_is_also_a_result_stays_as_it_is(tmp_path):
     values = session(tmp_path / "m.onnx").run(None, {"x": x.numpy()})
     assert rel(torch.from_numpy(values[0]), model(x)[0]) < 1e-6
     assert np.array_equal(values[1], model.a.weight.detach().numpy().T)
+
+
+@dataclasses.dataclass
+class Scores:
+    logits: torch.Tensor
+    parts: tuple[torch.Tensor, torch.Tensor]
+
+
+def test_outputs_in_a_dataclass_have_their_fields_names(tmp_path):
+    class Model(nn.Sequential):
+        def forward(self, x):
+            y = super().forward(x)
+            return Scores(y, (y * 2, y + 1))
+
+    model = randomize(oftfx.transform(Model(nn.Linear(16, 6)), {"*": OFT(4)}))
+    oftfx.export_onnx(model, tmp_path / "m.onnx", (torch.randn(3, 16),))
+    x = torch.randn(5, 16)
+    file = session(tmp_path / "m.onnx")
+    assert [o.name for o in file.get_outputs()] == ["logits", "parts_0", "parts_1"]
+    expected = model(x)
+    got = file.run(None, {"x": x.numpy()})
+    for a, b in zip(got, (expected.logits, *expected.parts), strict=True):
+        assert rel(torch.from_numpy(a), b) < 1e-5
+
+
+def test_a_result_without_tensors_is_named(tmp_path):
+    class Model(nn.Sequential):
+        def forward(self, x):
+            return str(super().forward(x).shape)
+
+    with pytest.raises(ExportError, match="the model returns a str, in which no tensor is found"):
+        oftfx.export_onnx(
+            oftfx.transform(Model(nn.Linear(16, 6)), {"*": OFT(4)}), tmp_path / "m.onnx", (torch.ones(2, 16),)
+        )
