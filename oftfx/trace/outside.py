@@ -17,11 +17,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from oftfx.errors import TraceError
-
-
-class LeftOutsideError(TraceError):
-    """A recording left fake tensors in a place that it cannot bring back to what it was."""
+from oftfx.errors import LeftOutsideError
 
 
 class Outside:

@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from oftfx.errors import TraceError, UnrecordableError
+from oftfx.errors import LeftOutsideError, TraceError, UnrecordableError
 from oftfx.model.running import tensors_of
 from oftfx.placement.rows import check_no_rows
 from oftfx.trace.foreign import foreign, is_bug
@@ -24,7 +24,7 @@ from oftfx.trace.graph_module import ProgramGraph, build
 from oftfx.trace.guards import ShapeGuard
 from oftfx.trace.inputs import ExampleInputs, example_call, plain_configs
 from oftfx.trace.leaves import leaf_modules
-from oftfx.trace.outside import LeftOutsideError, Outside
+from oftfx.trace.outside import Outside
 from oftfx.trace.recorder import Recorder
 from oftfx.trace.torch_private import fake_tensors, pytree, size_conditions
 from oftfx.trace.undisturbed import StandIn, random_state

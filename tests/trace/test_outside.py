@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import oftfx
 from oftfx import OFT
-from oftfx.trace.outside import LeftOutsideError
+from oftfx.errors import LeftOutsideError
 from oftfx.trace.record import record
 
 X = torch.randn(5, 6)
