@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn as nn
-import torch.utils.checkpoint
 
 from oftfx.errors import UnrecordableError
+from oftfx.trace.torch_private import through_checkpoints
 
 ExampleInputs: TypeAlias = "Mapping[str, Any] | tuple[Any, ...] | torch.Tensor | None"
 
@@ -70,19 +70,10 @@ _OVERRIDES: tuple[tuple[str, Any], ...] = (
 def capture_settings(model: nn.Module) -> Iterator[None]:
     """Switch caches and grouped experts off in every config of the model, and back again.
 
-    Reentrant checkpointing, whose inside no exporter sees, calls its function directly meanwhile; for every model.
+    Reentrant checkpointing, whose inside no exporter sees, calls its function directly meanwhile, in this thread.
     """
-    checkpoint = torch.utils.checkpoint.CheckpointFunction
-    original = vars(checkpoint).get("apply")
-    checkpoint.apply = staticmethod(lambda run, _, *args: run(*args))  # type: ignore[assignment, method-assign]
-    try:
-        with plain_configs(model):
-            yield
-    finally:
-        if original is None:
-            del checkpoint.apply
-        else:
-            checkpoint.apply = original  # type: ignore[method-assign]
+    with through_checkpoints(), plain_configs(model):
+        yield
 
 
 @contextmanager

@@ -6,8 +6,10 @@ Fake tensors and symbolic sizes take a second to import, so they are imported wh
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextvars import ContextVar
 from types import FrameType
 from typing import Any
 
@@ -61,6 +63,37 @@ def in_checkpoint() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+@contextmanager
+def through_checkpoints() -> Iterator[None]:
+    """Let reentrant checkpoints call their function directly, in this thread; they are as always in the others."""
+    token = _DIRECTLY.set(True)
+    checkpoint: Any = torch.utils.checkpoint.CheckpointFunction
+    with _CHECKPOINTS:
+        if not _CHECKPOINTS_OPEN:
+            checkpoint.apply = staticmethod(_apply_or_call)
+        _CHECKPOINTS_OPEN.append(token)
+    try:
+        yield
+    finally:
+        with _CHECKPOINTS:
+            _CHECKPOINTS_OPEN.remove(token)
+            if not _CHECKPOINTS_OPEN:
+                del checkpoint.apply  # the one of its base class shows again
+        _DIRECTLY.reset(token)
+
+
+_DIRECTLY: ContextVar[bool] = ContextVar("oftfx_through_checkpoints", default=False)
+_CHECKPOINTS, _CHECKPOINTS_OPEN = threading.Lock(), list[Any]()
+
+
+def _apply_or_call(run: Any, preserve: Any, *args: Any) -> Any:
+    if _DIRECTLY.get():
+        return run(*args)
+    return super(torch.utils.checkpoint.CheckpointFunction, torch.utils.checkpoint.CheckpointFunction).apply(
+        run, preserve, *args
+    )
 
 
 _WAY_TO_CHECKPOINT = 8  # frames: ours, then __enter__ or __exit__ of no_grad and what they call
