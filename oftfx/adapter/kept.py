@@ -22,7 +22,7 @@ from oftfx.placement.attach import attach
 from oftfx.placement.find import rotated_sites
 from oftfx.placement.frozen import FROZEN
 from oftfx.planning.program import Program
-from oftfx.rotation.module import FrozenRotation
+from oftfx.rotation.frozen import FrozenRotation
 
 FILE = "oftfx_rotations.safetensors"
 CONFIG_KEY = "oftfx_rotations"

@@ -11,7 +11,8 @@ from oftfx.formats.base import WeightFormat, WeightState
 from oftfx.formats.exact import is_exact, use_exact
 from oftfx.model.structure import replace_module
 from oftfx.placement.base import Placement, SiteRotations
-from oftfx.rotation.module import FrozenRotation, Rotation
+from oftfx.rotation.frozen import FrozenRotation
+from oftfx.rotation.module import Rotation
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from oftfx.formats.base import WeightFormat
 from oftfx.formats.exact import use_native
 from oftfx.formats.registry import format_of
 from oftfx.model.names import child_name
-from oftfx.rotation.module import FrozenRotation, Rotation
+from oftfx.rotation.frozen import FrozenRotation
+from oftfx.rotation.module import Rotation
 
 
 class SiteRotations(nn.Module):

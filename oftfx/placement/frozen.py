@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from oftfx.placement.base import Placement
-from oftfx.rotation.module import FrozenRotation, Rotation
+from oftfx.rotation.frozen import FrozenRotation
+from oftfx.rotation.module import Rotation
 
 FROZEN = "frozen"
 """Name under which a frozen rotation stays at its site, ``<site>.oft.frozen``."""

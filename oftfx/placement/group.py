@@ -10,7 +10,8 @@ from torch import Tensor
 from oftfx.placement.base import Placement
 from oftfx.placement.handout import HandOut
 from oftfx.rotation.caching import caching
-from oftfx.rotation.module import FrozenRotation, Rotation, cayley_of
+from oftfx.rotation.frozen import FrozenRotation
+from oftfx.rotation.module import Rotation, cayley_of
 from oftfx.rotation.rotate import rotate_jointly
 
 

@@ -16,9 +16,10 @@ from oftfx.placement.rows import OPEN, rows_of
 from oftfx.placement.rows_of_weight import chain_of_call, output_by_rows
 from oftfx.placement.torch_private import is_compiled, never_compiled_alone, pause_dynamo, resume_dynamo
 from oftfx.rotation.caching import caching
+from oftfx.rotation.frozen import FrozenRotation
 from oftfx.rotation.glimpse import Glimpse
 from oftfx.rotation.identity import Identity
-from oftfx.rotation.module import FrozenRotation, Rotation
+from oftfx.rotation.module import Rotation
 
 
 class RotateWeight(Placement):

@@ -1,4 +1,4 @@
-"""Modules that hold a rotation: one trainable, one frozen."""
+"""The module that holds a trainable rotation."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from oftfx.rotation.caching import caching, count_steps, steps
 from oftfx.rotation.cayley import cayley
 from oftfx.rotation.cayley import project as project_norm
+from oftfx.rotation.frozen import FrozenRotation
 from oftfx.rotation.glimpse import Glimpse
 from oftfx.rotation.identity import Identity
 from oftfx.rotation.rotate import rotate
@@ -261,54 +262,6 @@ class Rotation(nn.Module):
 def skew_rows(spec: OFT, blocks: int, copies: int = 1, tied: tuple[int, ...] = ()) -> int:
     """Rows of ``skew`` for ``blocks`` blocks a rotation."""
     return copies if spec.block_share else len(set(tied)) or copies * blocks
-
-
-class FrozenRotation(nn.Module):
-    """A rotation whose blocks are fixed: what stays in front of a quantized weight, and what is exported.
-
-    Attributes:
-        blocks: buffer ``(blocks, b, b)``.
-    """
-
-    blocks: Tensor
-
-    def __init__(self, blocks: Tensor) -> None:
-        super().__init__()
-        self._identity = Identity()
-        self._glimpse = Glimpse()
-        self.register_buffer("blocks", blocks)
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """``(blocks, b)``."""
-        return self.blocks.shape[0], self.blocks.shape[1]
-
-    @property
-    def device(self) -> torch.device:
-        """Where the blocks are."""
-        return self.blocks.device
-
-    def stamp(self) -> tuple[Any, ...]:
-        """What tells this rotation from another, and from itself after a change."""
-        return self._identity.of(self.blocks), 0 if self.blocks.is_inference() else self.blocks._version
-
-    def effective(self) -> Tensor:
-        """Blocks ``(blocks, b, b)``."""
-        return self.blocks
-
-    def state(self) -> tuple[Any, ...] | None:
-        """What the blocks depend on; see `Rotation.state`."""
-        if not caching() or self.blocks.is_meta or self.blocks.is_inference():
-            return None
-        blocks = self.blocks
-        return self._identity.of(blocks), blocks._version, blocks.data_ptr(), self._glimpse.of(blocks), blocks.device
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Rotate ``x (..., n)``; shape and dtype are kept."""
-        return rotate(x, self.blocks)
-
-    def extra_repr(self) -> str:
-        return f"blocks={self.blocks.shape[0]}, block_size={self.blocks.shape[1]}"
 
 
 def cayley_of(rotations: Sequence[Rotation | FrozenRotation]) -> list[Tensor]:

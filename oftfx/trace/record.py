@@ -177,11 +177,11 @@ class _Run:
                 recorder.graph.output(_output(recorder, out))
                 guard = _guard(model, names, values, shape_env if self.dynamic else None, recorder.asked)
                 _insert_guard(recorder.graph)
-                constants = {n: stand_in.original(t) for n, t in recorder.constants.items()}
+                constants = {n: stand_in.original(t) for n, t in recorder.values.constants.items()}
                 module = build(model, recorder.graph, constants, guard)
             else:
                 # Nothing can build the result from these; they say which values somebody outside reads.
-                recorder.graph.output(recorder.known(tensors_of(out)))
+                recorder.graph.output(recorder.values.known(tensors_of(out)))
         doubts = [self.reason] if self.reason else []
         doubts += recorder.doubts()
         rung = "graph" if fake and not doubts else "analysis"
@@ -212,10 +212,10 @@ def _placeholders(recorder: Recorder, names: list[str], values: list[Any]) -> No
             node = holder
             for key in path:
                 node = recorder.graph.call_function(_getitem(key), (node, _key(key)))
-            recorder.bind(tensor, node)
-    for holder in [recorder._nodes[id(t)] for v in values for _, t in _leaves(v)]:
+            recorder.values.bind(tensor, node)
+    for holder in [recorder.values.node_of(t) for v in values for _, t in _leaves(v)]:
         for dim, size in enumerate(holder.meta["value"].shape):
-            recorder.symbols.define(size, holder, dim)
+            recorder.values.symbols.define(size, holder, dim)
 
 
 def _leaves(value: Any) -> list[tuple[Any, torch.Tensor]]:
@@ -259,7 +259,7 @@ def _insert_guard(graph: fx.Graph) -> None:
 def _output(recorder: Recorder, out: Any) -> Any:
     """The model's result as structure over nodes: tensors, containers, transformers' ModelOutput."""
     if isinstance(out, torch.Tensor):
-        return recorder.node_of(out)
+        return recorder.values.node_of(out)
     if out is None or isinstance(out, (int, float, str, bool)):
         return out
     if isinstance(out, dict) and type(out) is not dict:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -19,28 +19,24 @@ import torch.fx as fx
 import torch.nn as nn
 from torch.overrides import TorchFunctionMode
 
-from oftfx.errors import TraceError, UnrecordableError
+from oftfx.errors import UnrecordableError
 from oftfx.placement.find import placements_on, without_rotation
 from oftfx.placement.input import RotateInput
 from oftfx.placement.output import RotateOutput
 from oftfx.rotation.caching import no_cache
 from oftfx.trace.foreign import foreign, is_ours
-from oftfx.trace.functions import DATA_DEPENDENT, OPERATORS, QUESTIONS, items_of
+from oftfx.trace.functions import DATA_DEPENDENT, OPERATORS, QUESTIONS
 from oftfx.trace.known_shapes import KnownShapes
 from oftfx.trace.shared import Shared
-from oftfx.trace.symbols import SymbolNodes
 from oftfx.trace.torch_private import (
     CALL,
     call_of,
     in_checkpoint,
     inside_functorch,
-    is_fake,
     pytree,
     switches_gradients,
 )
-from oftfx.trace.value import Value
-
-_SCALARS = (int, float, str, bool, complex, torch.dtype, torch.device, torch.memory_format, torch.layout)
+from oftfx.trace.value_nodes import ValueNodes, has_tensor
 
 
 class Recorder(TorchFunctionMode):
@@ -54,7 +50,7 @@ class Recorder(TorchFunctionMode):
 
     Attributes:
         graph: the nodes.
-        constants: tensors that are neither inputs, parameters nor results, by attribute name.
+        values: which node computes which tensor.
         data_dependent: ``(function, module path)`` of every value that steered Python.
         calls: how often each module ran.
         asked: what the model asked of tensors besides their sizes: ``"strides"``, ``"gradients"``.
@@ -64,95 +60,19 @@ class Recorder(TorchFunctionMode):
         self, root: nn.Module, model: nn.Module, leaves: set[nn.Module], made: list[weakref.ref[torch.Tensor]] | None
     ) -> None:
         super().__init__()
-        self.root, self.leaves, self.fake, self._made = root, leaves, made is not None, made
+        self.root, self.leaves, self.fake = root, leaves, made is not None
         self._shared = Shared(root, model)
         self.graph = fx.Graph()
-        self.symbols = SymbolNodes(self.graph)
-        self.constants: dict[str, torch.Tensor] = {}
+        self._stack: list[str] = []
+        self.values = ValueNodes(self.graph, root, model, leaves, made, self._stack)
         self.data_dependent: list[tuple[str, str]] = []
         self.autocast_changes: list[str] = []
         self.asked: set[str] = set()
         self.calls: dict[str, int] = {}
         self._names = {m: n for n, m in root.named_modules()}
-        self._attributes = _names_by_id(root)
-        # A function that the model made of itself (a lambda over `self`) is the same one in a copy: reads the model's.
-        self._outside = {k: n for k, n in _names_by_id(model).items() if k not in self._attributes}
-        self._nodes: dict[int, fx.Node] = {}
-        self._alive: list[Any] = []  # ids are only unique among living objects
-        self._stack: list[str] = []
         self._on = True
         self._known = KnownShapes()
         self._autocast = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
-
-    # -- values ---------------------------------------------------------------------------------
-
-    def bind(self, value: torch.Tensor, node: fx.Node) -> None:
-        """Say that ``node`` computes ``value``."""
-        self._nodes[id(value)] = node
-        self._alive.append(value)
-        self._note_made(value)
-        node.meta.setdefault("value", value)
-
-    def _note_made(self, value: torch.Tensor) -> None:
-        if self._made is not None and is_fake(value):
-            self._made.append(weakref.ref(value))
-
-    def node_of(self, value: torch.Tensor) -> fx.Node:
-        """The node that computes a tensor; parameters and constants become ``get_attr`` nodes."""
-        node = self._nodes.get(id(value))
-        if node is not None:
-            return node
-        name = self._attributes.get(id(value)) or self._read_outside(value)
-        if name is None:
-            if self.fake and is_fake(value):
-                raise TraceError(
-                    f"a tensor {tuple(value.shape)} used in {self.place} was made by code that torch functions do not "
-                    "show (a custom kernel outside a leaf module)"
-                )
-            name = f"_constant_{len(self.constants)}"
-            self.constants[name] = value
-        node = self.graph.create_node("get_attr", name)
-        self.bind(value, node)
-        return node
-
-    def _read_outside(self, value: torch.Tensor) -> str | None:
-        name = self._outside.get(id(value))
-        if name is not None and self.root.get_submodule(name.rpartition(".")[0]) in self.leaves:
-            raise TraceError(
-                f"{name} is read in {self.place} by a function that holds the model itself (a lambda or a wrapped "
-                "forward), so a copy of the model would not run its own layers. Make it a method, or bind it with "
-                "functools.partial"
-            )
-        return name
-
-    def known(self, values: Iterable[torch.Tensor]) -> tuple[fx.Node, ...]:
-        """The nodes of those tensors that the recording has met, each once."""
-        return tuple(dict.fromkeys(self._nodes[id(v)] for v in values if id(v) in self._nodes))
-
-    def argument(self, value: Any) -> Any:
-        """A value as argument of a node."""
-        if isinstance(value, torch.Tensor):
-            return self.node_of(value)
-        if isinstance(value, (torch.SymInt, torch.SymFloat, torch.SymBool)):
-            return self.symbols.node_of(value)
-        if isinstance(value, slice):
-            return slice(self.argument(value.start), self.argument(value.stop), self.argument(value.step))
-        if isinstance(value, (tuple, list)):
-            items = [self.argument(v) for v in value]
-            return items if isinstance(value, list) else tuple(items)
-        if isinstance(value, dict):
-            return {k: self.argument(v) for k, v in value.items()}
-        if value is None or value is Ellipsis or isinstance(value, _SCALARS):
-            return value
-        raise TraceError(f"an argument of type {type(value).__name__} in {self.place} cannot stand in a graph")
-
-    def _track(self, out: Any, node: fx.Node) -> None:
-        if isinstance(out, torch.Tensor):
-            self.bind(out, node)
-            return
-        for key, item, getter in items_of(out):
-            if _has_tensor(item):
-                self._track(item, self.graph.call_function(getter, (node, key)))
 
     @property
     def where(self) -> str:
@@ -176,12 +96,8 @@ class Recorder(TorchFunctionMode):
 
     def release(self) -> None:
         """Let go of every tensor: what the nodes keep of theirs is a `Value`."""
-        self._nodes.clear()
-        self._alive.clear()
+        self.values.release()
         self._known = KnownShapes()
-        for node in self.graph.nodes:
-            if "value" in node.meta:
-                node.meta["value"] = Value.of(node.meta["value"])
 
     # -- functions ------------------------------------------------------------------------------
 
@@ -203,7 +119,7 @@ class Recorder(TorchFunctionMode):
             out = foreign(func, *args, **kwargs)
             for value in out if isinstance(out, (tuple, list)) else (out,):
                 if isinstance(value, torch.Tensor):
-                    self._note_made(value)
+                    self.values.note_made(value)
             return out
         if switches_gradients(func):
             if in_checkpoint():
@@ -213,14 +129,14 @@ class Recorder(TorchFunctionMode):
         out = foreign(func, *args, **kwargs)
         if name in DATA_DEPENDENT:
             self.data_dependent.append((name, self.where))
-        if name != "__setitem__" and not _has_tensor(out):
+        if name != "__setitem__" and not has_tensor(out):
             self._note_question(func, name)
             return out  # .shape, .dtype and the like: executed, not recorded
         self._note_autocast()
-        node = self._emit(func, name, self.argument(tuple(args)), self.argument(dict(kwargs)))
+        node = self._emit(func, name, self.values.argument(tuple(args)), self.values.argument(dict(kwargs)))
         node.meta["module"] = self.where
         if name != "__setitem__":
-            self._track(out, node)
+            self.values.track(out, node)
         return out
 
     def _emit(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> fx.Node:
@@ -277,7 +193,7 @@ class Recorder(TorchFunctionMode):
         for placement in placements:
             if isinstance(placement, RotateInput):
                 args, kwargs = placement(module, args, kwargs) or (args, kwargs)
-        node_args, node_kwargs = self.argument(tuple(args)), self.argument(dict(kwargs))
+        node_args, node_kwargs = self.values.argument(tuple(args)), self.values.argument(dict(kwargs))
         self._note_autocast()
         self._on = False
         try:
@@ -287,7 +203,7 @@ class Recorder(TorchFunctionMode):
             self._on = True
         node = self.graph.call_module(name, node_args, node_kwargs)
         node.meta["module"] = name
-        self._track(out, node)
+        self.values.track(out, node)
         for placement in placements:
             if isinstance(placement, RotateOutput):
                 rotated = placement(module, args, out)
@@ -300,19 +216,6 @@ class Recorder(TorchFunctionMode):
         if not self.fake or not isinstance(x, torch.Tensor):
             return run()
         return self._known.result(module, x, run, alone=len(args) + len(kwargs) == 1)
-
-
-def _names_by_id(module: nn.Module) -> dict[int, str]:
-    """First names of a module's parameters and buffers."""
-    names: dict[int, str] = {}
-    for named in (module.named_parameters, module.named_buffers):
-        for name, tensor in named(remove_duplicate=False):
-            names.setdefault(id(tensor), name)
-    return names
-
-
-def _has_tensor(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) or any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value))
 
 
 def _distinct(out: Any, inputs: Any) -> Any:

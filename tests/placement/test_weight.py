@@ -11,7 +11,7 @@ import oftfx
 from oftfx import OFT
 from oftfx.errors import OftfxError, RuleError
 from oftfx.placement.find import rotated_sites
-from oftfx.rotation.module import FrozenRotation
+from oftfx.rotation.frozen import FrozenRotation
 from tests.reference import dense_rotation, randomize, rel
 
 

@@ -21,7 +21,7 @@ from oftfx.onnx.adapters.blocks import Slots, adapter_blocks, identity_like
 from oftfx.onnx.adapters.swappable import only_active
 from oftfx.onnx.signature import Signature
 from oftfx.placement.find import rotated_sites
-from oftfx.rotation.module import FrozenRotation
+from oftfx.rotation.frozen import FrozenRotation
 from oftfx.serving.copied.runtime.contract import ADAPTER_INDEX, ADAPTER_NAMES
 
 

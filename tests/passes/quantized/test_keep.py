@@ -2,7 +2,8 @@ import pytest
 import torch
 
 from oftfx.passes import Keep, PassManager, Program
-from oftfx.rotation.module import FrozenRotation, Rotation
+from oftfx.rotation.frozen import FrozenRotation
+from oftfx.rotation.module import Rotation
 from tests.passes.quantized.layers import INPUT, dense, rotated, stored
 from tests.reference import rel
 
