@@ -42,8 +42,9 @@ def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
     """
     memo = {} if memo is None else memo
     seen: set[int] = set()
+    formats = {m: f for m in model.modules() if (f := format_of(m)) is not None and not f.lossless}
     for module in model.modules():
-        if not _is_quantized(module):
+        if module not in formats:
             memo.update(
                 (id(b), b.detach().clone()) for b in module._buffers.values() if b is not None and _may_be_written(b)
             )
@@ -67,16 +68,13 @@ def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
             f"the structure of {type(model).__name__} cannot be copied: {error}. Use inplace=True, or "
             "remove that attribute"
         ) from error
-    for module in result.modules():
+    known = all(id(module) in memo for module in formats)  # not what a __deepcopy__ has made anew
+    copies = [memo[id(module)] for module in formats] if known else list(result.modules())
+    for module in copies:
         weight_format = format_of(module)
         if weight_format is not None:
             weight_format.own(module)
     return result
-
-
-def _is_quantized(module: nn.Module) -> bool:
-    weight_format = format_of(module)
-    return weight_format is not None and not weight_format.lossless
 
 
 def _may_be_written(buffer: torch.Tensor) -> bool:
