@@ -12,12 +12,15 @@ import traceback
 import types
 import weakref
 from collections import OrderedDict, defaultdict
+from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn as nn
 
 from oftfx.errors import LeftOutsideError
+from oftfx.model.structure import HOOKS
 
 
 class Outside:
@@ -28,16 +31,51 @@ class Outside:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        files = [vars(m) for n, m in list(sys.modules.items()) if isinstance(m, types.ModuleType) and _may_keep(n)]
-        own = [d for m in model.modules() for d in (vars(m), m._buffers)]
-        self._before = {id(d): (d, dict(d)) for d in (*files, *own)}
-        self._classes = {c: dict(vars(c)) for cls in {type(m) for m in model.modules()} for c in cls.__mro__}
-        scopes = [*files, *self._classes.values()]
-        self._containers = {id(v): v for scope in scopes for v in list(scope.values()) if type(v) in _CONTAINERS}
-        for container in [c for c in self._containers.values() if len(c) < _LONG]:
-            items = container.values() if isinstance(container, dict) else container
-            self._containers.update((id(v), v) for v in list(items) if type(v) in _CONTAINERS)
+        self._before: dict[int, tuple[Any, Any]] = {}  # each dict, list and set with what was in it
+        self._cells: dict[int, tuple[types.CellType, Any]] = {}
         self._names: dict[int, str] = {}
+        modules = list(model.modules())
+        classes = {c for kind in {type(m) for m in modules} for c in kind.__mro__}
+        self._classes = {c: dict(vars(c)) for c in classes}
+        files = {n: vars(m) for n, m in list(sys.modules.items()) if isinstance(m, types.ModuleType) and _may_keep(n)}
+        for scope in (*files.values(), *(d for m in modules for d in (vars(m), m._buffers))):
+            self._note(scope)
+        for scope in (*files.values(), *self._classes.values()):
+            self._look_into(scope.values(), depth=_CONTAINED, code=False)
+        # What the model's own code can reach: objects of its files, and what its hooks and functions hold.
+        near = [v for f in {c.__module__ for c in classes} for v in files.get(f, {}).values()]
+        held = [v for m in modules for v in (*vars(m).values(), *(h for n in HOOKS for h in getattr(m, n).values()))]
+        distinct = {id(v): v for v in (*near, *held) if type(v) not in _PLAIN}
+        self._look_into([v for v in distinct.values() if callable(v) or _is_object(v)], depth=_HELD, code=True)
+
+    def _note(self, container: Any) -> None:
+        self._before[id(container)] = container, container.copy()
+
+    def _look_into(self, values: Iterable[Any], depth: int, *, code: bool) -> None:
+        """Note containers among these values and in them; ``code``: also what functions and objects hold."""
+        level = list(values)
+        for _ in range(depth):
+            inside: list[Any] = []
+            for value in level:
+                if type(value) in _CONTAINERS:
+                    if id(value) not in self._before and len(value) < _LONG:
+                        self._note(value)
+                        inside += value.values() if isinstance(value, dict) else value
+                elif not code:
+                    continue
+                elif isinstance(value, types.FunctionType):
+                    cells = [c for c in value.__closure__ or () if id(c) not in self._cells]
+                    found = {id(c): (c, c.cell_contents) for c in cells if _is_filled(c)}
+                    self._cells.update(found)
+                    inside += [content for _, content in found.values()]
+                elif isinstance(value, types.MethodType):
+                    inside += [value.__self__, value.__func__]
+                elif isinstance(value, partial):
+                    inside += [value.func, *value.args, *value.keywords.values()]
+                elif _is_object(value) and id(vars(value)) not in self._before:
+                    self._note(vars(value))
+                    inside += vars(value).values()
+            level = inside
 
     def restore(self, made: list[weakref.ref[torch.Tensor]], error: BaseException | None = None) -> None:
         """Take back what still holds fake tensors; nothing is looked for where none is alive.
@@ -96,12 +134,14 @@ class Outside:
             return ""
         if id(owner) in self._before:
             return self._bring_back(owner, self._before[id(owner)][1], held)
-        if id(owner) in self._containers:
-            _remove(owner, held)
-            return ""
         name = next((n for v in held if (n := self._names.get(id(v)))), "")
         if isinstance(owner, types.CellType):
             name = name or "a variable of an enclosing function"
+            if id(owner) in self._cells:
+                before = self._cells[id(owner)][1]
+                unchanged = any(before is h for h in held)
+                owner.cell_contents = before
+                return name if unchanged else ""
         for holder in gc.get_referrers(owner) if isinstance(owner, dict) else ():
             if _is_cache(holder):
                 holder.cache_clear()
@@ -118,9 +158,15 @@ class Outside:
             self._names[id(owner)] = name
         return None
 
-    def _bring_back(self, owner: Any, before: dict[Any, Any], held: list[Any]) -> str:
-        """Globals or attributes as they were; a name where the very object that was there has changed inside."""
+    def _bring_back(self, owner: Any, before: Any, held: list[Any]) -> str:
+        """What holds values as it was; a name where the very object that was there has changed inside."""
         changed = []
+        if isinstance(owner, (list, set)):
+            changed = [self._names.get(id(h), "an object in a container") for h in held if any(h is b for b in before)]
+            kept = [v for v in owner if not any(v is h for h in held) or any(v is b for b in before)]
+            owner.clear()
+            owner.extend(kept) if isinstance(owner, list) else owner.update(kept)
+            return " and ".join(changed)
         for key, value in [i for i in _values(owner).items() if any(i[1] is h for h in held)]:
             if key in before and before[key] is value:
                 changed.append(self._names.get(id(value), str(key)))
@@ -135,7 +181,9 @@ class Outside:
 
 _ROUNDS, _SHOWN = 3, 3
 _LONG = 1000  # tables of names, not registries of caches
+_CONTAINED, _HELD = 2, 4  # how deep
 _PASSING = (types.FrameType, BaseException)
+_PLAIN = {bool, int, float, str, tuple, list, dict, set, OrderedDict, type(None), type}
 _CONTAINERS = {dict, OrderedDict, defaultdict, list, set}
 _NEVER = sys.stdlib_module_names | {"torch", "sympy", "numpy"}
 
@@ -155,14 +203,21 @@ def _named(attributes: Any, held: list[Any], owner: Any) -> str:
     return f"{' and '.join(names)} of a {of.__module__}.{of.__qualname__}" if names else ""
 
 
-def _remove(container: Any, held: list[Any]) -> None:
-    if isinstance(container, dict):
-        for key in [k for k, v in list(container.items()) if any(v is h for h in held)]:
-            del container[key]
-    elif isinstance(container, list):
-        container[:] = [v for v in container if not any(v is h for h in held)]
-    else:
-        container.difference_update(held)
+def _is_filled(cell: types.CellType) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:
+        return False
+
+
+def _is_object(value: Any) -> bool:
+    """Whether a value is an object with attributes, of a class of somebody's."""
+    kind = type(value)
+    if issubclass(kind, (nn.Module, torch.Tensor, types.ModuleType, type)):
+        return False
+    if str(kind.__module__).partition(".")[0] in _NEVER - {"types"}:  # a SimpleNamespace may hold anything
+        return False
+    return isinstance(getattr(value, "__dict__", None), dict)
 
 
 def _is_cache(owner: Any) -> bool:

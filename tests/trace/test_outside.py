@@ -145,34 +145,58 @@ def test_a_recording_that_fails_takes_it_out_as_well():
     assert type(bounded(5)) is torch.Tensor
 
 
+class Kept:
+    """An object that keeps a mask."""
+
+    def __init__(self):
+        self.kept, self.made = None, {}
+
+    def __call__(self, n):
+        if self.kept is None:
+            self.kept = torch.ones(n, n).tril()
+        return self.kept
+
+
+def enclosed():
+    made = None
+
+    def mask(n):
+        nonlocal made
+        made = torch.ones(n, n).tril() if made is None else made
+        return made
+
+    return mask
+
+
+@pytest.mark.parametrize("mask", [Kept, enclosed, lambda: Kept().__call__, lambda: functools.partial(Kept())])
+def test_what_functions_of_the_model_hold_is_as_it_was(mask):
+    model = Masked(mask())
+    oftfx.graph(model, (X,))
+    assert type(model(X)) is torch.Tensor
+
+
+def test_hooks_that_collect_outputs_keep_what_they_had():
+    outputs, by_name, several = {}, Kept(), []
+
+    def collect(module, args, out):
+        outputs["l"] = out
+        by_name.made["l"] = out
+        several.append(out)
+
+    model = Masked(lambda n: torch.ones(n, n))
+    model.l.register_forward_hook(collect)
+    model(X)
+    seen = outputs["l"], several[0]
+    oftfx.plan(model, {"l": OFT(3)}, example_inputs=(X,))
+    assert outputs["l"] is by_name.made["l"] is seen[0]
+    assert several == [seen[1]]
+
+
 def test_what_cannot_be_taken_out_is_said_by_name():
-    class Cache:
-        def __init__(self):
-            self.kept = None
-
-        def __call__(self, n):
-            if self.kept is None:
-                self.kept = torch.ones(n, n).tril()
-            return self.kept
-
-    cache = Cache()
-    model = Masked(lambda n: cache(n))
-    with pytest.raises(LeftOutsideError, match=r"kept of a .*Cache"):
-        oftfx.plan(model, {"l": OFT(3)}, example_inputs=(X,))
-    cache.kept = None
-
-    def closure():
-        made = None
-
-        def mask(n):
-            nonlocal made
-            made = torch.ones(n, n).tril() if made is None else made
-            return made
-
-        return mask
-
-    with pytest.raises(LeftOutsideError, match="a variable of an enclosing function"):
-        oftfx.graph(Masked(closure()), (X,))
+    holder = types.SimpleNamespace(inner=types.MappingProxyType({"cache": types.SimpleNamespace(cache=Kept())}))
+    with pytest.raises(LeftOutsideError, match=r"kept of a .*Kept"):
+        oftfx.plan(Masked(lambda n: holder.inner["cache"].cache(n)), {"l": OFT(3)}, example_inputs=(X,))
+    holder.inner["cache"].cache.kept = None
 
 
 def test_circles_of_the_model_are_no_leak():
