@@ -165,3 +165,18 @@ def test_a_buffer_that_forward_writes_into_is_written_by_the_graph():
     graph = oftfx.graph(model, (X,))
     for _ in range(3):
         torch.testing.assert_close(graph(X), twin(X))
+
+
+def test_a_result_of_a_class_of_its_own_does_not_tie_the_graph_to_a_mode():
+    class Result(dict):
+        pass
+
+    class Makes(Layer):
+        def forward(self, x):
+            return Result(y=self.l(x))
+
+    model = rotated(Makes())
+    graph = oftfx.graph(model, (X,))
+    with torch.no_grad():
+        torch.testing.assert_close(graph(X)["y"], model(X)["y"])
+    torch.testing.assert_close(graph.train()(X)["y"], model(X)["y"])
