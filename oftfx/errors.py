@@ -48,10 +48,6 @@ class UnrecordableError(TraceError):
     """Not recorded, and no other way of running the model would help: it names no inputs, or has no copy."""
 
 
-class LeftOutsideError(TraceError):
-    """A recording left tensors without numbers in a place that it cannot bring back to what it was."""
-
-
 class GuardError(OftfxError, RuntimeError):
     """A recorded graph was called in a way it was not recorded for."""
 

@@ -17,7 +17,7 @@ class Glimpse:
     What writes all of a tensor (averaged weights put in its place, scaling) shows in them; a write of a part may not.
     """
 
-    _address = 0
+    _place = 0, 0
     _view: memoryview | None = None
 
     def of(self, tensor: Tensor) -> bytes:
@@ -26,14 +26,14 @@ class Glimpse:
         None for tensors on an accelerator, which would have to be waited for, and for those without memory of their
         own or with gaps in it.
         """
-        address = tensor.data_ptr()
-        if address != self._address:
-            self._view, self._address = _looks(tensor, address), address
+        place = tensor.data_ptr(), tensor.untyped_storage().nbytes()
+        if place != self._place:
+            self._view, self._place = _looks(tensor, place[0]), place
         return b"" if self._view is None else self._view.tobytes()
 
     def forget(self) -> None:
         """The tensor may go."""
-        self._address, self._view = 0, None
+        self._place, self._view = (0, 0), None
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
@@ -44,6 +44,8 @@ def _looks(tensor: Tensor, address: int) -> memoryview | None:
     if not plain or not _is_dense(tensor):
         return None
     size = tensor.numel() * tensor.element_size()
+    if tensor.storage_offset() * tensor.element_size() + size > tensor.untyped_storage().nbytes():
+        return None  # somebody has made its storage smaller
     return memoryview((c_char * size).from_address(address)).cast("B")[:: max(1, size // _LOOKS | 1)]
 
 

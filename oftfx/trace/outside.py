@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from oftfx.errors import LeftOutsideError
+from oftfx.errors import warn
 from oftfx.model.structure import HOOKS
 
 
@@ -34,19 +34,24 @@ class Outside:
         self._before: dict[int, tuple[Any, Any]] = {}  # each dict, list and set with what was in it
         self._cells: dict[int, tuple[types.CellType, Any]] = {}
         self._names: dict[int, str] = {}
+        self._asked = 0
         modules = list(model.modules())
         classes = {c for kind in {type(m) for m in modules} for c in kind.__mro__}
         self._classes = {c: dict(vars(c)) for c in classes}
         files = {n: vars(m) for n, m in list(sys.modules.items()) if isinstance(m, types.ModuleType) and _may_keep(n)}
         for scope in (*files.values(), *(d for m in modules for d in (vars(m), m._buffers))):
             self._note(scope)
-        for scope in (*files.values(), *self._classes.values()):
-            self._look_into(scope.values(), depth=_CONTAINED, code=False)
-        # What the model's own code can reach: objects of its files, and what its hooks and functions hold.
-        near = [v for f in {c.__module__ for c in classes} for v in files.get(f, {}).values()]
+        # What the model's own code can reach: its files with the classes in them, what hooks and functions hold.
+        own = [files[f] for f in {str(c.__module__) for c in classes} if f in files]
+        beside = {v for f in own for v in list(f.values()) if isinstance(v, type) and _may_keep(str(v.__module__))}
+        self._classes.update((c, dict(vars(c))) for c in beside - classes)
         held = [v for m in modules for v in (*vars(m).values(), *(h for n in HOOKS for h in getattr(m, n).values()))]
-        distinct = {id(v): v for v in (*near, *held) if type(v) not in _PLAIN}
-        self._look_into([v for v in distinct.values() if callable(v) or _is_object(v)], depth=_HELD, code=True)
+        distinct = {id(v): v for v in held if type(v) not in _PLAIN}
+        near = [v for f in (*own, *(self._classes[c] for c in beside)) for v in list(f.values())]
+        functions = [v for v in distinct.values() if callable(v) or _is_object(v)]
+        self._look_into([*near, *functions], depth=_NEAR, code=True)
+        for scope in (*files.values(), *self._classes.values()):
+            self._look_into(scope.values(), depth=_FAR, code=False)
 
     def _note(self, container: Any) -> None:
         self._before[id(container)] = container, container.copy()
@@ -84,8 +89,7 @@ class Outside:
             made: the fake tensors of the recording.
             error: what it raised, which may keep some itself.
 
-        Raises:
-            LeftOutsideError: something keeps one that cannot be made to let go of it.
+        A warning names what keeps one and cannot be made to let go of it.
         """
         raised = error
         while raised is not None:
@@ -100,18 +104,18 @@ class Outside:
         if not _living(made) or (error is not None and not kept):
             return  # what an error, or a log of it, holds is read by nobody's next call
         known = sorted(set(kept or self._names.values()))
-        where = "; ".join(known[:_SHOWN]) or "a place that Python does not show"
-        raise LeftOutsideError(
-            "a recording runs the model's code on tensors without numbers, and that code keeps some for its next call: "
-            f"{where}. Keep them on the module instead (an attribute or a buffer), or behind functools.lru_cache, "
-            "which is cleared"
+        warn(
+            "a recording runs the model's code on tensors without numbers (FakeTensor), and that code keeps "
+            f"{len(_living(made))} of them: {'; '.join(known[:_SHOWN]) or 'in a place that Python does not show'}. If "
+            "it reads them again, clear that place, and keep such a thing on the module or behind functools.lru_cache"
         )
 
     def _let_go(self, level: list[Any]) -> list[str]:
         """Take tensors out of what holds them, from owner to owner; gives what cannot be changed back."""
         seen = set(map(id, level))
         kept: list[str] = []
-        while level:
+        self._asked = 0
+        while level and len(seen) < _MANY:
             above: list[Any] = []
             by_id = {id(v): v for v in level}
             for owner in gc.get_referrers(*level):
@@ -130,8 +134,7 @@ class Outside:
     def _undo(self, owner: Any, held: list[Any]) -> str | None:
         """Make ``owner`` let go: "" where it did, else a name for it; None where it is a part of something itself."""
         if _is_cache(owner):
-            owner.cache_clear()
-            return ""
+            return self._clear(owner, held)
         if id(owner) in self._before:
             return self._bring_back(owner, self._before[id(owner)][1], held)
         name = next((n for v in held if (n := self._names.get(id(v)))), "")
@@ -142,10 +145,9 @@ class Outside:
                 unchanged = any(before is h for h in held)
                 owner.cell_contents = before
                 return name if unchanged else ""
-        for holder in gc.get_referrers(owner) if isinstance(owner, dict) else ():
+        for holder in self._holders(owner) if type(owner) in _CONTAINERS else ():
             if _is_cache(holder):
-                holder.cache_clear()
-                return ""
+                return self._clear(holder, held)
             if isinstance(holder, type) and holder in self._classes:
                 return self._bring_back(holder, self._classes[holder], held)
             if isinstance(holder, types.FrameType):
@@ -158,14 +160,31 @@ class Outside:
             self._names[id(owner)] = name
         return None
 
+    def _holders(self, owner: Any) -> list[Any]:
+        """What refers to a container; each time the whole process is looked through, so not without end."""
+        self._asked += 1
+        return gc.get_referrers(owner) if self._asked < _SEARCHES else []
+
+    def _clear(self, cache: Any, held: list[Any]) -> str:
+        """Clear a cache of results; one of objects, which may have a state, is only named."""
+        if any(_is_object(value) for value in held):
+            return f"an object that {getattr(cache, '__qualname__', 'a cache')} keeps"
+        cache.cache_clear()
+        return ""
+
     def _bring_back(self, owner: Any, before: Any, held: list[Any]) -> str:
         """What holds values as it was; a name where the very object that was there has changed inside."""
         changed = []
         if isinstance(owner, (list, set)):
-            changed = [self._names.get(id(h), "an object in a container") for h in held if any(h is b for b in before)]
-            kept = [v for v in owner if not any(v is h for h in held) or any(v is b for b in before)]
-            owner.clear()
-            owner.extend(kept) if isinstance(owner, list) else owner.update(kept)
+            was = set(map(id, before))
+            changed = [self._names.get(id(h), "an object in a container") for h in held if id(h) in was]
+            gone = {id(h) for h in held if id(h) not in was}
+            if isinstance(owner, set):
+                owner.difference_update([v for v in owner if id(v) in gone])
+            elif len(owner) == len(before):
+                owner[:] = [b if id(v) in gone else v for v, b in zip(owner, before, strict=True)]
+            else:
+                owner[:] = [v for v in owner if id(v) not in gone]
             return " and ".join(changed)
         for key, value in [i for i in _values(owner).items() if any(i[1] is h for h in held)]:
             if key in before and before[key] is value:
@@ -180,8 +199,9 @@ class Outside:
 
 
 _ROUNDS, _SHOWN = 3, 3
+_MANY, _SEARCHES = 1000, 30  # owners, and how often all of the process is searched for theirs
 _LONG = 1000  # tables of names, not registries of caches
-_CONTAINED, _HELD = 2, 4  # how deep
+_NEAR, _FAR = 4, 2  # how deep
 _PASSING = (types.FrameType, BaseException)
 _PLAIN = {bool, int, float, str, tuple, list, dict, set, OrderedDict, type(None), type}
 _CONTAINERS = {dict, OrderedDict, defaultdict, list, set}

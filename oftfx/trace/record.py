@@ -16,7 +16,7 @@ import torch
 import torch.fx as fx
 import torch.nn as nn
 
-from oftfx.errors import LeftOutsideError, TraceError, UnrecordableError
+from oftfx.errors import TraceError, UnrecordableError
 from oftfx.model.running import tensors_of
 from oftfx.placement.rows import check_no_rows
 from oftfx.trace.foreign import foreign, is_bug
@@ -71,8 +71,6 @@ def record_best(
     for fake in (True, False):
         try:
             return record(model, example_inputs, fake=fake, reason="; ".join(reasons), look_into=look_into, bare=bare)
-        except LeftOutsideError:
-            raise  # the model may not be able to run any more
         except UnrecordableError as error:
             return Recording("tree", reason=_first_line(error))
         except Exception as error:

@@ -2,9 +2,13 @@
 
 import functools
 import gc
+import logging
+import logging.handlers
 import sys
+import time
 import types
 import weakref
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import oftfx
 from oftfx import OFT
-from oftfx.errors import LeftOutsideError
+from oftfx.errors import OftfxWarning
 from oftfx.trace.record import record
 
 X = torch.randn(5, 6)
@@ -194,9 +198,64 @@ def test_hooks_that_collect_outputs_keep_what_they_had():
 
 def test_what_cannot_be_taken_out_is_said_by_name():
     holder = types.SimpleNamespace(inner=types.MappingProxyType({"cache": types.SimpleNamespace(cache=Kept())}))
-    with pytest.raises(LeftOutsideError, match=r"kept of a .*Kept"):
+    with pytest.warns(OftfxWarning, match=r"keeps 1 of them: kept of a .*Kept"):
         oftfx.plan(Masked(lambda n: holder.inner["cache"].cache(n)), {"l": OFT(3)}, example_inputs=(X,))
     holder.inner["cache"].cache.kept = None
+
+
+_REGISTRY = {"there": Kept(), "nested": {"a": {"b": None}}}
+_ITEMS = [None, "other"]
+
+
+class Rope:
+    cache: ClassVar = {}
+
+    @classmethod
+    def get(cls, n):
+        return cls.cache.setdefault(n, torch.ones(n, n))
+
+
+def test_what_was_there_before_is_as_it_was():
+    class Uses(Masked):
+        def forward(self, x):
+            y = Rope.get(len(x)) @ self.l(x)
+            _ITEMS[0] = y
+            _REGISTRY["there"].kept = y
+            _REGISTRY["nested"]["a"]["b"] = y
+            return y
+
+    there = _REGISTRY["there"]
+    model = Uses(None)
+    out = model(X)
+    oftfx.plan(model, {"l": OFT(3)}, example_inputs=(X,))
+    assert _REGISTRY["there"] is there
+    assert there.kept is _ITEMS[0] is _REGISTRY["nested"]["a"]["b"] is out
+    assert _ITEMS[1] == "other"
+    assert type(Rope.cache[5]) is torch.Tensor
+    Rope.cache.clear()
+    oftfx.plan(model, {"l": OFT(3)}, example_inputs=(X,))
+    assert Rope.cache == {}
+    there.kept = _ITEMS[0] = _REGISTRY["nested"]["a"]["b"] = None
+
+
+def test_a_log_that_keeps_tensors_is_named_and_soon():
+    log = logging.getLogger("oftfx.test_outside")
+    kept = logging.handlers.MemoryHandler(100)
+    log.propagate, log.level = False, logging.DEBUG
+    log.addHandler(kept)
+
+    class Logs(Masked):
+        def forward(self, x):
+            y = self.l(x)
+            log.debug("mean %s", y)
+            return y
+
+    start = time.perf_counter()
+    with pytest.warns(OftfxWarning, match="keeps 1 of them"):
+        oftfx.plan(Logs(None), {"l": OFT(3)}, example_inputs=(X,))
+    assert time.perf_counter() - start < 60
+    log.removeHandler(kept)
+    kept.buffer.clear()
 
 
 def test_circles_of_the_model_are_no_leak():
