@@ -31,6 +31,7 @@ from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.passes.protocol import PassManager
 from oftfx.placement.find import rotated_sites
 from oftfx.placement.rows import check_no_rows
+from oftfx.placement.torch_private import forget_compiled
 from oftfx.planning.program import Program
 from oftfx.planning.site_plan import Producer
 from oftfx.terminal import bar
@@ -216,6 +217,8 @@ def fold(
     report = FoldReport(tuple(sites), names, dropped, measured, tuple(remarks))
     note_fold(target, report, hashes)
     before_fold.close(target)
+    if inplace:
+        forget_compiled()
     return FoldResult(target, report, before if keeps and not inplace else None, before_fold if journal.keep else None)
 
 

@@ -22,6 +22,7 @@ from oftfx.passes.match_rules import MatchRules
 from oftfx.passes.measure_coverage import MeasureCoverage
 from oftfx.passes.protocol import PassManager, PassResult
 from oftfx.passes.share_inputs import ShareInputs
+from oftfx.placement.torch_private import forget_compiled
 from oftfx.planning.from_peft import check_storage
 from oftfx.planning.plans import Plan
 from oftfx.planning.program import Program
@@ -137,6 +138,8 @@ def transform(
     result = model if inplace else structural_copy(model) if existing is None else own_copy(model)
     insert(result, planned.program, adapter, trainable=trains(rules))
     store_of(result).activate(result, (adapter,))
+    if inplace:
+        forget_compiled()
     store_of(result).follow(result)
     return graph(result, example_inputs) if emit == "graph" else result
 

@@ -14,6 +14,7 @@ from oftfx.folding.journal import Journal
 from oftfx.folding.note import forget_fold
 from oftfx.model.huggingface import QuantizerNotes
 from oftfx.model.structure import structural_copy
+from oftfx.placement.torch_private import forget_compiled
 from oftfx.rotation.module import Rotation
 
 _LAST = "_oftfx_last_fold"
@@ -78,6 +79,7 @@ class Before:
         for parameter in self.trainable:
             parameter.requires_grad_(True)
         self.quantizer.restore(model)
+        forget_compiled()
         vars(model).pop(_LAST, None)
         if self.earlier is not None:
             vars(model)[_LAST] = self.earlier

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -28,10 +28,11 @@ HOOKS = (
 def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
     """A module tree of its own over the same tensors: same classes, names, hooks and attributes.
 
-    Parameters are new ones over the same memory, so freezing or moving the copy leaves the original alone. Buffers that
-    a forward may write into (statistics, counters: floats of any size, few other numbers) are copied, for training the
-    copy must not change the original; those of quantized layers are the same objects. A quantized layer whose runtime
-    may rewrite its weight in place gets state objects of its own over the same bytes (`WeightFormat.own`).
+    Parameters are new ones over the same memory, so freezing or moving the copy leaves the original alone. Other
+    tensors that a forward may write into (statistics, counters: floats of any size, few other numbers) are copied, for
+    training the copy must not change the original; those of quantized layers are the same objects. A quantized layer
+    whose runtime may rewrite its weight in place gets state objects of its own over the same bytes
+    (`WeightFormat.own`).
 
     Args:
         model: any module.
@@ -43,11 +44,10 @@ def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
     memo = {} if memo is None else memo
     seen: set[int] = set()
     formats = {m: f for m in model.modules() if (f := format_of(m)) is not None and not f.lossless}
+    own = _Owned(model)
     for module in model.modules():
         if module not in formats:
-            memo.update(
-                (id(b), b.detach().clone()) for b in module._buffers.values() if b is not None and _may_be_written(b)
-            )
+            memo.update((id(t), own.copy(t)) for t in _attributes(module) if id(t) not in memo)
         for tensor in tensors_in(vars(module), seen):
             if id(tensor) in memo:
                 continue
@@ -77,9 +77,47 @@ def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
     return result
 
 
-def _may_be_written(buffer: torch.Tensor) -> bool:
-    """Many integers or booleans are packed weights or masks: nothing counts in them, and copies may double a model."""
-    return buffer.is_floating_point() or buffer.numel() < 2**16
+def _attributes(module: nn.Module) -> list[torch.Tensor]:
+    """Buffers, and tensors that are attributes or in a list or a dict that is one."""
+    found = list(module._buffers.values())
+    for value in vars(module).values():
+        found += value if type(value) is list else value.values() if type(value) is dict else (value,)
+    return [t for t in found if type(t) is torch.Tensor]
+
+
+class _Owned:
+    """Copies of what a forward may write into; tensors over the same memory stay so, also over a parameter's."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._parameters = {place for p in model.parameters() if (place := _place(p))}
+        counts = Counter(_place(b) for b in model.buffers())
+        self._several = {place for place, count in counts.items() if count > 1}
+        self._storages: dict[int, torch.UntypedStorage] = {}
+
+    def copy(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy of a plain tensor, if it may be written into; otherwise one that shares its memory."""
+        # Many integers or booleans are packed weights or masks: nothing counts in them, and copies may double a model.
+        if type(tensor) is not torch.Tensor or not (tensor.is_floating_point() or tensor.numel() < 2**16):
+            return _sharing(tensor)
+        place = _place(tensor)
+        if place in self._parameters or not tensor.is_leaf:
+            return tensor
+        if not place or tensor.layout != torch.strided or not (place in self._several or 0 in tensor.stride()):
+            result = tensor.detach().clone()
+        else:
+            storage = self._storages.setdefault(place, tensor.untyped_storage().clone())
+            result = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            result.set_(storage, tensor.storage_offset(), tensor.size(), tensor.stride())
+        vars(result).update(vars(tensor))
+        return result.requires_grad_(tensor.requires_grad)
+
+
+def _place(tensor: torch.Tensor) -> int:
+    """Address of a tensor's memory; 0 where it has none of its own."""
+    try:
+        return 0 if tensor.is_meta else tensor.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # sparse, or a subclass that is several tensors
+        return 0
 
 
 _LEFT_OUT = ("_compiled_call_impl",)  # bound to the module that was compiled; nn.Module.__getstate__ drops it too

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -67,3 +68,9 @@ def _note_version(context: Any) -> None:
 
     frame = context._i_will_not_complain_if_bc_breaks_InstructionTranslator()
     frame.symbolic_locals["version"] = ConstantVariable.create(context.get_local("x").as_fake()._version)
+
+
+def forget_compiled() -> None:
+    """Let code that Dynamo has compiled be compiled anew, of every model: it does not see that hooks came or went."""
+    if "torch._dynamo" in sys.modules:
+        torch.compiler.reset()

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Collection
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ import torch.nn as nn
 
 from oftfx.errors import TraceError, UnrecordableError
 from oftfx.model.running import tensors_of
+from oftfx.model.structure import tensors_in
 from oftfx.placement.rows import check_no_rows
 from oftfx.trace.foreign import foreign, is_bug
 from oftfx.trace.graph_module import ProgramGraph, build
@@ -26,7 +28,7 @@ from oftfx.trace.inputs import ExampleInputs, example_call, plain_configs
 from oftfx.trace.leaves import leaf_modules
 from oftfx.trace.outside import Outside
 from oftfx.trace.recorder import Recorder
-from oftfx.trace.torch_private import fake_tensors, pytree, size_conditions
+from oftfx.trace.torch_private import fake_tensors, is_fake, pytree, size_conditions
 from oftfx.trace.undisturbed import StandIn, random_state
 
 # Modes of fake tensors count themselves in flags of the whole process, which two at once leave set for ever.
@@ -152,6 +154,7 @@ class _Run:
             with ExitStack() as stack:
                 stack.enter_context(_ONE_AT_A_TIME)
                 stand_in = StandIn(model, real=not fake, training=self.training, bare=self.bare)
+                after.callback(stand_in.dissolve)
                 root = stand_in.module
                 inside = {root.get_submodule(n) for n, m in model.named_modules() if m in self.look_into}
                 leaves = leaf_modules(root, stand_in.formats, inside)
@@ -169,9 +172,11 @@ class _Run:
                 stack.enter_context(torch.enable_grad() if fake and self.gradients else torch.no_grad())
                 with recorder.recording():
                     out = foreign(root, *new_args, **new_kwargs)
+                if self.executable:
+                    stack.close()
+                    self._check_again(recorder, root, leaves, names)
             module = None
             if self.executable:
-                stand_in.check_unchanged()
                 recorder.graph.output(_output(recorder, out))
                 guard = _guard(model, names, values, shape_env if self.dynamic else None, recorder.asked)
                 _insert_guard(recorder.graph)
@@ -185,6 +190,49 @@ class _Run:
         rung = "graph" if fake and not doubts else "analysis"
         seconds = time.perf_counter() - start
         return Recording(rung, recorder.graph, "; ".join(doubts), dict(recorder.calls), seconds, module)
+
+    def _check_again(self, first: Recorder, root: nn.Module, leaves: set[nn.Module], names: list[str]) -> None:
+        """Record the same copy a second time: a model that keeps something for its next call is no graph.
+
+        Raises:
+            TraceError: the second call computes something else.
+        """
+        args, kwargs = self.call
+        again = Recorder(root, self.model, leaves, made=self.made)
+        try:
+            with ExitStack() as stack:
+                stack.enter_context(_ONE_AT_A_TIME)
+                stack.enter_context(plain_configs(root))
+                values = _apart([*args, *kwargs.values()])
+                _, values = stack.enter_context(fake_tensors(values, dynamic=self.dynamic))
+                _placeholders(again, names, values)
+                stack.enter_context(torch.set_grad_enabled(self.gradients))
+                with again.recording():
+                    foreign(root, *values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
+            replaced = first.values.replaced(again.values)
+            pairs = zip_longest(_texts(first), _texts(again), fillvalue=("", ""))
+            where = replaced or next((a[0] or b[0] or type(self.model).__name__ for a, b in pairs if a != b), "")
+        except Exception as error:  # of a tensor that is left from the first call: in a cache outside, or on the model
+            if is_bug(error):
+                raise
+            where = next((n or type(self.model).__name__ for n, m in root.named_modules() if _keeps(m)), "")
+        finally:
+            again.release()
+        if where:
+            raise TraceError(
+                f"a second call of the model computes something else than the first, in {where}: it keeps something "
+                "for its next call, which a graph would not. Write into a buffer instead (self.n.add_(1)), or use "
+                "emit='modules'"
+            )
+
+
+def _keeps(module: nn.Module) -> bool:
+    return any(is_fake(t) for t in tensors_in({k: v for k, v in vars(module).items() if k != "_modules"}, set()))
+
+
+def _texts(recorder: Recorder) -> list[tuple[str, str]]:
+    nodes = [n for n in recorder.graph.nodes if n.op != "placeholder"]
+    return [(str(n.meta.get("module", "")), f"{n.op} {n.target} {n.args} {n.kwargs}") for n in nodes]
 
 
 def _argument_names(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:

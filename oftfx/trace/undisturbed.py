@@ -9,10 +9,10 @@ from typing import Any
 import torch
 import torch.nn as nn
 
-from oftfx.errors import OftfxError, TraceError, UnrecordableError
+from oftfx.errors import OftfxError, UnrecordableError
 from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_of
-from oftfx.model.structure import structural_copy, tensors_in
+from oftfx.model.structure import HOOKS, structural_copy, tensors_in
 from oftfx.placement.find import rotated_sites
 
 
@@ -69,23 +69,13 @@ class StandIn:
             self.module.train(training)
         if real:
             self.module.eval()
-        self._before = {n: (m, dict(m._buffers), _plain(m)) for n, m in self.module.named_modules()}
 
-    def check_unchanged(self) -> None:
-        """After a forward: it left the modules as they were, apart from what it wrote into tensors.
-
-        Raises:
-            TraceError: it gave a module another buffer or number, which a graph would not do.
-        """
-        for path, (module, buffers, plain) in self._before.items():
-            now = _plain(module)
-            changed = [k for k, b in buffers.items() if module._buffers.get(k) is not b]
-            changed += [k for k, v in plain.items() if now.get(k, v) is not v and now[k] != v]
-            if changed:
-                raise TraceError(
-                    f"forward gives {path or type(self.model).__name__} another {changed[0]} in every call, which a "
-                    "graph would not do. Write into a buffer instead (self.n.add_(1)), or use emit='modules'"
-                )
+    def dissolve(self) -> None:
+        """Take the copy apart: its layers and their hooks know each other, and would keep the weights for a while."""
+        for module in list(self.module.modules()):
+            module._modules.clear()
+            for name in HOOKS:
+                getattr(module, name).clear()
 
     def original(self, tensor: torch.Tensor) -> torch.Tensor:
         """The model's own tensor that one of the copy stands for; any other one as it is."""
@@ -93,10 +83,6 @@ class StandIn:
             return tensor
         found = (t for m in self.model.modules() for t in tensors_in(vars(m), set()))
         return next((t for t in found if self._became.get(id(t)) is tensor), tensor)
-
-
-def _plain(module: nn.Module) -> dict[str, Any]:
-    return {k: v for k, v in vars(module).items() if isinstance(v, (bool, int, float, str)) and not k.startswith("_")}
 
 
 @contextmanager

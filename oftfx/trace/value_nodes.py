@@ -114,6 +114,11 @@ class ValueNodes:
             return value
         raise TraceError(f"an argument of type {type(value).__name__} in {self._place()} cannot stand in a graph")
 
+    def replaced(self, later: ValueNodes) -> str:
+        """The name of a parameter or buffer that is another one in a later recording of the same copy, or ""."""
+        now = {name: key for key, name in later._attributes.items()}
+        return next((name for key, name in self._attributes.items() if now.get(name) != key), "")
+
     def track(self, out: Any, node: fx.Node) -> None:
         """Say that ``node`` computes a result, with what is inside it."""
         if isinstance(out, torch.Tensor):

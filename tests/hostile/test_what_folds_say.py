@@ -216,3 +216,18 @@ class TestParts:
         r = dense_rotation(part[0].oft.default.skew, 4)
         expected = F.linear(X.double() @ r, part[0].weight.double(), part[0].bias.double())
         assert rel(part[0](X), expected) < 1e-6
+
+
+def test_a_compiled_model_follows_folds_in_place_and_back():
+    model = rotated()
+    compiled = torch.compile(model, backend="eager")
+    old = compiled(X).detach()
+    result = oftfx.fold(compiled, inplace=True, undo=True)
+    assert rel(compiled(X), old) < 1e-5
+    oftfx.unfold(result)
+    assert rel(compiled(X), old) < 1e-6
+    oftfx.fold(compiled, inplace=True)
+    assert rel(compiled(X), old) < 1e-5
+    randomize(oftfx.transform(model, {"0": OFT(8)}, inplace=True), seed=3)
+    assert rel(compiled(X), model(X)) < 1e-6
+    assert rel(compiled(X), old) > 1e-3

@@ -160,3 +160,35 @@ def test_training_a_copy_leaves_what_a_forward_writes_in_the_original_alone():
     assert made.mean.norm() > 0
     assert made.same is made.mean
     assert made.mask is base.mask
+
+
+def test_tensors_over_the_same_memory_stay_so():
+    class Views(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l, self.steps, self.past = nn.Linear(6, 6), torch.zeros(()), [torch.zeros(())]
+            self.register_buffer("full", torch.ones(6))
+            self.register_buffer("head", self.full[:4])
+            self.register_buffer("row", self.l.weight.detach()[0])
+            self.register_buffer("wide", torch.zeros(1).expand(1000))
+            self.full.note = "kept"
+
+        def forward(self, x):
+            self.head.mul_(2.0)
+            self.steps.add_(1)
+            self.past[0].add_(1)
+            return self.l(x) * self.full + self.row.sum() + self.steps
+
+    base, x = Views(), torch.randn(3, 6)
+    made = oftfx.transform(base, {"l": OFT(3)}, example_inputs=(x,))
+    assert (base.head == 1).all()
+    assert base.steps == base.past[0] == 0
+    out = made(x)
+    assert (base.full == 1).all()
+    assert base.steps == base.past[0] == 0
+    assert torch.equal(out, copy.deepcopy(base)(x))
+    assert made.full.note == "kept"
+    assert made.wide.untyped_storage().nbytes() == base.wide.untyped_storage().nbytes()
+    with torch.no_grad():
+        made.l.weight.zero_()
+    assert (made.row == 0).all()

@@ -68,7 +68,7 @@ def test_nothing_of_the_model_or_the_process_changes_even_for_a_moment(how, rota
         assert during[:3] == before[:3]
         assert all(torch.equal(v, before[3][k]) for k, v in during[3].items())
     assert torch.equal(torch.get_rng_state(), random)
-    assert len(seen) == 1
+    assert len(seen) == (2 if how.get("executable") else 1)  # a second time, for what it keeps
 
 
 @pytest.mark.needs("bitsandbytes")
