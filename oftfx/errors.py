@@ -45,7 +45,10 @@ class TraceError(OftfxError, RuntimeError):
 
 
 class UnrecordableError(TraceError):
-    """Not recorded, and no other way of running the model would help: it names no inputs, or has no copy."""
+    """Not recorded, and no other way of running the model would help.
+
+    It names no inputs, cannot be copied, or writes into its parameters.
+    """
 
 
 class GuardError(OftfxError, RuntimeError):

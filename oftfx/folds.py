@@ -129,7 +129,7 @@ def fold(
         reference: the original float model, the directory of its checkpoint, or a function from module path to weight.
             Only for adapters that were trained on the float model: one that was trained on a quantized model has learnt
             that model's errors as well, and they are not in these weights.
-        inplace: change ``model`` itself; otherwise the result shares every tensor that the fold does not replace.
+        inplace: change ``model`` itself; otherwise the result shares every frozen weight that is not replaced.
         undo: keep what `unfold` needs. By default that of a fold in place is not kept, for it is the old weights: the
             memory of the whole model again. Interrupted, a fold in place then stays where it is: each site is folded or
             still rotates, so the model computes what the folded adapters did (up to the rounding asked for), and
@@ -198,6 +198,7 @@ def fold(
             own.activate(target, before_fold.active)
         else:
             own.forget_folded(target)
+            forget_compiled()
             error.add_note(
                 f"oftfx.fold: {journal.done} sites were folded when this happened, the others still rotate. Fold again "
                 "to end it; undo=True would have brought all back"

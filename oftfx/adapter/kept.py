@@ -21,6 +21,7 @@ from oftfx.model.sites import weight_device
 from oftfx.placement.attach import attach
 from oftfx.placement.find import rotated_sites
 from oftfx.placement.frozen import FROZEN
+from oftfx.placement.torch_private import forget_compiled
 from oftfx.planning.program import Program
 from oftfx.rotation.frozen import FrozenRotation
 
@@ -127,6 +128,7 @@ def load_rotations(model: M, path: str | Path) -> M:
             placement.fixed.append(rotation)
             if first:
                 placement.hold(FROZEN if len(keys) == 1 else f"{FROZEN}_{index}", rotation)
+    forget_compiled()
     guard_saving(model)
     return model
 

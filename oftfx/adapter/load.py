@@ -27,6 +27,7 @@ from oftfx.model.sites import choose_placement, fits
 from oftfx.passes.find_producers import FindProducers
 from oftfx.passes.protocol import PassManager
 from oftfx.passes.share_inputs import ShareInputs
+from oftfx.placement.torch_private import forget_compiled
 from oftfx.planning.from_peft import configured_sites, spec_from_config
 from oftfx.planning.plans import Plan
 from oftfx.planning.program import Program
@@ -102,6 +103,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     store.activate(root, store.active or (adapter,))
     if new:
         store.follow(root, adapter)
+        forget_compiled()
     return model
 
 

@@ -30,7 +30,8 @@ def adapter_rows(model: nn.Module, names: Sequence[str | Sequence[str] | None]) 
     Args:
         model: a transformed model.
         names: for each row an adapter, several that act in a row, or None (or ``"__base__"``) for the base model.
-            Dimension 0 of what every rotated layer reads has to be these rows; a search with beams has a row a beam.
+            Dimension 0 of what every rotated layer reads has to be these rows; a decoder's search with beams has a row
+            a beam. The parts of an encoder-decoder then read different numbers of rows, which is refused.
 
     Raises:
         AdapterError: an unknown name, an adapter that also trains biases, a compiled model; and, in a forward, a layer

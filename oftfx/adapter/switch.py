@@ -12,6 +12,7 @@ from oftfx.adapter.store import AdapterStore, located
 from oftfx.errors import AdapterError, warn
 from oftfx.placement.find import rotated_sites
 from oftfx.placement.rows import OPEN, Rows, check_no_rows, with_rows
+from oftfx.placement.torch_private import forget_compiled
 from oftfx.planning.plans import Plan
 from oftfx.rotation.module import Rotation
 
@@ -108,6 +109,7 @@ def remove_adapter(model: nn.Module, adapter: str) -> None:
     store.remove(root, adapter)
     for _, placement in list(rotated_sites(root)):
         placement.drop(adapter)
+    forget_compiled()
     if acted == (adapter,):
         _let_another_act(root, store, adapter)
 

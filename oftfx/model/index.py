@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -46,23 +47,20 @@ class ModelIndex:
     @cached_property
     def parameters(self) -> dict[str, nn.Parameter]:
         """Each parameter by each of its names."""
-        walked = self.model.named_modules(remove_duplicate=False)
-        return {
-            f"{path}.{name}" if path else name: parameter
-            for path, module in walked
-            for name, parameter in module._parameters.items()
-            if parameter is not None
-        }
+        return self._tensors("_parameters")
 
     @cached_property
     def buffers(self) -> dict[str, torch.Tensor]:
         """Each buffer by each of its names, also those that no ``state_dict`` holds."""
+        return self._tensors("_buffers")
+
+    def _tensors(self, kind: str) -> dict[str, Any]:
         walked = self.model.named_modules(remove_duplicate=False)
         return {
-            f"{path}.{name}" if path else name: buffer
+            f"{path}.{name}" if path else name: tensor
             for path, module in walked
-            for name, buffer in module._buffers.items()
-            if buffer is not None
+            for name, tensor in vars(module)[kind].items()
+            if tensor is not None
         }
 
     @cached_property

@@ -1,4 +1,4 @@
-"""Copies of a model's structure that share every tensor."""
+"""Copies of a model's structure that share its weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ HOOKS = (
 
 
 def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
-    """A module tree of its own over the same tensors: same classes, names, hooks and attributes.
+    """A module tree of its own over the same weights: same classes, names, hooks and attributes.
 
     Parameters are new ones over the same memory, so freezing or moving the copy leaves the original alone. Other
     tensors that a forward may write into (statistics, counters: floats of any size, few other numbers) are copied, for
@@ -47,7 +47,7 @@ def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
     own = _Owned(model)
     for module in model.modules():
         if module not in formats:
-            memo.update((id(t), own.copy(t)) for t in _attributes(module) if id(t) not in memo)
+            memo.update((id(t), own.copy(t)) for t in _plain_tensors(module) if id(t) not in memo)
         for tensor in tensors_in(vars(module), seen):
             if id(tensor) in memo:
                 continue
@@ -77,10 +77,10 @@ def structural_copy(model: M, memo: dict[int, Any] | None = None) -> M:
     return result
 
 
-def _attributes(module: nn.Module) -> list[torch.Tensor]:
+def _plain_tensors(module: nn.Module) -> list[torch.Tensor]:
     """Buffers, and tensors that are attributes or in a list or a dict that is one."""
     found = list(module._buffers.values())
-    for value in vars(module).values():
+    for value in list(vars(module).values()):  # another thread may run the model for the first time meanwhile
         found += value if type(value) is list else value.values() if type(value) is dict else (value,)
     return [t for t in found if type(t) is torch.Tensor]
 
@@ -95,10 +95,9 @@ class _Owned:
         self._storages: dict[int, torch.UntypedStorage] = {}
 
     def copy(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of a plain tensor, if it may be written into; otherwise one that shares its memory."""
-        # Many integers or booleans are packed weights or masks: nothing counts in them, and copies may double a model.
-        if type(tensor) is not torch.Tensor or not (tensor.is_floating_point() or tensor.numel() < 2**16):
-            return _sharing(tensor)
+        """A copy of a plain tensor, if it may be written into; otherwise the tensor itself."""
+        if not (tensor.is_floating_point() or tensor.numel() < _MANY):
+            return tensor
         place = _place(tensor)
         if place in self._parameters or not tensor.is_leaf:
             return tensor
@@ -120,6 +119,8 @@ def _place(tensor: torch.Tensor) -> int:
         return 0
 
 
+_MANY = 2**16
+"""So many integers or booleans are packed weights or masks: nothing counts in them, and copies may double a model."""
 _LEFT_OUT = ("_compiled_call_impl",)  # bound to the module that was compiled; nn.Module.__getstate__ drops it too
 _ATOMS = (bool, int, float, str)
 _CUSTOMS = ("new", "deepcopy", "reduce_ex", "reduce", "getstate", "setstate", "getnewargs_ex", "getnewargs")

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from oftfx.placement.base import Placement
 from oftfx.placement.handout import HandOut
+from oftfx.rotation.autocast import without_autocast
 from oftfx.rotation.caching import caching
 from oftfx.rotation.frozen import FrozenRotation
 from oftfx.rotation.module import Rotation, cayley_of
@@ -132,5 +133,5 @@ def _in_reach(rotations: list[Rotation | FrozenRotation], x: Tensor) -> bool:
 
 
 def _side_by_side(rotations: list[Rotation | FrozenRotation], dtype: torch.dtype) -> Tensor:
-    with torch.autocast(rotations[0].device.type, enabled=False):
+    with without_autocast(rotations[0].device):
         return torch.cat([b.to(dtype) for b in cayley_of(rotations)], dim=2)

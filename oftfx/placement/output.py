@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from oftfx.placement.base import Placement
 from oftfx.placement.rows import OPEN, rows_of
+from oftfx.rotation.autocast import without_autocast
 
 
 class RotateOutput(Placement):
@@ -32,5 +33,5 @@ class RotateOutput(Placement):
         if rows is None and not self.in_effect():
             return None
         # What an embedding gives out keeps its dtype under autocast, and so does its product with a rotation.
-        with torch.autocast(output.device.type, enabled=False):
+        with without_autocast(output.device):
             return self.alone(output) if rows is None else rows.rotate(self, output)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from oftfx.rotation.autocast import without_autocast
 from oftfx.rotation.skew import skew_matrix
 
 Parameterization = Literal["cayley_neumann", "cayley", "cayley_neumann_016"]
@@ -58,7 +59,7 @@ def cayley(
         )
     wide = torch.promote_types(skew.dtype, torch.float32)
     # Autocast would run the small products in half precision.
-    with torch.autocast(skew.device.type, enabled=False):
+    with without_autocast(skew.device):
         q = skew_matrix(skew.to(wide), block_size)
         if coft_eps is not None:
             q = project(q, coft_eps)

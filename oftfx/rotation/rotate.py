@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
+from oftfx.rotation.autocast import without_autocast
+
 
 def rotate(x: Tensor, blocks: Tensor) -> Tensor:
     """Rotate the last axis of an activation: ``y = x @ blockdiag(R)``.
@@ -74,5 +76,5 @@ def rotate_weight(weight: Tensor, blocks: Tensor) -> Tensor:
     Source: OFTv2 eq. 2, arXiv 2506.19847.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight.device):
         return rotate(weight.to(wide), blocks.to(wide).transpose(1, 2))

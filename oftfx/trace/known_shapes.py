@@ -21,7 +21,7 @@ class KnownShapes:
 
     def __init__(self) -> None:
         self._learned: dict[Any, tuple[tuple[int, ...], torch.dtype, bool]] = {}
-        self._models: dict[Any, torch.Tensor] = {}
+        self._prototypes: dict[Any, torch.Tensor] = {}
 
     def result(self, module: nn.Module, x: torch.Tensor, run: Callable[[], Any], *, alone: bool) -> Any:
         """What the layer makes of ``x``, or a tensor like it.
@@ -57,9 +57,9 @@ class KnownShapes:
         if not all(type(size) is int for size in shape):  # symbolic: no key
             return x.new_empty(shape, dtype=dtype).requires_grad_(differentiable).clone()
         key = shape, dtype, differentiable, device_of(x)
-        if key not in self._models:
-            self._models[key] = x.new_empty(shape, dtype=dtype).requires_grad_(differentiable)
-        return self._models[key].clone()
+        if key not in self._prototypes:
+            self._prototypes[key] = x.new_empty(shape, dtype=dtype).requires_grad_(differentiable)
+        return self._prototypes[key].clone()
 
 
 def is_bare_linear(module: nn.Module, x: torch.Tensor) -> bool:

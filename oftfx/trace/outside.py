@@ -24,7 +24,7 @@ from oftfx.model.structure import HOOKS
 
 
 class Outside:
-    """Globals, class attributes and attributes of a model as they were before a recording.
+    """Globals, class attributes and what the model and its functions hold, as they were before a recording.
 
     Args:
         model: it and its classes may keep something.
@@ -45,7 +45,7 @@ class Outside:
         own = [files[f] for f in {str(c.__module__) for c in classes} if f in files]
         beside = {v for f in own for v in list(f.values()) if isinstance(v, type) and _may_keep(str(v.__module__))}
         self._classes.update((c, dict(vars(c))) for c in beside - classes)
-        held = [v for m in modules for v in (*vars(m).values(), *(h for n in HOOKS for h in getattr(m, n).values()))]
+        held = [v for m in modules for d in (vars(m), *(vars(m)[n] for n in HOOKS)) for v in list(d.values())]
         distinct = {id(v): v for v in held if type(v) not in _PLAIN}
         near = [v for f in (*own, *(self._classes[c] for c in beside)) for v in list(f.values())]
         functions = [v for v in distinct.values() if callable(v) or _is_object(v)]
@@ -77,9 +77,11 @@ class Outside:
                     inside += [value.__self__, value.__func__]
                 elif isinstance(value, partial):
                     inside += [value.func, *value.args, *value.keywords.values()]
-                elif _is_object(value) and id(vars(value)) not in self._before:
-                    self._note(vars(value))
-                    inside += vars(value).values()
+                elif _is_object(value):
+                    attributes = _attributes(value) or {}
+                    if id(attributes) not in self._before:
+                        self._note(attributes)
+                        inside += attributes.values()
             level = inside
 
     def restore(self, made: list[weakref.ref[torch.Tensor]], error: BaseException | None = None) -> None:
@@ -119,7 +121,7 @@ class Outside:
             above: list[Any] = []
             by_id = {id(v): v for v in level}
             for owner in gc.get_referrers(*level):
-                if owner is level or owner is by_id or id(owner) in seen or isinstance(owner, _PASSING):
+                if owner is level or owner is by_id or id(owner) in seen or _is(owner, *_PASSING):
                     continue
                 held = [by_id[i] for i in set(map(id, gc.get_referents(owner))) if i in by_id]
                 undone = self._undo(owner, held)
@@ -138,7 +140,7 @@ class Outside:
         if id(owner) in self._before:
             return self._bring_back(owner, self._before[id(owner)][1], held)
         name = next((n for v in held if (n := self._names.get(id(v)))), "")
-        if isinstance(owner, types.CellType):
+        if type(owner) is types.CellType:
             name = name or "a variable of an enclosing function"
             if id(owner) in self._cells:
                 before = self._cells[id(owner)][1]
@@ -148,14 +150,14 @@ class Outside:
         for holder in self._holders(owner) if type(owner) in _CONTAINERS else ():
             if _is_cache(holder):
                 return self._clear(holder, held)
-            if isinstance(holder, type) and holder in self._classes:
+            if _is(holder, type) and holder in self._classes:
                 return self._bring_back(holder, self._classes[holder], held)
-            if isinstance(holder, types.FrameType):
+            if type(holder) is types.FrameType:
                 return ""  # its local variables
-            if getattr(holder, "__dict__", None) is owner or isinstance(holder, type):
+            if _attributes(holder) is owner or _is(holder, type):
                 name = name or _named(owner, held, holder)
-        if getattr(owner, "__dict__", None):
-            name = name or _named(vars(owner), held, owner)
+        if attributes := _attributes(owner):
+            name = name or _named(attributes, held, owner)
         if name:
             self._names[id(owner)] = name
         return None
@@ -217,9 +219,9 @@ def _values(owner: Any) -> dict[Any, Any]:
     return dict(vars(owner) if isinstance(owner, type) else owner)
 
 
-def _named(attributes: Any, held: list[Any], owner: Any) -> str:
+def _named(attributes: dict[Any, Any], held: list[Any], owner: Any) -> str:
     names = [str(k) for k, v in list(attributes.items()) if any(v is h for h in held)]
-    of = owner if isinstance(owner, type) else type(owner)
+    of = owner if _is(owner, type) else type(owner)
     return f"{' and '.join(names)} of a {of.__module__}.{of.__qualname__}" if names else ""
 
 
@@ -237,11 +239,30 @@ def _is_object(value: Any) -> bool:
         return False
     if str(kind.__module__).partition(".")[0] in _NEVER - {"types"}:  # a SimpleNamespace may hold anything
         return False
-    return isinstance(getattr(value, "__dict__", None), dict)
+    return _attributes(value) is not None
+
+
+# What refers to a tensor may be anything of the process: nothing below runs code of its class, as `isinstance`,
+# `hasattr` and a look at its attributes may.
+
+
+def _is(value: Any, *kinds: type) -> bool:
+    return issubclass(type(value), kinds)
+
+
+def _attributes(value: Any) -> dict[Any, Any] | None:
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except (AttributeError, TypeError):
+        return None
+    return found if type(found) is dict else None
 
 
 def _is_cache(owner: Any) -> bool:
-    return not isinstance(owner, type) and hasattr(owner, "cache_clear") and hasattr(owner, "cache_info")
+    """Whether it is made by ``functools.lru_cache``, or a function with the same methods."""
+    own = _attributes(owner) if type(owner) is types.FunctionType else None
+    known = {*dir(type(owner)), *(own or ())} if own or type(owner).__module__ == "functools" else ()
+    return "cache_clear" in known and "cache_info" in known
 
 
 def _living(made: list[weakref.ref[torch.Tensor]]) -> list[torch.Tensor]:

@@ -116,16 +116,17 @@ def record(
         Exception: what the model itself raises on these inputs.
     """
     call = example_call(model, example_inputs)
-    runner = _Run(model, call, fake, dynamic, executable, training, gradients, bare, reason, look_into)
-    if not fake:
-        return runner.run()
-    outside = Outside(model)
-    try:
-        result = runner.run()
-    except BaseException as error:
-        outside.restore(runner.made, error)
-        raise
-    outside.restore(runner.made)
+    run = _Run(model, call, fake, dynamic, executable, training, gradients, bare, reason, look_into)
+    with _ONE_AT_A_TIME:  # also what is looked at before and brought back: two would take each other's for the model's
+        if not fake:
+            return run.recording()
+        outside = Outside(model)
+        try:
+            result = run.recording()
+        except BaseException as error:
+            outside.restore(run.made, error)
+            raise
+        outside.restore(run.made)
     return result
 
 
@@ -145,38 +146,22 @@ class _Run:
     look_into: Collection[nn.Module]
     made: list[weakref.ref[torch.Tensor]] = field(default_factory=list)  # fake tensors, to be gone when it is over
 
-    def run(self) -> Recording:
+    def recording(self) -> Recording:
         start = time.perf_counter()
-        model, (args, kwargs), fake = self.model, self.call, self.fake
-        names = _argument_names(model, args, kwargs)
-        values = _apart([*args, *kwargs.values()])
+        model = self.model
+        names = _argument_names(model, *self.call)
         with ExitStack() as after:
-            with ExitStack() as stack:
-                stack.enter_context(_ONE_AT_A_TIME)
-                stand_in = StandIn(model, real=not fake, training=self.training, bare=self.bare)
-                after.callback(stand_in.dissolve)
-                root = stand_in.module
-                inside = {root.get_submodule(n) for n, m in model.named_modules() if m in self.look_into}
-                leaves = leaf_modules(root, stand_in.formats, inside)
-                recorder = Recorder(root, model, leaves, made=self.made if fake else None)
-                after.callback(recorder.release)
-                stack.enter_context(plain_configs(root))
-                shape_env = None
-                if fake:
-                    shape_env, values = stack.enter_context(fake_tensors(values, dynamic=self.dynamic))
-                else:
-                    stack.enter_context(random_state(model))
-                _placeholders(recorder, names, values)
-                new_args, new_kwargs = tuple(values[: len(args)]), dict(zip(kwargs, values[len(args) :], strict=True))
-                # Gradients only matter to the real thing; a quantized layer may behave differently without them.
-                stack.enter_context(torch.enable_grad() if fake and self.gradients else torch.no_grad())
-                with recorder.recording():
-                    out = foreign(root, *new_args, **new_kwargs)
-                if self.executable:
-                    stack.close()
-                    self._check_again(recorder, root, leaves, names)
+            stand_in = StandIn(model, real=not self.fake, training=self.training, bare=self.bare)
+            after.callback(stand_in.dissolve)
+            root = stand_in.module
+            inside = {root.get_submodule(n) for n, m in model.named_modules() if m in self.look_into}
+            leaves = leaf_modules(root, stand_in.formats, inside)
+            recorder = Recorder(root, model, leaves, made=self.made if self.fake else None)
+            after.callback(recorder.release)
+            out, values, shape_env = self._forward(recorder, names)
             module = None
             if self.executable:
+                self._check_again(recorder, names)
                 recorder.graph.output(_output(recorder, out))
                 guard = _guard(model, names, values, shape_env if self.dynamic else None, recorder.asked)
                 _insert_guard(recorder.graph)
@@ -187,31 +172,40 @@ class _Run:
                 recorder.graph.output(recorder.values.known(tensors_of(out)))
         doubts = [self.reason] if self.reason else []
         doubts += recorder.doubts()
-        rung = "graph" if fake and not doubts else "analysis"
+        rung = "graph" if self.fake and not doubts else "analysis"
         seconds = time.perf_counter() - start
         return Recording(rung, recorder.graph, "; ".join(doubts), dict(recorder.calls), seconds, module)
 
-    def _check_again(self, first: Recorder, root: nn.Module, leaves: set[nn.Module], names: list[str]) -> None:
+    def _forward(self, recorder: Recorder, names: list[str]) -> tuple[Any, list[Any], Any]:
+        """Run the recorder's copy once; gives its result, the arguments, and the environment of symbolic sizes."""
+        args, kwargs = self.call
+        values, shape_env = _apart([*args, *kwargs.values()]), None
+        with ExitStack() as stack:
+            stack.enter_context(plain_configs(recorder.root))
+            if self.fake:
+                shape_env, values = stack.enter_context(fake_tensors(values, dynamic=self.dynamic))
+            else:
+                stack.enter_context(random_state(self.model))
+            _placeholders(recorder, names, values)
+            # Gradients only matter to the real thing; a quantized layer may behave differently without them.
+            stack.enter_context(torch.set_grad_enabled(self.fake and self.gradients))
+            new = dict(zip(kwargs, values[len(args) :], strict=True))
+            with recorder.recording():
+                return foreign(recorder.root, *values[: len(args)], **new), values, shape_env
+
+    def _check_again(self, first: Recorder, names: list[str]) -> None:
         """Record the same copy a second time: a model that keeps something for its next call is no graph.
 
         Raises:
             TraceError: the second call computes something else.
         """
-        args, kwargs = self.call
-        again = Recorder(root, self.model, leaves, made=self.made)
+        root = first.root
+        again = Recorder(root, self.model, first.leaves, made=self.made)
         try:
-            with ExitStack() as stack:
-                stack.enter_context(_ONE_AT_A_TIME)
-                stack.enter_context(plain_configs(root))
-                values = _apart([*args, *kwargs.values()])
-                _, values = stack.enter_context(fake_tensors(values, dynamic=self.dynamic))
-                _placeholders(again, names, values)
-                stack.enter_context(torch.set_grad_enabled(self.gradients))
-                with again.recording():
-                    foreign(root, *values[: len(args)], **dict(zip(kwargs, values[len(args) :], strict=True)))
-            replaced = first.values.replaced(again.values)
+            self._forward(again, names)
             pairs = zip_longest(_texts(first), _texts(again), fillvalue=("", ""))
-            where = replaced or next((a[0] or b[0] or type(self.model).__name__ for a, b in pairs if a != b), "")
+            differing = next((a[0] or b[0] or type(self.model).__name__ for a, b in pairs if a != b), "")
+            where = first.values.replaced(again.values) or differing
         except Exception as error:  # of a tensor that is left from the first call: in a cache outside, or on the model
             if is_bug(error):
                 raise

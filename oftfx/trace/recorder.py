@@ -112,8 +112,8 @@ class Recorder(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if (target := self._shared.written(name, args, kwargs)) is not None:
             raise UnrecordableError(
-                f"{self.place} writes into a {tuple(target.shape)} parameter of the model, which a recording would "
-                "change. Write in the training loop instead, or into a buffer"
+                f"{self.place} writes into a parameter or a large buffer of the model, {tuple(target.shape)}, which a "
+                "recording would change. Write in the training loop instead, or into a buffer of floats"
             )
         if not self._on or (args and inside_functorch(args[0])):
             out = foreign(func, *args, **kwargs)

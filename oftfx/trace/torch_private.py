@@ -69,31 +69,35 @@ def in_checkpoint() -> bool:
 def through_checkpoints() -> Iterator[None]:
     """Let reentrant checkpoints call their function directly, in this thread; they are as always in the others."""
     token = _DIRECTLY.set(True)
-    checkpoint: Any = torch.utils.checkpoint.CheckpointFunction
-    with _CHECKPOINTS:
-        if not _CHECKPOINTS_OPEN:
-            checkpoint.apply = staticmethod(_apply_or_call)
-        _CHECKPOINTS_OPEN.append(token)
+    _change_checkpoints(1)
     try:
         yield
     finally:
-        with _CHECKPOINTS:
-            _CHECKPOINTS_OPEN.remove(token)
-            if not _CHECKPOINTS_OPEN:
-                del checkpoint.apply  # the one of its base class shows again
+        _change_checkpoints(-1)
         _DIRECTLY.reset(token)
 
 
 _DIRECTLY: ContextVar[bool] = ContextVar("oftfx_through_checkpoints", default=False)
-_CHECKPOINTS, _CHECKPOINTS_OPEN = threading.Lock(), list[Any]()
+_LOCK = threading.Lock()
+_open = 0
+_original: Any = None  # of the class itself; its base class has one too
 
 
-def _apply_or_call(run: Any, preserve: Any, *args: Any) -> Any:
-    if _DIRECTLY.get():
-        return run(*args)
-    return super(torch.utils.checkpoint.CheckpointFunction, torch.utils.checkpoint.CheckpointFunction).apply(
-        run, preserve, *args
-    )
+def _change_checkpoints(by: int) -> None:
+    """One more `through_checkpoints`, or one less: the first puts a function in place that the last takes away."""
+    global _open, _original
+    checkpoint: Any = torch.utils.checkpoint.CheckpointFunction
+    with _LOCK:
+        if not _open:
+            _original, always = vars(checkpoint).get("apply"), checkpoint.apply
+            checkpoint.apply = staticmethod(
+                lambda run, preserve, *args: run(*args) if _DIRECTLY.get() else always(run, preserve, *args)
+            )
+        _open += by
+        if not _open and _original is not None:
+            checkpoint.apply = _original
+        elif not _open:
+            del checkpoint.apply
 
 
 _WAY_TO_CHECKPOINT = 8  # frames: ours, then __enter__ or __exit__ of no_grad and what they call

@@ -18,7 +18,7 @@ class Value:
         dtype: of the numbers.
         device: where they were.
         requires_grad: whether gradients flow to it.
-        is_leaf: whether autograd made it.
+        is_leaf: whether it is no result of autograd.
     """
 
     shape: tuple[int | torch.SymInt, ...]

@@ -231,3 +231,23 @@ def test_a_compiled_model_follows_folds_in_place_and_back():
     randomize(oftfx.transform(model, {"0": OFT(8)}, inplace=True), seed=3)
     assert rel(compiled(X), model(X)) < 1e-6
     assert rel(compiled(X), old) > 1e-3
+
+
+def test_a_compiled_base_follows_adapters_that_are_loaded_and_removed(tmp_path):
+    oftfx.save_adapter(rotated(), tmp_path)
+    model = two_layers().eval()
+    compiled = torch.compile(model, backend="eager")
+    base = compiled(X).detach()
+    for _ in range(2):
+        oftfx.load_adapter(model, tmp_path)
+        assert rel(compiled(X), model(X)) < 1e-6
+        assert rel(compiled(X), base) > 1e-3
+        oftfx.remove_adapter(model, "default")
+        assert torch.equal(compiled(X), base)
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(20, 16), nn.Linear(16, 4), nn.Conv1d(16, 4, 3)])
+def test_a_rotated_layer_runs_on_the_meta_device(layer):
+    x = IDS if isinstance(layer, nn.Embedding) else torch.randn(2, 16, 16)
+    model = rotated(nn.Sequential(layer))
+    assert model.to("meta")(x.to("meta")).shape == layer(x).shape

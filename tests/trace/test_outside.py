@@ -5,8 +5,10 @@ import gc
 import logging
 import logging.handlers
 import sys
+import threading
 import time
 import types
+import warnings
 import weakref
 from typing import ClassVar
 
@@ -321,3 +323,52 @@ def test_transformers_that_cache_positions_outside(name):
         out = each(pixels).last_hidden_state
         assert type(out) is torch.Tensor
         torch.testing.assert_close(out, before)
+
+
+class Awkward:
+    """Whoever asks it for anything runs its code."""
+
+    def __getattribute__(self, name):
+        raise RuntimeError(f"asked for {name}")
+
+
+def test_no_code_of_what_holds_a_tensor_is_run():
+    awkward = Awkward()
+    object.__getattribute__(awkward, "__dict__")["kept"] = None
+
+    class Uses(Masked):
+        def forward(self, x):
+            y = self.l(x)
+            object.__getattribute__(awkward, "__dict__")["kept"] = y
+            return y
+
+    model = Uses(None)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        oftfx.plan(model, {"l": OFT(3)}, example_inputs=(X,))
+    assert all("keeps 1 of them" in str(w.message) for w in seen)
+    object.__getattribute__(awkward, "__dict__")["kept"] = None
+
+
+def test_threads_that_record_models_with_one_cache_leave_it_as_it_was():
+    global _GLOBAL
+    failures = []
+
+    def work():
+        try:
+            for _ in range(8):
+                oftfx.plan(Masked(in_global), {"l": OFT(3)}, example_inputs=(X,))
+                oftfx.graph(Masked(in_dict), (X,))
+        except Exception as error:
+            failures.append(error)
+
+    _GLOBAL = None
+    _BY_SIZE.pop(5, None)
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    assert _GLOBAL is None
+    assert list(_BY_SIZE) == ["there before"]

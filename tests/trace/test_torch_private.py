@@ -29,3 +29,19 @@ def test_checkpoints_are_called_directly_in_this_thread_alone():
         "after": "CheckpointFunctionBackward",
     }
     assert "apply" not in vars(torch.utils.checkpoint.CheckpointFunction)
+
+
+def test_another_ones_way_of_checkpointing_is_there_again_afterwards(monkeypatch):
+    called = []
+
+    def mine(run, preserve, *args):
+        called.append(run)
+        return run(*args)
+
+    monkeypatch.setattr(torch.utils.checkpoint.CheckpointFunction, "apply", staticmethod(mine))
+    layer, x = nn.Linear(4, 4), torch.randn(3, 4, requires_grad=True)
+    with through_checkpoints():
+        checkpoint(layer, x, use_reentrant=True)
+    assert called == []
+    checkpoint(layer, x, use_reentrant=True)
+    assert called == [layer]
