@@ -28,11 +28,12 @@ SIDES = (Theirs, Ours)
 
 
 def outcome(side, row, check):
-    """True, False or the class of an exception."""
+    """True, False, the class of an exception, or None where the check asks nothing of the row."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            return bool(check(side, row))
+            held = check(side, row)
+            return held if held is None else bool(held)
         except Exception as error:
             return type(error).__name__
 
@@ -50,7 +51,7 @@ def run(rows, checks, note=lambda _: None):
 
 def counts(found):
     """By side, how many hold of how many."""
-    every = [o for checks in found.values() for o in checks.values()]
+    every = [o for checks in found.values() for o in checks.values() if None not in o.values()]
     return {side.name: {"hold": sum(o[side.name] is True for o in every), "of": len(every)} for side in SIDES}
 
 
@@ -60,7 +61,7 @@ def table(found):
     for name in next(iter(found.values())):
         cells = []
         for side in SIDES:
-            outcomes = [checks[name][side.name] for checks in found.values()]
+            outcomes = [o for checks in found.values() if (o := checks[name][side.name]) is not None]
             failures = Counter("does not hold" if o is False else o for o in outcomes if o is not True)
             said = ", ".join(f"{count} {what}" for what, count in failures.items())
             cells.append(f"{sum(o is True for o in outcomes)} of {len(outcomes)}" + (f" ({said})" if said else ""))
@@ -71,10 +72,10 @@ def table(found):
 def failures(found):
     """What does not hold: row, check and the outcome on each side that fails it."""
     return [
-        {"row": row, "check": name, **{side: o for side, o in outcomes.items() if o is not True}}
+        {"row": row, "check": name, **{side: o for side, o in outcomes.items() if o is not True and o is not None}}
         for row, checks in found.items()
         for name, outcomes in checks.items()
-        if set(outcomes.values()) != {True}
+        if not set(outcomes.values()) <= {True, None}
     ]
 
 
