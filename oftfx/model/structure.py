@@ -123,6 +123,7 @@ _MANY = 2**16
 """So many integers or booleans are packed weights or masks: nothing counts in them, and copies may double a model."""
 _LEFT_OUT = ("_compiled_call_impl",)  # bound to the module that was compiled; nn.Module.__getstate__ drops it too
 _ATOMS = (bool, int, float, str)
+_CONTAINERS = (dict, OrderedDict, set)
 _CUSTOMS = ("new", "deepcopy", "reduce_ex", "reduce", "getstate", "setstate", "getnewargs_ex", "getnewargs")
 
 
@@ -146,10 +147,10 @@ def _is_plain(cls: type[nn.Module]) -> bool:
 
 
 def _copied(value: Any, memo: dict[int, Any]) -> Any:
-    """As ``copy.deepcopy``, which takes its time over the many empty dictionaries of a module."""
+    """As ``copy.deepcopy``, which takes its time over the many empty dictionaries and sets of a module."""
     if value is None or type(value) in _ATOMS:
         return value
-    if type(value) in (dict, OrderedDict) and not value:
+    if type(value) in _CONTAINERS and not value:
         return memo.setdefault(id(value), type(value)())
     return copy.deepcopy(value, memo)
 
