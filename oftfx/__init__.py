@@ -40,6 +40,7 @@ _HOME = {
     "load_adapter": "oftfx.adapter.load",
     "fold": "oftfx.folds",
     "unfold": "oftfx.folds",
+    "fold_aware": "oftfx.foldaware",
     "Budget": "oftfx.folding.policies",
     "save_rotations": "oftfx.adapter.kept",
     "load_rotations": "oftfx.adapter.kept",
@@ -71,6 +72,7 @@ if TYPE_CHECKING:
         set_adapter,
     )
     from oftfx.errors import OftfxError
+    from oftfx.foldaware import fold_aware
     from oftfx.folding.policies import Budget
     from oftfx.folding.report import FoldReport
     from oftfx.folds import FoldResult, fold, unfold

@@ -8,27 +8,31 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.nn as nn
 
 from oftfx.adapter.before_fold import Before, own_copy
+from oftfx.adapter.distilled import distil_scales
 from oftfx.adapter.fingerprint import fingerprint
 from oftfx.adapter.folded import save_folded
 from oftfx.adapter.kept import guard_saving
 from oftfx.adapter.store import AdapterStore, drop_store, located
 from oftfx.errors import AdapterError, FoldError
+from oftfx.folding.aware import forget_all
+from oftfx.folding.inputs import batches_of
 from oftfx.folding.journal import Journal
-from oftfx.folding.measure import Measured, Seen, measure, see
+from oftfx.folding.measure import Seen, measure, on_cpu, see
 from oftfx.folding.note import note_fold
 from oftfx.folding.policies import Policy
 from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.reference import Reference, ReferenceWeights
 from oftfx.folding.report import FoldReport
 from oftfx.model.huggingface import note_float_layers
+from oftfx.model.running import Inputs
 from oftfx.passes.check_readers import CheckReaders
 from oftfx.passes.fold_into_producers import FoldIntoProducers
 from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.passes.protocol import PassManager
+from oftfx.placement.aware import make_aware, unfolded
 from oftfx.placement.find import rotated_sites
 from oftfx.placement.rows import check_no_rows
 from oftfx.placement.torch_private import forget_compiled
@@ -93,11 +97,12 @@ class FoldResult:
 def fold(
     model: nn.Module,
     *,
-    quantized: Policy = "keep",
+    quantized: Policy | None = None,
     adapter: str | Sequence[str] | None = None,
     into: Literal["site", "producer"] = "site",
     calibration: Iterable[Mapping[str, Any] | tuple[Any, ...]] | None = None,
     reference: Reference | None = None,
+    distil: int = 0,
     inplace: bool = False,
     undo: bool | None = None,
     progress: bool | Callable[[int, int], None] = False,
@@ -109,8 +114,9 @@ def fold(
 
     Args:
         model: a transformed model.
-        quantized: ``"keep"``: the quantized weight stays bit for bit and a fixed rotation stays in front of it (exact;
-            `FoldResult.save` writes both, for its own loader would drop the rotation);
+        quantized: None: sites that were trained through their fold (`oftfx.fold_aware`) get the codes and scales they
+            have computed with, bit for bit; others are kept. ``"keep"``: the quantized weight stays bit for bit and a
+            fixed rotation stays in front of it (exact; `FoldResult.save` writes both, its own loader would drop it);
             ``"float"``: the layer becomes a float one (exact, larger); ``"requantize"``: rounded to the format's
             nearest codes, which loses part of a small update, see `FoldReport.survival`; ``"calibrate"``: rounded so
             that the layer's outputs on ``calibration`` change least, error-compensated, layer after layer in the order
@@ -129,6 +135,10 @@ def fold(
         reference: the original float model, the directory of its checkpoint, or a function from module path to weight.
             Only for adapters that were trained on the float model: one that was trained on a quantized model has learnt
             that model's errors as well, and they are not in these weights.
+        distil: after ``"calibrate"`` (or ``"reference"`` with ``calibration``), so many passes over the calibration
+            inputs in which the scales of the rounded weights learn to give the unfolded model's outputs, end to end. A
+            pass takes what training on these inputs takes, in time and memory. One input in eight is held out, and the
+            scales are kept only as far as they are better there.
         inplace: change ``model`` itself; otherwise the result shares every frozen weight that is not replaced.
         undo: keep what `unfold` needs. By default that of a fold in place is not kept, for it is the old weights: the
             memory of the whole model again. Interrupted, a fold in place then stays where it is: each site is folded or
@@ -162,23 +172,28 @@ def fold(
     if into not in ("site", "producer"):
         raise FoldError(f"into: got {into!r}, expected 'site' or 'producer'")
     hashes = {name: fingerprint(root, name) for name in names}
-    batches = _batches(calibration)
+    batches = batches_of(calibration)
     original = None if reference is None else ReferenceWeights(reference)
     keeps = not inplace if undo is None else undo
+    if distil and (distil < 0 or not batches):
+        raise FoldError(f"distil: got {distil!r} passes with {len(batches)} calibration inputs; it needs some of both")
     journal = Journal(keep=inplace and keeps)
     # The state before is kept as a structure of its own; nothing the user does to the model afterwards reaches it.
     before = None if inplace else own_copy(root)
     target = root if inplace else own_copy(root)
     own = located(target)[1]
     before_fold = Before.of(target, own, journal)
+    aware = {placement: dict(placement.through) for _, placement in rotated_sites(target) if placement.through}
     try:
         own.activate(target, names)
-        seen = list[Seen]()
+        if quantized is not None:  # then it is from the rotations
+            forget_all(target)
+        seen = list[tuple[Seen, Seen]]()
         if before is None:  # a copy to run afterwards would keep the old weights alive while the new ones are made
-            seen += [see(target, b).on_cpu() for b in batches[:_MEASURED]]
+            seen += [on_cpu(_seen(target, names, b, quantized is not None)) for b in batches[:_MEASURED]]
             for _, placement in rotated_sites(target):
                 placement.forget()  # as would rotated weights that the runs have kept
-        program, folds = Program.of(target), list[Folds]()
+        program, folds, distilled = Program.of(target), list[Folds](), None
         plans = [store.adapters[name].plan for name in names]
         readers = CheckReaders(plans, batches[0] if batches else None)
         unchecked = PassManager([readers]).run(program).found[readers.name]
@@ -186,12 +201,19 @@ def fold(
             push = FoldIntoProducers(_producers(store, names), journal)
             folds.append(PassManager([push], verify=batches[0] if batches else None).run(program).found[push.name])
         with bar("fold") if progress is True else nullcontext(progress or None) as report_progress:
-            step = FoldRotations(
-                quantized, calibration=batches, reference=original, progress=report_progress, journal=journal
-            )
+            made: Mapping[str, Any] = {"calibration": batches, "reference": original, "progress": report_progress}
+            policy = "keep" if quantized is None else quantized
+            if distil:
+                distilled = distil_scales(target, names, FoldRotations(policy, **made), distil, progress)
+            lines = {} if distilled is None else distilled.lines
+            step = FoldRotations(policy, **made, journal=journal, distilled=lines)
             folds.append(PassManager([step]).run(program).found[step.name])
     except BaseException as error:  # also an interruption
+        forget_all(target)
         journal.restore(target)  # without undo, the site under way: none stays half folded
+        for placement, through in aware.items():
+            for one in through.values() if set(placement.rotations) else ():
+                make_aware(placement, one)
         if journal.keep:
             before_fold.restore(target)
         elif not journal.done:
@@ -210,12 +232,15 @@ def fold(
     guard_saving(target)
     sites = [_with_reason(s, folds[0].left) for each in folds for s in each.sites]
     note_float_layers(target, [s.fqn for s in sites if s.action == "dequantized"])
-    measured = _measured(seen if before is None else before, target, names, batches[:_MEASURED])
+    some = batches[:_MEASURED]
+    known = seen if before is None else (_seen(before, names, b, quantized is not None) for b in some)
+    measured = measure(known, target, some) if some else None
     remarks = [f"whether other code reads the folded weights: {unchecked}"] if unchecked else []
     if batches and measured is None:
         remarks.append("the model's outputs: no float tensor is among them")
     dropped = tuple(n for n in store.adapters if n not in names)
-    report = FoldReport(tuple(sites), names, dropped, measured, tuple(remarks))
+    done = "" if distilled is None else str(distilled)
+    report = FoldReport(tuple(sites), names, dropped, measured, tuple(remarks), done)
     note_fold(target, report, hashes)
     before_fold.close(target)
     if inplace:
@@ -266,35 +291,23 @@ def _with_reason(site: SiteFold, reasons: Mapping[str, str]) -> SiteFold:
     return replace(site, note=note) if reason and site.action != "untouched" else site
 
 
-def _batches(calibration: Any) -> list[Mapping[str, Any] | tuple[Any, ...]]:
-    if calibration is None:
-        return []
-    if isinstance(calibration, (Mapping, torch.Tensor, str)):
-        raise FoldError(
-            f"calibration: got a {type(calibration).__name__}, expected an iterable of inputs, e.g. [inputs]; each a "
-            "dict of keyword arguments or a tuple"
-        )
-    batches = list(calibration)
-    if wrong := [b for b in batches if not isinstance(b, (Mapping, tuple))]:
-        raise FoldError(f"calibration: a {type(wrong[0]).__name__} among the inputs; each is a dict or a tuple")
-    return batches
+def _seen(model: nn.Module, names: Sequence[str], batch: Inputs, turned: bool) -> tuple[Seen, Seen]:
+    """What a model makes of a batch with these adapters, and without any; it is left as it was.
 
-
-def _measured(
-    before: nn.Module | list[Seen],
-    after: nn.Module,
-    names: Sequence[str],
-    batches: Sequence[Mapping[str, Any] | tuple[Any, ...]],
-) -> Measured | None:
-    """The folded model against the unfolded one with the same adapters, which is left as it was, or its outputs."""
-    if not batches:
-        return None
-    if isinstance(before, list):
-        return measure(before, after, batches)
-    store = located(before)[1]
+    Args:
+        model: rotated.
+        names: the adapters.
+        batch: the input.
+        turned: by its rotations, also where sites are fold-aware.
+    """
+    store = located(model)[1]
     active = store.active
-    store.activate(before, tuple(names))
     try:
-        return measure((see(before, b) for b in batches), after, batches)
+        found = []
+        for some in (tuple(names), ()):
+            store.activate(model, some)
+            with unfolded() if turned else nullcontext():
+                found.append(see(model, batch))
     finally:
-        store.activate(before, active)
+        store.activate(model, active)
+    return found[0], found[1]

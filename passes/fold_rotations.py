@@ -5,22 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
+import torch.nn as nn
 
-from oftfx.errors import FoldError, PassError, warn
+from oftfx.errors import FoldError, OftfxError, PassError, warn
 from oftfx.folding.float_weight import fold_float
 from oftfx.folding.hooks import hooks_remark
 from oftfx.folding.journal import Journal
 from oftfx.folding.policies import Budget, Policy, check_policy, choices
 from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.reference import ReferenceWeights
+from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned, untouched
 from oftfx.folding.workbench import Workbench
 from oftfx.formats.base import WeightFormat
 from oftfx.model.running import Inputs
 from oftfx.model.site import Site
+from oftfx.model.structure import structural_copy
 from oftfx.passes.protocol import Change, Pass, PassResult
+from oftfx.passes.quantized.as_trained import AsTrained
 from oftfx.passes.quantized.calibrate import Calibrate, in_running_order
 from oftfx.passes.quantized.dequantize import Dequantize
 from oftfx.passes.quantized.from_reference import FromReference
@@ -65,6 +70,8 @@ class FoldRotations(Pass):
         reference: original float weights, for that policy.
         progress: called with (sites done, all sites) after each.
         journal: notes what was there before each change.
+        distilled: sites whose fold-aware weights were made by distilling a calibrated fold, with its lines. What other
+            fold-aware sites compute with is written as it is, whatever the policy; see `AsTrained`.
 
     Examples:
         >>> import oftfx, torch
@@ -90,11 +97,13 @@ class FoldRotations(Pass):
         reference: ReferenceWeights | None = None,
         progress: Callable[[int, int], None] | None = None,
         journal: Journal | None = None,
+        distilled: Mapping[str, SiteFold] | None = None,
     ) -> None:
         if not callable(quantized) or isinstance(quantized, Budget):
             check_policy(quantized, "quantized")
         self.quantized, self.calibration, self.reference = quantized, tuple(calibration), reference
         self.progress, self.journal = progress, journal or Journal(keep=False)
+        self.distilled = distilled or {}
 
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:
@@ -113,9 +122,9 @@ class FoldRotations(Pass):
         at_once = [t for t in todo if t.placement.module not in later]
         order, done = [t.fqn for t in todo], dict[str, SiteFold]()
 
-        def fold(one: _Todo, moments: torch.Tensor | None = None, remark: str = "") -> None:
+        def fold(one: _Todo, shown: Shown | None = None, remark: str = "") -> None:
             bench.note(one.placement, one.format)
-            result = self._fold(one, bench, moments)
+            result = self._fold(one, bench, shown)
             if one.placement.module not in later:  # else a forward of it is under way
                 bench.finish()
             self.journal.site_done()
@@ -128,6 +137,7 @@ class FoldRotations(Pass):
             if self.progress is not None:
                 self.progress(len(done), len(order))
 
+        unfolded = self._unfolded(program, later)
         del todo  # a layer in whose place another one stands is not kept
         while at_once:
             fold(at_once.pop(0))
@@ -135,7 +145,8 @@ class FoldRotations(Pass):
             model,
             list(later),
             self.calibration,
-            lambda module, moments: fold(later[module], moments, "" if moments is not None else _NOT_REACHED),
+            lambda module, shown: fold(later[module], shown, "" if shown is not None else _NOT_REACHED),
+            unfolded,
         )
         bench.finish()
         lines = tuple(done[fqn] for fqn in order)
@@ -149,20 +160,34 @@ class FoldRotations(Pass):
             self._check(one)
         return todo
 
-    def _fold(self, one: _Todo, bench: Workbench, moments: torch.Tensor | None) -> SiteFold:
+    def _unfolded(
+        self, program: Program, later: Mapping[nn.Module, _Todo]
+    ) -> tuple[nn.Module, Sequence[nn.Module]] | None:
+        """The model as it is now, to run beside the one that is folded, with the layers that are calibrated."""
+        if not any("calibrate" in choices(one.policy) for one in later.values()):
+            return None
+        memo = dict[int, Any]()
+        try:
+            return structural_copy(program.model, memo), [memo[id(module)] for module in later]
+        except (OftfxError, KeyError):  # a model that cannot be copied is folded in place, by its own inputs alone
+            return None
+
+    def _fold(self, one: _Todo, bench: Workbench, shown: Shown | None) -> SiteFold:
         site = Turned.of(one.fqn, one.placement, one.format, bench.remark(one.placement))
         if site is None:
             return untouched(one.fqn, one.placement, one.format)
         if one.format.lossless:
             return fold_float(site, bench)
+        if one.as_trained:
+            return AsTrained(self.distilled).line(site, bench)
         options = choices(one.policy)
         for option in options[:-1]:
-            if option == "calibrate" and moments is None:
+            if option == "calibrate" and shown is None:
                 continue
             bound = one.policy.error if isinstance(one.policy, Budget) else math.inf
-            if (done := self._of(option).fold(site, bench, moments, bound)) is not None:
+            if (done := self._of(option).fold(site, bench, shown, bound)) is not None:
                 return done
-        last = self._of(options[-1]).fold(site, bench, moments, math.inf)
+        last = self._of(options[-1]).fold(site, bench, shown, math.inf)
         if last is None:
             raise FoldError(f"{one.fqn}: policy {options[-1]!r} was to be taken as it is and has folded nothing")
         return last
@@ -175,13 +200,13 @@ class FoldRotations(Pass):
         return _POLICIES[policy]()
 
     def _is_calibrated(self, one: _Todo) -> bool:
-        if one.format.lossless or not self.calibration:
+        if one.format.lossless or one.as_trained or not self.calibration:
             return False
         # A budget measures output errors where it can.
         return isinstance(one.policy, Budget) or one.policy in ("calibrate", "reference")
 
     def _check(self, one: _Todo) -> None:
-        if one.format.lossless:
+        if one.format.lossless or one.as_trained:
             return
         if choices(one.policy)[-1] == "calibrate" and not self.calibration:  # a budget passes it over, but for its last
             raise FoldError(
@@ -212,6 +237,11 @@ class _Todo:
     placement: Placement
     format: WeightFormat
     policy: str | Budget
+
+    @property
+    def as_trained(self) -> bool:
+        """Whether it computes with a folded weight already."""
+        return self.placement.fold_in_effect() is not None
 
 
 def _format(fqn: str, placement: Placement) -> WeightFormat:

@@ -14,6 +14,7 @@ from oftfx.folding.journal import Journal
 from oftfx.folding.note import forget_fold
 from oftfx.model.huggingface import QuantizerNotes
 from oftfx.model.structure import structural_copy
+from oftfx.placement.aware import Aware
 from oftfx.placement.torch_private import forget_compiled
 from oftfx.rotation.module import Rotation
 
@@ -30,8 +31,9 @@ def own_copy(model: nn.Module) -> nn.Module:
     result = structural_copy(model)
     trained = [p for own in located(result)[1].trained.values() for p in own.values()]
     skews = [m.skew for m in result.modules() if isinstance(m, Rotation)]
+    shifts = [p for m in result.modules() if isinstance(m, Aware) for p in m.parameters()]
     with torch.no_grad():
-        for parameter in {id(p): p for p in (*trained, *skews)}.values():
+        for parameter in {id(p): p for p in (*trained, *skews, *shifts)}.values():
             parameter.data = parameter.detach().clone()
     return result
 

@@ -81,10 +81,18 @@ class AdapterStore:
     def follow(self, root: nn.Module, *names: str) -> None:
         """Let parameters of these adapters, or of all, require gradients just where their adapter acts and trains."""
         on = {name: self.adapters[name].trainable and name in self.active for name in names or self.adapters}
-        for _, placement in rotated_sites(root):
+        found = [placement for _, placement in rotated_sites(root)]
+        for placement in found:
             for name, rotation in placement.rotations.items():
                 if name in on:
                     _require_grad(rotation.skew, on[name])
+        for placement in found:  # some of which share a rotation
+            for aware in placement.through.values():
+                acts = aware.names == placement.active and all(self.adapters[n].trainable for n in aware.names)
+                for parameter in aware.parameters():
+                    _require_grad(parameter, acts)
+                for name in aware.names if acts and not aware.turns else ():
+                    _require_grad(placement.rotations[name].skew, False)
         for name in on:
             brought = {id(self.trained[name][n]) for n in self.adapters[name].plan.brought}
             for parameter in self.trained[name].values():

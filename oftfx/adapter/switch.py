@@ -182,7 +182,8 @@ def refresh(model: nn.Module) -> None:
 def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.Parameter]:
     """Parameters of one adapter, or of all that act: skews first, then what trains whole. For an optimiser.
 
-    A skew is ``(blocks, b (b - 1) / 2)``, float32, or float64 for float64 weights; see `oftfx.Rotation`.
+    A skew is ``(blocks, b (b - 1) / 2)``, float32, or float64 for float64 weights; see `oftfx.Rotation`. Where scales
+    train instead (`oftfx.fold_aware` with ``"calibrate"``), their ``shift (groups,)``, float32, takes the skew's place.
 
     Raises:
         AdapterError: an unknown name, or a model without adapters.
@@ -198,8 +199,14 @@ def adapter_parameters(model: nn.Module, adapter: str | None = None) -> list[nn.
     names = store.active if adapter is None else (adapter,)
     store.require(*names)
     found: dict[int, nn.Parameter] = {}
+    still = set[int]()
+    for _, placement in rotated_sites(root):
+        aware = placement.through.get(tuple(n for n in names if n in placement.rotations))
+        found.update((id(p), p) for p in (() if aware is None else aware.parameters()))
+        still |= {id(placement.rotations[n].skew) for n in (() if aware is None or aware.turns else aware.names)}
     for name in names:
-        for parameter in [*(r.skew for r in store.rotations(root, name)), *store.parameters((name,))]:
+        skews = [r.skew for r in store.rotations(root, name) if id(r.skew) not in still]
+        for parameter in [*skews, *store.parameters((name,))]:
             found.setdefault(id(parameter), parameter)
     return list(found.values())
 

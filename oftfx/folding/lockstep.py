@@ -5,8 +5,9 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -14,6 +15,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.model.running import Inputs, call_once, evaluating, input_name
+
+Show = Callable[[nn.Module, list[Tensor], list[Tensor | None]], None]
+"""Gets a layer, what it reads in each forward that waits for it, and what it reads in the model beside."""
 
 
 class _Stopped(BaseException):
@@ -24,6 +28,7 @@ class _Stopped(BaseException):
 class _Run:
     """One forward, in a thread of its own; it moves only between `resume` and the next message it sends."""
 
+    model: nn.Module
     inputs: Inputs
     resume: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     at: nn.Module | None = None
@@ -45,39 +50,55 @@ class Lockstep:
     A layer that only some inputs reach (an expert) is shown with those; one that is reached again (a shared layer) is
     shown the first time.
 
+    A second model can run beside, on the same inputs: each forward of it waits at the layer that its fellow waits at,
+    and both are shown. Where a fellow never comes there (an expert that this input reaches in one model only), nothing
+    is shown of it.
+
     Args:
         model: runs in eval mode, without gradients.
         layers: the layers to stop at, in the order to prefer where forwards wait at different ones.
+        beside: another model and its layers, one for each of ``layers``.
     """
 
-    def __init__(self, model: nn.Module, layers: Sequence[nn.Module]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Sequence[nn.Module],
+        beside: tuple[nn.Module, Sequence[nn.Module]] | None = None,
+    ) -> None:
         self.model, self.layers = model, list(layers)
+        self.beside = None if beside is None else beside[0]
+        self._fellow = {} if beside is None else dict(zip(self.layers, beside[1], strict=True))
         self._rank = {m: i for i, m in enumerate(self.layers)}
-        self._open = set(self.layers)
+        self._open = {*self.layers, *self._fellow.values()}
         self._messages: queue.SimpleQueue[_Run] = queue.SimpleQueue()
         self._here = threading.local()
         self._stopping = False
 
-    def run(self, batches: Sequence[Inputs], show: Callable[[nn.Module, list[Tensor]], None]) -> list[nn.Module]:
+    def run(self, batches: Sequence[Inputs], show: Show) -> list[nn.Module]:
         """Show every layer once with the tensors it is about to read; returns the layers that no input reached."""
-        runs = [_Run(b) for b in batches]
-        threads = [threading.Thread(target=self._forward, args=(r, _modes()), daemon=True) for r in runs]
-        handles = [m.register_forward_pre_hook(self._pause, prepend=True, with_kwargs=True) for m in self.layers]
+        runs = [_Run(self.model, b) for b in batches]
+        fellows = [] if self.beside is None else [_Run(self.beside, b) for b in batches]
+        everyone = [*runs, *fellows]
+        threads = [threading.Thread(target=self._forward, args=(r, _modes()), daemon=True) for r in everyone]
+        handles = [m.register_forward_pre_hook(self._pause, prepend=True, with_kwargs=True) for m in self._open]
         try:
-            with evaluating(self.model):
-                for thread, run in zip(threads, runs, strict=True):
+            with evaluating(self.model), nullcontext() if self.beside is None else evaluating(self.beside):
+                for thread, run in zip(threads, everyone, strict=True):
                     thread.start()
                     self._move(run)
-                while self._open and any(not r.finished for r in runs):
+                while self._rank.keys() & self._open and any(not r.finished for r in runs):
                     layer = min((r.at for r in runs if r.at is not None), key=self._rank.__getitem__)
-                    waiting = [r for r in runs if r.at is layer]
-                    show(layer, [r.x for r in waiting if r.x is not None])
-                    self._open.discard(layer)
-                    for run in waiting:
+                    fellow = self._fellow.get(layer)
+                    waiting = [(r, f) for r, f in zip_longest(runs, fellows) if r.at is layer]
+                    others = [None if f is None or f.at is not fellow else f.x for _, f in waiting]
+                    show(layer, [r.x for r, _ in waiting if r.x is not None], others)
+                    self._open -= {layer, fellow}
+                    for run in [r for r in everyone if r.at is layer or (r.at is fellow and fellow is not None)]:
                         self._move(run)
         finally:
             self._stopping = True
-            for thread, run in zip(threads, runs, strict=True):
+            for thread, run in zip(threads, everyone, strict=True):
                 run.resume.release()
                 if thread.ident is not None:
                     thread.join()
@@ -99,7 +120,7 @@ class Lockstep:
         try:
             if not self._stopping:
                 with modes():
-                    call_once(self.model, run.inputs)
+                    call_once(run.model, run.inputs)
         except _Stopped:
             pass
         except BaseException as error:  # carried over to the thread that waits for it
@@ -116,7 +137,7 @@ class Lockstep:
         run.at, run.x = module, args[0] if args else kwargs[input_name(module, kwargs)]
         self._messages.put(run)
         run.resume.acquire()
-        if self._stopping or not self._open:
+        if self._stopping or not self._rank.keys() & self._open:
             raise _Stopped
 
 

@@ -25,11 +25,24 @@ class Measured:
         perplexity_before: ``exp`` of the mean negative log-likelihood of the next token, of the unfolded model; None
             where the model is no causal language model, or its inputs are not token ids.
         perplexity_after: of the folded model.
+        effect: ``|y - y0| / |y|`` with ``y0`` the outputs without the adapters: what an error is to be compared with.
+        perplexity_base: without the adapters.
     """
 
     output_error: float
     perplexity_before: float | None = None
     perplexity_after: float | None = None
+    effect: float | None = None
+    perplexity_base: float | None = None
+
+    @property
+    def gain_kept(self) -> float | None:
+        """Share of the adapters' gain in log-likelihood that the folded model has; None where there was none."""
+        perplexities = self.perplexity_base, self.perplexity_before, self.perplexity_after
+        if None in perplexities or not all(map(math.isfinite, perplexities)):  # type: ignore[arg-type]
+            return None
+        base, before, after = (math.log(p) for p in perplexities)  # type: ignore[arg-type]
+        return (base - after) / (base - before) if base > before else None
 
 
 @dataclass(frozen=True)
@@ -44,9 +57,11 @@ class Seen:
     floats: tuple[Tensor, ...]
     loss: tuple[float, int] | None
 
-    def on_cpu(self) -> Seen:
-        """To be kept while the model changes."""
-        return replace(self, floats=tuple(t.cpu() for t in self.floats))
+
+def on_cpu(pair: tuple[Seen, Seen]) -> tuple[Seen, Seen]:
+    """To be kept while the model changes."""
+    first, second = (replace(seen, floats=tuple(t.cpu() for t in seen.floats)) for seen in pair)
+    return first, second
 
 
 @torch.no_grad()
@@ -58,30 +73,37 @@ def see(model: nn.Module, batch: Inputs) -> Seen:
     return Seen(floats, _next_token(model, batch, output))
 
 
-def measure(before: Iterable[Seen], after: nn.Module, batches: Sequence[Inputs]) -> Measured | None:
+def measure(before: Iterable[tuple[Seen, Seen]], after: nn.Module, batches: Sequence[Inputs]) -> Measured | None:
     """Compare a model with what another has made of the same batches; of a generator, one batch at a time.
 
     None where there is nothing to compare: no output is a float tensor.
+
+    Args:
+        before: with the adapters, and without.
+        after: the folded model.
+        batches: the inputs.
     """
-    compared = 0
-    missed = whole = 0.0
-    nll = [0.0, 0.0]
-    count = 0
-    for batch, old in zip(batches, before, strict=True):
+    compared, count = 0, 0
+    missed = moved = whole = 0.0
+    nll = [0.0, 0.0, 0.0]
+    for batch, (old, base) in zip(batches, before, strict=True):
         new = see(after, batch)
         compared += len(new.floats)
-        for a, b in zip(new.floats, old.floats, strict=True):
-            sums = squared_error(a.to(b.device), b)
-            missed, whole = missed + sums[0], whole + sums[1]
-        if old.loss is not None and new.loss is not None:
-            nll = [nll[0] + old.loss[0], nll[1] + new.loss[0]]
-            count += old.loss[1]
+        for a, b, c in zip(new.floats, old.floats, base.floats, strict=True):
+            error, size = squared_error(a.to(b.device), b)
+            missed, whole = missed + error, whole + size
+            moved += squared_error(c.to(b.device), b)[0]
+        losses = base.loss, old.loss, new.loss
+        if None not in losses:
+            nll = [n + loss[0] for n, loss in zip(nll, losses, strict=True)]  # type: ignore[index]
+            count += losses[1][1]  # type: ignore[index]
     if not compared:
         return None
-    error = math.sqrt(missed / whole) if whole else math.sqrt(missed)
+    error, effect = (math.sqrt(part / whole) if whole else math.sqrt(part) for part in (missed, moved))
     if not count:
-        return Measured(error)
-    return Measured(error, *(_exp(n / count) for n in nll))
+        return Measured(error, effect=effect)
+    without, unfolded, folded = (_exp(n / count) for n in nll)
+    return Measured(error, unfolded, folded, effect, without)
 
 
 def _exp(nll: float) -> float:

@@ -10,6 +10,8 @@ import torch.nn as nn
 from oftfx.formats.base import WeightFormat, WeightState
 from oftfx.formats.exact import is_exact, use_exact
 from oftfx.model.structure import replace_module
+from oftfx.placement.aware import CHILD as AWARE
+from oftfx.placement.aware import Aware, make_aware
 from oftfx.placement.base import Placement, SiteRotations
 from oftfx.rotation.frozen import FrozenRotation
 from oftfx.rotation.module import Rotation
@@ -23,9 +25,10 @@ class SiteFold:
         fqn: module path.
         format: weight format before the fold.
         action: ``"folded"`` (float weight rotated), ``"kept"`` (quantized weight untouched, rotation in front),
-            ``"requantized"``, ``"calibrated"``, ``"from reference"`` (and ``", calibrated"``), ``"dequantized"`` (now a
-            float layer), ``"untouched"`` (the rotation was the identity) or ``"into producer"`` (this weight untouched,
-            the rows of the layer before it turned).
+            ``"requantized"``, ``"calibrated"``, ``"from reference"`` (and ``", calibrated"``; either may be followed by
+            ``", distilled"``), ``"as trained"`` (the codes and scales that fold-aware training has computed with),
+            ``"dequantized"`` (now a float layer), ``"untouched"`` (the rotation was the identity) or
+            ``"into producer"`` (this weight untouched, the rows of the layer before it turned).
         update: ``|W_target - W| / |W|``, how far the rotation moved the weight.
         energy: ``|W_target - W|^2``, the weight of this site in `FoldReport.survival`.
         relative_error: ``|W_folded - W_target| / |W_target|``, Frobenius; 0 where nothing was rounded.
@@ -33,10 +36,13 @@ class SiteFold:
         bytes_before: size of the stored weight.
         bytes_after: the same afterwards, with a rotation that stays in front.
         note: what a user should know.
-        output_error: ``|X (W_folded - W_target)^T| / |X W_target^T|`` on the calibration inputs X that the layer read;
-            None where they were not seen.
+        output_error: ``|X (W_folded - W_target)^T| / |X W_target^T|`` on the calibration inputs X that the layer read.
+            Of a calibrated site ``|X~ W_folded^T - X W_target^T| / |X W_target^T|`` on inputs that were held out: X~ is
+            what the layer reads after the layers before it were folded, X what it reads in the unfolded model. None
+            where no inputs were seen.
         output_survival: the same as ``survival`` for these outputs; what error-compensated rounding keeps, which moves
             weights for its sake.
+        tokens: rows of calibration inputs that the layer read.
     """
 
     fqn: str
@@ -51,6 +57,7 @@ class SiteFold:
     note: str = ""
     output_error: float | None = None
     output_survival: float | None = None
+    tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,6 +87,7 @@ class Undo:
     holder: nn.Module | None
     path: str
     exact: bool
+    through: Mapping[tuple[str, ...], Aware]
 
     @classmethod
     def of(cls, path: str, placement: Placement, weight_format: WeightFormat) -> Undo:
@@ -87,7 +95,7 @@ class Undo:
         holder = placement.holder
         if holder is not None:  # a shell of its own: folding empties the original
             shell = SiteRotations(placement)
-            shell._modules.update(holder._modules)
+            shell._modules.update((n, m) for n, m in holder._modules.items() if n != AWARE)
             shell.training, holder = holder.training, shell
         return cls(
             placement,
@@ -100,6 +108,7 @@ class Undo:
             holder,
             path,
             is_exact(placement.module),
+            dict(placement.through),
         )
 
     def restore(self, model: nn.Module) -> None:
@@ -115,5 +124,7 @@ class Undo:
         if self.holder is not None:
             module._modules[placement.child] = self.holder
         placement.fixed, placement.rotations, placement.active = list(self.fixed), dict(self.rotations), self.active
+        for aware in self.through.values():
+            make_aware(placement, aware)
         placement.forget()
         placement.register()

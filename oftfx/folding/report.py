@@ -26,7 +26,11 @@ COLUMNS = (
     "bytes after",
     "note",
 )
-LOW_SURVIVAL = 0.9
+LOW_SURVIVAL, LARGE = 0.9, 0.5
+_ADVICE = (
+    "quantized='calibrate' with some thousand tokens of calibration=[inputs, ...] loses least of what leaves no float "
+    "behind, distil=2 less; 'keep' or 'float' nothing"
+)
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class FoldReport:
         dropped: adapters that did not act and are gone from the folded model.
         measured: the model's outputs on the calibration inputs, folded against unfolded; None where none were given.
         unchecked: what could not be looked at, with the reason.
+        distilled: what training the scales did, in words; empty where they were not trained.
 
     Examples:
         >>> import oftfx, torch
@@ -54,6 +59,7 @@ class FoldReport:
     dropped: tuple[str, ...] = ()
     measured: Measured | None = None
     unchecked: tuple[str, ...] = ()
+    distilled: str = ""
 
     @property
     def output_error(self) -> float | None:
@@ -75,18 +81,29 @@ class FoldReport:
     @property
     def warnings(self) -> list[str]:
         """What a user should not overlook."""
-        low = [s for s in self.sites if _kept(s) < LOW_SURVIVAL]
-        if not low:
-            return []
-        worst = min(low, key=_kept)
-        if all("calibrated" in s.action for s in low):
-            advice = "more varied calibration inputs may help; quantized='keep' or 'float' folds without loss"
-        else:
-            advice = "quantized='calibrate' with calibration=[inputs, ...] loses much less, 'keep' or 'float' nothing"
-        return [
-            f"{len(low)} of {len(self)} sites kept less than {LOW_SURVIVAL:.0%} of their update (worst: {worst.fqn}, "
-            f"{_kept(worst):.0%}); {advice}"
-        ]
+        found = []
+        seen = self.measured
+        if seen is not None and seen.effect and seen.output_error > LARGE * seen.effect:
+            share = seen.output_error / seen.effect
+            found.append(
+                f"the error of the model's outputs, {seen.output_error:.1e}, is {share:.0%} of what the adapter does "
+                f"to them; {_ADVICE}"
+            )
+        # A calibrated site makes up for the errors of those before it, so by itself it says little.
+        low = [s for s in self.sites if _kept(s) < LOW_SURVIVAL and "calibrated" not in s.action]
+        if low:
+            worst = min(low, key=_kept)
+            found.append(
+                f"{len(low)} of {len(self)} sites kept less than {LOW_SURVIVAL:.0%} of their update (worst: "
+                f"{worst.fqn}, {_kept(worst):.0%}); {_ADVICE}"
+            )
+        few = [s.tokens for s in self.sites if s.tokens is not None and "few" in s.note]
+        if few:
+            found.append(
+                f"{len(few)} of {len(self)} sites were calibrated by few tokens for their width, {min(few)} at least; "
+                "give more calibration inputs"
+            )
+        return found
 
     def __str__(self) -> str:
         actions = ", ".join(f"{n} {a}" for a, n in Counter(s.action for s in self.sites).items())
@@ -99,12 +116,19 @@ class FoldReport:
             f"worst relative error of a weight {worst:.2e}, survival of the update {self.survival:.1%}, "
             f"weights {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB after",
         ]
+        if self.distilled:
+            lines.append(self.distilled)
         if self.measured is not None:
-            lines.append(f"relative error of the model's output {self.measured.output_error:.2e}")
+            effect = self.measured.effect
+            against = "" if effect is None else f", where the adapter changes it by {effect:.2e}"
+            lines.append(f"relative error of the model's output {self.measured.output_error:.2e}{against}")
             if self.measured.perplexity_before is not None:
+                base, kept = self.measured.perplexity_base, self.measured.gain_kept
+                without = "" if base is None else f"{base:.3f} without adapter, "
+                share = "" if kept is None else f": {kept:.1%} of the gain is kept"
                 lines.append(
-                    f"perplexity on the calibration inputs {self.measured.perplexity_before:.3f} unfolded, "
-                    f"{self.measured.perplexity_after:.3f} folded"
+                    f"perplexity on the calibration inputs {without}{self.measured.perplexity_before:.3f} unfolded, "
+                    f"{self.measured.perplexity_after:.3f} folded{share}"
                 )
         if self.dropped:
             lines.append(f"adapters that did not act and are dropped: {', '.join(self.dropped)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +17,7 @@ from oftfx.formats.base import WeightFormat
 from oftfx.formats.layout import Layout
 from oftfx.placement.base import Placement
 from oftfx.placement.frozen import product_of
-from oftfx.precision import piece_on, pieces
+from oftfx.precision import pieces
 
 _EXACTLY = Arrived()
 
@@ -65,7 +65,7 @@ class Turned:
         base = weight_format.dequantize(module)
         layout = weight_format.layout(module)
         chain = [b.to(base.device) for b in chain]
-        target = _turned(layout, base, chain)
+        target = layout.turned_in_pieces(base, chain)
         difference = norm(t - b for t, b in pieces(target, base))
         update = share(difference, norm(b for (b,) in pieces(base)))
         if not math.isfinite(update):
@@ -80,7 +80,7 @@ class Turned:
 
     def turned(self, weight: Tensor) -> Tensor:
         """Another weight of this layer, turned as its own."""
-        return _turned(self.layout, weight, self.chain)
+        return self.layout.turned_in_pieces(weight, self.chain)
 
     def arrived(self, weight_format: WeightFormat, module: nn.Module, moments: Tensor | None = None) -> Arrived:
         """What a layer that was written has got of the update."""
@@ -141,19 +141,6 @@ def norm(parts: Iterable[Tensor]) -> float:
 def share(part: float, whole: float) -> float:
     """``part / whole``; a weight of zeros stays zeros under any rotation."""
     return part / whole if whole else part
-
-
-def _turned(layout: Layout, weight: Tensor, chain: Sequence[Tensor]) -> Tensor:
-    """`Layout.turned_by`, some blocks at a time: they are independent of each other, so it is the same to the bit."""
-    result = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    for blocks in layout.in_order(chain):
-        length = blocks.shape[1]
-        count = max(1, piece_on(weight.device) // (len(weight) * length))
-        columns = (weight.split(count * length, 1), result.split(count * length, 1))
-        for some, part, into in zip(blocks.split(count), *columns, strict=True):
-            into.copy_(layout.turned(part, some))
-        weight = result
-    return result
 
 
 def _is_identity(blocks: Tensor) -> bool:

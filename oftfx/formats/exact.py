@@ -85,7 +85,8 @@ def choose_kernel(module: nn.Module, asked: str) -> tuple[str, str]:
 
 def is_exact(module: nn.Module) -> bool:
     """Whether a layer multiplies by its dequantized weight."""
-    return isinstance(module.__dict__.get("forward"), ExactForward)
+    forward = module.__dict__.get("forward")
+    return isinstance(getattr(forward, "beneath", forward), ExactForward)  # or something of ours stands over it
 
 
 def use_exact(module: nn.Module) -> None:

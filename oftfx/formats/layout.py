@@ -7,8 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from oftfx.precision import piece_on
 from oftfx.rotation.rotate import rotate_weight
 
 Stored = Literal["rows", "columns", "transposed", "experts", "experts_columns"]
@@ -97,6 +99,18 @@ class Layout:
         for blocks in self.in_order(chain):
             matrix = self.turned(matrix, blocks)
         return matrix
+
+    def turned_in_pieces(self, weight: Tensor, chain: Sequence[Tensor]) -> Tensor:
+        """`turned_by`, some blocks at a time: they are independent of each other, so it is the same to the bit."""
+        result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+        for blocks in self.in_order(chain):
+            length = blocks.shape[1]
+            count = max(1, piece_on(weight.device) // (len(weight) * length))
+            columns = (weight.split(count * length, 1), result.split(count * length, 1))
+            for some, part, into in zip(blocks.split(count), *columns, strict=True):
+                into.copy_(self.turned(part, some))
+            weight = result
+        return result
 
     def in_order(self, chain: Sequence[Tensor]) -> Sequence[Tensor]:
         """Rotations in the order in which they turn a matrix: ``x R1 R2 W^T = x (W R2^T R1^T)^T``."""

@@ -46,9 +46,13 @@ class ScalarFormat(WeightFormat):
         yield from self.grid(module).rows(self.codes(module))
 
     @torch.no_grad()
+    def nearest(self, weight: Tensor, like: nn.Module) -> Codes:
+        """Nearest codes of ``weight (out, in)``; groups whose weights have not changed keep theirs."""
+        return self.grid(like).nearest(weight.float(), self.codes(like))
+
     def requantize(self, weight: Tensor, like: nn.Module) -> WeightState:
-        """Nearest codes; groups whose weights have not changed keep their bytes."""
-        return self.pack(self.grid(like).nearest(weight.float(), self.codes(like)), like)
+        """`nearest`, packed."""
+        return self.pack(self.nearest(weight, like), like)
 
     @torch.no_grad()
     def calibrate(self, weight: Tensor, like: nn.Module, moments: Tensor) -> WeightState:

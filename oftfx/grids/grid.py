@@ -156,7 +156,7 @@ class Grid:
         zero = None if self.symmetric else torch.cat([z for z in zeros if z is not None])
         if self.couple is None:
             return self.encode(weight, scale, zero)
-        scale, parts = self.couple(scale)  # stored together, whatever was chosen for each
+        scale, parts = self.stored(scale)  # together, whatever was chosen for each
         return replace(self.encode(weight, scale, zero), parts=parts)
 
     def _range(self, weight: Tensor, search: bool, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
@@ -227,6 +227,11 @@ class Grid:
                 scale,
                 (zero.round().clamp(least, self.levels.high) if self.zero == "integer" else self.round_scale(zero)),
             )
+
+    def stored(self, scale: Tensor) -> tuple[Tensor, Any]:
+        """Scales ``(groups,)`` as the format stores them, and its parts of them (`Codes.parts`)."""
+        scale = self._scale(scale)
+        return (scale, None) if self.couple is None else self.couple(scale)
 
     def _scale(self, scale: Tensor) -> Tensor:
         scale = scale.clamp(min=self.least_scale)

@@ -29,6 +29,7 @@ from oftfx.onnx.lower import lower_quantized
 from oftfx.onnx.signature import Signature
 from oftfx.passes.freeze_rotations import FreezeRotations
 from oftfx.passes.protocol import PassManager
+from oftfx.placement.find import check_unaware
 from oftfx.placement.rows import check_no_rows
 from oftfx.planning.program import Program
 from oftfx.trace.inputs import ExampleInputs, capture_settings
@@ -138,6 +139,7 @@ def export_onnx(
     check_place(path, ExportError)
     model = unwrapped(model)
     check_no_rows(model, "an export")
+    check_unaware(model, "an export")
     inputs = named_inputs(model, example_inputs)
     exact = exact_copy(model)
     if cache:

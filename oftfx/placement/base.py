@@ -14,6 +14,8 @@ from oftfx.formats.base import WeightFormat
 from oftfx.formats.exact import use_native
 from oftfx.formats.registry import format_of
 from oftfx.model.names import child_name
+from oftfx.placement.aware import Aware, forget_aware, is_paused
+from oftfx.placement.open import OPEN
 from oftfx.rotation.frozen import FrozenRotation
 from oftfx.rotation.module import Rotation
 
@@ -60,6 +62,7 @@ class Placement(ABC):
         fixed: rotations that a fold left in front of a quantized weight; they are the layer's own and act first.
         rotations: adapter name to rotation; one that lives here or, where sites share an input, at another site.
         active: names of the adapters that act, in order; names this site does not know are passed over.
+        through: for adapters that are trained through their fold, what it will write; by their names, in order.
         ran: whether a hook has been called at all; a layer used other than by calling it never does that.
     """
 
@@ -70,6 +73,7 @@ class Placement(ABC):
         self.fixed: list[FrozenRotation] = []
         self.rotations: dict[str, Rotation] = {}
         self.active: tuple[str, ...] = ()
+        self.through: dict[tuple[str, ...], Aware] = {}
         self.ran = False
 
     @abstractmethod
@@ -102,6 +106,15 @@ class Placement(ABC):
         """The rotations that act now, or with these adapters, in order."""
         names = self.active if names is None else names
         return [*self.fixed, *(self.rotations[n] for n in names if n in self.rotations)]
+
+    def fold_in_effect(self) -> Aware | None:
+        """What the site computes with instead of its rotations: the fold that the adapters which act are trained for.
+
+        Rows of a batch with adapters of their own are served unfolded.
+        """
+        if not self.through or self.fixed or OPEN.any or is_paused():
+            return None
+        return self.through.get(self.active)
 
     def alone(self, x: torch.Tensor, names: Iterable[str] | None = None) -> torch.Tensor:
         """``x @ R1 @ R2 ...`` of what acts here, or of these adapters, whatever else reads ``x``."""
@@ -155,6 +168,7 @@ class Placement(ABC):
             self.remove()
 
     def _clear(self, adapter: str | None) -> None:
+        forget_aware(self, adapter)
         if adapter is None:
             self.rotations.clear()
             self.fixed.clear()

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch.nn as nn
 
+from oftfx.errors import AdapterError
 from oftfx.model.index import ModelIndex
 from oftfx.model.names import join
 from oftfx.placement.base import Placement, owner_of
@@ -44,3 +45,16 @@ def without_rotation(module: nn.Module) -> Iterator[None]:
     finally:
         for placement, (active, fixed, ran) in zip(found, states, strict=True):
             placement.active, placement.fixed, placement.ran = active, fixed, ran
+
+
+def check_unaware(model: nn.Module, what: str) -> None:
+    """Refuse what would leave out that sites compute with their fold.
+
+    Raises:
+        AdapterError: some do.
+    """
+    if site := next((fqn for fqn, p in rotated_sites(model) if p.fold_in_effect() is not None), None):
+        raise AdapterError(
+            f"{what} of a fold-aware model: {site} computes with the weight that its fold will write. Fold it first "
+            "(oftfx.fold), or let the rotations act again: oftfx.fold_aware(model, None)"
+        )

@@ -42,9 +42,13 @@ def blocks_of(rotation: Rotation | FrozenRotation) -> torch.Tensor:
 
 def product_of(rotations: list[Rotation | FrozenRotation]) -> list[torch.Tensor]:
     """Rotations in a row as few block tensors as possible: ``x R1 R2 = x (R1 R2)`` for blocks of one size."""
+    return together([blocks_of(r) for r in rotations])
+
+
+def together(chain: list[torch.Tensor]) -> list[torch.Tensor]:
+    """The same for their blocks; differentiable."""
     result: list[torch.Tensor] = []
-    for rotation in rotations:
-        blocks = blocks_of(rotation)
+    for blocks in chain:
         if result and result[-1].shape == blocks.shape:
             result[-1] = torch.bmm(result[-1], blocks.to(result[-1].dtype))
         else:

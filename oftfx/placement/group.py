@@ -66,7 +66,9 @@ class InputGroup:
         """
         if torch.compiler.is_compiling():
             return self._find_together(placement)
-        acting = tuple((p.active, len(p.fixed), len(p.rotations)) for p in self.placements.values())
+        acting = tuple(
+            (p.active, len(p.fixed), len(p.rotations), p.fold_in_effect() is None) for p in self.placements.values()
+        )
         known = self._known  # read once: another thread may replace it
         if known[0] != acting:
             known = self._known = (acting, {})
@@ -77,7 +79,7 @@ class InputGroup:
 
     def _find_together(self, placement: Placement) -> tuple[tuple[str, ...], list[Rotation | FrozenRotation], bool]:
         mine = placement.in_effect()
-        chains = {site: p.in_effect() for site, p in self.placements.items()}
+        chains = {site: p.in_effect() for site, p in self.placements.items() if p.fold_in_effect() is None}
         chains = {site: chain for site, chain in chains.items() if chain}  # the others never ask for their part
         if all(_same(c, mine) for c in chains.values()):
             return tuple(chains), mine, False

@@ -47,6 +47,8 @@ class RotateInput(Placement):
         self.note_run()
         if kwargs is None or not (self.active or self.fixed or OPEN.any):
             return None  # without keywords: taken away by a hook that ran before this one, in the same call
+        if self.through and self.fold_in_effect() is not None:
+            return None  # the weight that the layer multiplies by is rotated
         if args:
             return (self.rotate(args[0]), *args[1:]), kwargs
         name = input_name(module, kwargs)

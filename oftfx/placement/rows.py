@@ -8,7 +8,6 @@ code, which knows nothing of context variables, is compiled again when it change
 from __future__ import annotations
 
 import sys
-import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from oftfx.errors import AdapterError
 from oftfx.placement.find import rotated_sites
+from oftfx.placement.open import OPEN
 from oftfx.placement.torch_private import never_compiled_alone
 
 if TYPE_CHECKING:
@@ -29,23 +29,6 @@ G = TypeVar("G")
 Chain = tuple[str, ...]
 """Names of adapters in the order in which they act; none for the base."""
 
-
-class _Open:
-    """How many calls with rows are open in this process."""
-
-    def __init__(self) -> None:
-        self.any = False
-        self._count = 0
-        self._lock = threading.Lock()
-
-    def change(self, by: int) -> None:
-        """One more, or one less."""
-        with self._lock:
-            self._count += by
-            self.any = self._count > 0
-
-
-OPEN = _Open()
 _ROWS: ContextVar[tuple[Rows, ...]] = ContextVar("oftfx_rows", default=())
 
 

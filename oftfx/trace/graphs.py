@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch.nn as nn
 
 from oftfx.errors import RuleError, TraceError
+from oftfx.placement.find import check_unaware
 from oftfx.placement.rows import check_no_rows
 from oftfx.trace.foreign import is_bug
 from oftfx.trace.graph_module import ProgramGraph
@@ -44,6 +45,7 @@ def graph(
     if on_miss not in ("error", "eager"):
         raise RuleError(f"on_miss: got {on_miss!r}, expected 'error' or 'eager'")
     check_no_rows(model, "a recording")
+    check_unaware(model, "a graph")
     try:
         recording = record(model, example_inputs, dynamic=True, executable=True)
     except TraceError:

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
+import torch
 import torch.nn as nn
-from torch import Tensor
 
 from oftfx.folding.lockstep import Lockstep
-from oftfx.folding.moments import Moments
 from oftfx.folding.record import SiteFold
+from oftfx.folding.shown import Showing, Shown
 from oftfx.folding.turned import Turned
 from oftfx.folding.workbench import Workbench
+from oftfx.formats.registry import format_of
 from oftfx.model.running import Inputs
-from oftfx.passes.quantized.policy import QuantizedPolicy, rounded, write_rounded
+from oftfx.passes.quantized.policy import QuantizedPolicy, check_finite_inputs, rounded, write_rounded
+from oftfx.passes.quantized.roundings import best_rounding
+from oftfx.placement.find import placements_on
 
 
 class Calibrate(QuantizedPolicy):
-    """``quantized="calibrate"``: error-compensated rounding by the moments of the layer's real inputs.
+    """``quantized="calibrate"``: error-compensated rounding by the layer's real inputs.
 
-    It makes ``|X (W_folded - W')^T|`` small, with ``W' = dequantize(W_q) @ blockdiag(R)^T``; moments are ``X^T X``.
+    It makes ``|X~ W_folded^T - X W'^T|`` small, with ``W' = dequantize(W_q) @ blockdiag(R)^T``, X what the layer reads
+    in the unfolded model and X~ what it reads now that the layers before it are folded: so it makes up for part of
+    their errors. How much it believes the inputs, and whether it does better to round to the nearest codes or to keep
+    the old ones, is judged on a quarter of them that it has not learnt from.
 
-    Without moments (no input reached the layer) the nearest codes are taken, and the report says so.
+    Without inputs (none reached the layer) the nearest codes are taken, and the report says so.
 
     Examples:
         >>> import oftfx, torch
         >>> from oftfx.formats import format_named
         >>> base = torch.nn.Sequential(format_named("bnb8").make_tiny(66, 10))
         >>> model = oftfx.transform(base, {"*": oftfx.OFT(3, init="normal")})
-        >>> report = oftfx.fold(model, quantized="calibrate", calibration=[(torch.randn(40, 66),)]).report
+        >>> report = oftfx.fold(model, quantized="calibrate", calibration=[(torch.randn(400, 66),)]).report
         >>> [(site.fqn, site.action, site.output_error < 0.01) for site in report]
         [('0', 'calibrated', True)]
     """
@@ -36,37 +43,65 @@ class Calibrate(QuantizedPolicy):
     name = "calibrate"
     preserves = "lossy"
 
-    def fold(self, site: Turned, bench: Workbench, moments: Tensor | None, bound: float) -> SiteFold | None:  # noqa: ARG002
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold | None:  # noqa: ARG002
         """Round."""
-        action = "requantized" if moments is None else "calibrated"
-        return write_rounded(site, rounded(site, site.target, moments), action, moments, bound)
+        if shown is None:
+            return write_rounded(site, rounded(site, site.target, None), "requantized", None, bound)
+        check_finite_inputs(site, shown)
+        best = best_rounding(site, shown)
+        done = write_rounded(site, best.state, "calibrated", None, bound, judged=(best.error, best.survival))
+        if done is None:
+            return None
+        note = "; ".join(n for n in (done.note, best.remark(shown)) if n)
+        return replace(done, tokens=shown.tokens, note=note)
 
 
 def in_running_order(
     model: nn.Module,
     layers: Sequence[nn.Module],
     calibration: Sequence[Inputs],
-    fold: Callable[[nn.Module, Tensor | None], None],
+    fold: Callable[[nn.Module, Shown | None], None],
+    unfolded: tuple[nn.Module, Sequence[nn.Module]] | None = None,
 ) -> None:
     """Fold layers in the order in which the model runs them, each knowing what the ones before it have become.
 
     Besides the model, memory holds what the forwards of all inputs need to go on from where they wait (their hidden
-    states), the moments of one layer, and the fold of one layer; how many layers there are does not matter.
+    states; of the unfolded model as well), some matrices ``(in, in)`` of one layer, and the fold of one layer; how many
+    layers there are does not matter.
 
     Args:
         model: runs on the inputs; see `oftfx.folding.lockstep`.
         layers: each is folded once.
         calibration: the inputs.
-        fold: gets a layer and its moments; None where no input reached it, or only zeros (an expert that got no
-            tokens): every rounding would look perfect.
+        fold: gets a layer and its inputs; None where none reached it, or only zeros (an expert that got no tokens):
+            every rounding would look perfect.
+        unfolded: a model of the same weights that runs beside, and its layers, one for each. Once forwards have left a
+            layer there, it is given the folded weight as well, so that the old one need not be kept for it.
     """
     if not layers:
         return
-    moments = Moments()
+    showing, left = Showing(), list[nn.Module]()
+    fellows = {} if unfolded is None else dict(zip(layers, unfolded[1], strict=True))
 
-    def show(module: nn.Module, inputs: list[Tensor]) -> None:
-        seen = moments.of(inputs)
-        fold(module, seen if seen.any() else None)
+    def show(module: nn.Module, inputs: list[torch.Tensor], others: list[torch.Tensor | None]) -> None:
+        while left:
+            _give_folded(left.pop(), fellows)
+        shown = showing.of(inputs, others)
+        fold(module, None if shown.is_zero() else shown)
+        left.append(module)
 
-    for module in Lockstep(model, layers).run(calibration, show):
+    for module in Lockstep(model, layers, unfolded).run(calibration, show):
         fold(module, None)
+
+
+def _give_folded(module: nn.Module, fellows: Mapping[nn.Module, nn.Module]) -> None:
+    weight_format, fellow = format_of(module), fellows.get(module)
+    if weight_format is not None and fellow is not None:
+        for placement in placements_on(fellow):
+            for rotation in placement.rotations.values():
+                rotation.forget()  # who set the modes keeps every module until the end
+            placement.drop()
+        state = weight_format.read(module)
+        weight_format.write(fellow, state)
+        weight_format.own(fellow)
+        weight_format.write(module, state)  # some weights know their layer

@@ -6,10 +6,10 @@ from collections import Counter
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from oftfx.errors import FoldError
 from oftfx.folding.record import SiteFold
+from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned
 from oftfx.folding.workbench import Workbench
 from oftfx.formats.base import WeightFormat
@@ -37,7 +37,7 @@ class Dequantize(QuantizedPolicy):
     name = "dequantize"
     preserves = "rounding"
 
-    def fold(self, site: Turned, bench: Workbench, moments: Tensor | None, bound: float) -> SiteFold:  # noqa: ARG002
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold:  # noqa: ARG002
         """Make the layer."""
         dtype = _activation_dtype(bench.model, site.module, site.format)
         new = site.format.float_module(site.module, site.target.to(dtype))

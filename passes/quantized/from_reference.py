@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from oftfx.folding.record import SiteFold
 from oftfx.folding.reference import ReferenceWeights
+from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned
 from oftfx.folding.workbench import Workbench
-from oftfx.passes.quantized.policy import QuantizedPolicy, rounded, write_rounded
+from oftfx.passes.quantized.policy import QuantizedPolicy, check_finite_inputs, rounded, write_rounded
 
 
 class FromReference(QuantizedPolicy):
@@ -36,8 +35,11 @@ class FromReference(QuantizedPolicy):
     def __init__(self, reference: ReferenceWeights) -> None:
         self.reference = reference
 
-    def fold(self, site: Turned, bench: Workbench, moments: Tensor | None, bound: float) -> SiteFold | None:  # noqa: ARG002
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold | None:  # noqa: ARG002
         """Rotate the original and round it, compensated where moments are known."""
         wanted = site.turned(self.reference.weight(site.fqn, tuple(site.base.shape)).to(site.base.device))
-        action = "from reference" if moments is None else "from reference, calibrated"
-        return write_rounded(site, rounded(site, wanted, moments), action, moments, bound)
+        if shown is not None:
+            check_finite_inputs(site, shown)
+        action = "from reference" if shown is None else "from reference, calibrated"
+        state = rounded(site, wanted, None if shown is None else shown.seen)
+        return write_rounded(site, state, action, shown, bound)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from oftfx.folding.record import SiteFold
+from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned
 from oftfx.folding.workbench import Workbench
 from oftfx.passes.quantized.policy import QuantizedPolicy
@@ -30,7 +29,7 @@ class Keep(QuantizedPolicy):
     name = "keep"
     preserves = "rounding"
 
-    def fold(self, site: Turned, bench: Workbench, moments: Tensor | None, bound: float) -> SiteFold:  # noqa: ARG002
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold:  # noqa: ARG002
         """Freeze the rotation."""
         bench.freezer.freeze(site.placement)
         after = site.before + sum(b.numel() * b.element_size() for b in site.chain)

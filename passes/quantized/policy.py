@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from oftfx.errors import FoldError
 from oftfx.folding.journal import Journal
 from oftfx.folding.record import Folds, SiteFold
+from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned, untouched
 from oftfx.folding.workbench import Workbench
 from oftfx.formats.base import WeightState
@@ -28,14 +30,14 @@ class QuantizedPolicy(Pass):
     after = ("insert_rotations",)
 
     @abstractmethod
-    def fold(self, site: Turned, bench: Workbench, moments: Tensor | None, bound: float) -> SiteFold | None:
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold | None:
         """Fold one site; None, and nothing changed, where the error would be over the bound.
 
         Args:
             site: the weight and what its rotations make of it.
             bench: what the folds of this model share.
-            moments: second moments of what the layer reads, where calibration inputs have shown them.
-            bound: largest relative error: of the layer's output where ``moments`` are known, else of the weight.
+            shown: what the layer reads, where calibration inputs have shown it.
+            bound: largest relative error: of the layer's output where its inputs are known, else of the weight.
 
         Raises:
             FoldError: the result is not finite.
@@ -60,13 +62,30 @@ class QuantizedPolicy(Pass):
 
 
 def write_rounded(
-    site: Turned, state: WeightState, action: str, moments: Tensor | None, bound: float
+    site: Turned,
+    state: WeightState,
+    action: str,
+    shown: Shown | None,
+    bound: float,
+    *,
+    judged: tuple[float, float] | None = None,
 ) -> SiteFold | None:
-    """Write a weight on its format's grid and measure it; None, and the old one again, where it is over the bound."""
+    """Write a weight on its format's grid and measure it; None, and the old one again, where it is over the bound.
+
+    Args:
+        site: the weight.
+        state: what it becomes.
+        action: for the report.
+        shown: inputs to measure the layer's outputs on.
+        bound: on the error of the outputs where that is known, else of the weight.
+        judged: error and survival of the outputs, where they have been measured already.
+    """
     module, weight_format = site.module, site.format
     old = weight_format.read(module)
     weight_format.write(module, state)
-    got = site.arrived(weight_format, module, moments)
+    got = site.arrived(weight_format, module, None if shown is None else shown.seen)
+    if judged is not None:
+        got = replace(got, output_error=judged[0], output_survival=judged[1])
     if (got.error if got.output_error is None else got.output_error) > bound:
         weight_format.write(module, old)
         return None
@@ -79,8 +98,16 @@ def rounded(site: Turned, wanted: Tensor, moments: Tensor | None) -> WeightState
     """``wanted`` on the grid of the site's format: the nearest codes, or with ``moments`` error-compensated ones."""
     if moments is None:
         return site.format.requantize(wanted, site.module)
-    if not torch.isfinite(torch.stack(torch.aminmax(moments))).all():  # NaN is both
+    return site.format.calibrate(wanted, site.module, moments)
+
+
+def check_finite_inputs(site: Turned, shown: Shown) -> None:
+    """Refuse to learn from inputs that are not finite.
+
+    Raises:
+        FoldError: they are not.
+    """
+    if not shown.is_finite():
         raise FoldError(
             f"{site.fqn}: the layer's inputs are not finite on the calibration data; look for the first NaN"
         )
-    return site.format.calibrate(wanted, site.module, moments)

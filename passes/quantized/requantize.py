@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
 from oftfx.folding.record import SiteFold
+from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned
 from oftfx.folding.workbench import Workbench
 from oftfx.passes.quantized.policy import QuantizedPolicy, rounded, write_rounded
@@ -29,6 +28,6 @@ class Requantize(QuantizedPolicy):
     name = "requantize"
     preserves = "lossy"
 
-    def fold(self, site: Turned, bench: Workbench, moments: Tensor | None, bound: float) -> SiteFold | None:  # noqa: ARG002
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold | None:  # noqa: ARG002
         """Round."""
-        return write_rounded(site, rounded(site, site.target, None), "requantized", moments, bound)
+        return write_rounded(site, rounded(site, site.target, None), "requantized", shown, bound)

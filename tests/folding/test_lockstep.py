@@ -1,5 +1,6 @@
 """Forwards that wait for each other: order, what each layer sees, and how they end."""
 
+import copy
 import threading
 from types import SimpleNamespace
 
@@ -9,9 +10,11 @@ import torch.nn as nn
 
 import oftfx
 from oftfx.folding.lockstep import Lockstep
-from oftfx.folding.moments import Moments, second_moments
+from oftfx.folding.shown import Shown
+from oftfx.folding.turned import Turned
 from oftfx.formats.registry import format_of
-from oftfx.grids import compensated
+from oftfx.passes.quantized.roundings import best_rounding
+from oftfx.placement.find import rotated_sites
 from tests.quantized import NAMES, inputs, rotated, rotations, run, weight
 from tests.reference import rel
 
@@ -57,7 +60,7 @@ def test_each_layer_sees_what_the_earlier_ones_became():
     model, data, before = net(), batches(), threads()
     seen = {}
 
-    def show(layer, inputs):
+    def show(layer, inputs, _):
         name = next(n for n, m in model.named_modules() if m is layer)
         assert name not in seen
         seen[name] = [x.clone() for x in inputs]
@@ -87,7 +90,7 @@ def test_each_layer_sees_what_the_earlier_ones_became():
 
 def test_positional_inputs_and_a_single_batch():
     model, order = net(), []
-    Lockstep(model, [model.left, model.last]).run([(torch.randn(2, 6),)], lambda m, x: order.append((m, x[0].shape)))
+    Lockstep(model, [model.left, model.last]).run([(torch.randn(2, 6),)], lambda m, x, _: order.append((m, x[0].shape)))
     assert order == [(model.left, (2, 6)), (model.last, (2, 6))]
 
 
@@ -125,7 +128,7 @@ def test_layers_that_only_some_inputs_reach_are_shown_with_those():
     data = [routed(0, 0, 3), routed(1, 3), routed(3, 0, 1, 1)]
     shown = []
 
-    def show(layer, inputs):
+    def show(layer, inputs, _):
         shown.append((layer, [len(x) for x in inputs]))
         layer.weight.data.zero_()
 
@@ -145,7 +148,7 @@ def test_forwards_that_wait_at_different_layers_go_on_together_as_far_as_the_ord
 
     model, shown = Either(), []
     data = [(torch.randn(2, 3), False), (torch.randn(4, 3), True), (torch.randn(1, 3), False)]
-    Lockstep(model, list(model.children())).run(data, lambda m, xs: shown.append((m, [len(x) for x in xs])))
+    Lockstep(model, list(model.children())).run(data, lambda m, xs, _: shown.append((m, [len(x) for x in xs])))
     assert shown == [(model.a, [4]), (model.b, [2, 4, 1]), (model.end, [2, 4, 1])]
 
 
@@ -173,7 +176,7 @@ def test_an_error_inside_a_forward_arrives_in_the_caller():
     model, before = Faulty(), threads()
     wanted, shown = mixed(model), []
     with pytest.raises(ValueError, match="three rows"):
-        Lockstep(model, [getattr(model, n) for n in LAYERS]).run(batches(), lambda m, _: shown.append(m))
+        Lockstep(model, [getattr(model, n) for n in LAYERS]).run(batches(), lambda m, *_: shown.append(m))
     assert shown == [model.left, model.right]
     assert threads() == before
     assert modes(model) == wanted
@@ -185,7 +188,7 @@ def test_an_error_of_the_one_who_looks_ends_all_forwards(fault):
     model, before = net(), threads()
     wanted = mixed(model)
 
-    def show(layer, inputs):
+    def show(layer, inputs, _):
         assert not any(modes(model).values())
         if layer is model.twice:
             raise fault("stop")
@@ -215,7 +218,7 @@ def test_model_code_that_catches_errors_around_its_layers(caught, stops):
 
     model, before, shown = Careful(), threads(), []
 
-    def show(layer, inputs):
+    def show(layer, inputs, _):
         shown.append((layer, len(inputs)))
         if stops and layer is model.layers[1]:
             raise RuntimeError("stop")
@@ -247,48 +250,56 @@ def test_forwards_end_after_the_last_layer_and_run_without_gradients_and_in_the_
     states, shown = [], []
     model = Tail()
     with torch.autocast("cpu", torch.bfloat16):
-        Lockstep(model, [model.layer]).run([(torch.randn(2, 3),)] * 2, lambda m, x: shown.append(len(x)))
+        Lockstep(model, [model.layer]).run([(torch.randn(2, 3),)] * 2, lambda m, x, _: shown.append(len(x)))
     assert shown == [2]
     assert states == [(False, True, False)] * 2  # what follows the last layer is never computed
     states.clear()
     with torch.autocast("cpu", torch.bfloat16):
-        Lockstep(model, [model.layer, model.tail]).run([(torch.randn(2, 3),)], lambda m, x: None)
+        Lockstep(model, [model.layer, model.tail]).run([(torch.randn(2, 3),)], lambda *_: None)
     assert states == [(False, True, False), (torch.bfloat16,)]
 
 
-def test_moments_of_a_shared_input_are_computed_once(monkeypatch):
-    counted = []
+def test_a_second_model_is_shown_beside_at_the_same_layers():
+    model, beside, data = net(), net(), batches()
+    with torch.no_grad():
+        beside.left.weight.mul_(1.5)
+    seen = {}
 
-    def counting(inputs):
-        counted.append(len(inputs))
-        return second_moments(inputs)
+    def show(layer, inputs, others):
+        seen[layer] = (torch.cat(inputs), torch.cat(others))
+        with torch.no_grad():
+            layer.weight.mul_(0.5)  # of one model only
 
-    monkeypatch.setattr("oftfx.folding.moments.second_moments", counting)
-    model, moments, found = net(), Moments(), {}
-    data = batches()
-    Lockstep(model, list(model.children())).run(data, lambda m, xs: found.update({m: moments.of(xs)}))
-    assert counted == [3, 3, 3]  # left and right read the same
-    assert found[model.left] is found[model.right]
-    x = torch.cat([b["x"] for b in data]).double()
-    assert rel(found[model.left], x.T @ x) < 1e-6
+    layers = [list(m.children()) for m in (model, beside)]
+    alone = {}
+    Lockstep(beside, layers[1]).run(data, lambda m, xs, _: alone.update({m: torch.cat(xs)}))
+    assert Lockstep(model, layers[0], (beside, layers[1])).run(data, show) == [model.unused]
+    assert len(alone) == len(seen) == 4
+    for layer, fellow in zip(layers[0][1:], layers[1][1:], strict=True):
+        assert torch.equal(seen[layer][1], alone[fellow])
+    assert not torch.equal(*seen[model.last])
+    assert not any(m._forward_pre_hooks for m in (*model.modules(), *beside.modules()))
 
 
-def test_moments_notice_what_is_written_in_place_and_take_any_shape():
-    moments, x = Moments(), torch.randn(2, 5, 4)
-    first = moments.of([x])
-    rows = x.double().flatten(0, 1)
-    assert rel(first, rows.T @ rows) < 1e-6
-    assert moments.of([x]) is first
-    x.mul_(2)
-    assert rel(moments.of([x]), 4 * rows.T @ rows) < 1e-6
-    other = torch.randn(7, 4).half()
-    both = torch.cat([2 * rows, other.double()])
-    assert rel(moments.of([x, other]), both.T @ both) < 1e-6
-    with torch.inference_mode():
-        y = torch.randn(3, 4)
-        assert rel(moments.of([y]), y.T @ y) < 1e-6
-        y.mul_(3)
-        assert rel(moments.of([y]), y.T @ y) < 1e-6
+def test_a_fellow_that_goes_another_way_is_not_shown_and_holds_nobody_up():
+    class Either(nn.Module):
+        def __init__(self, first):
+            super().__init__()
+            self.a, self.b, self.head, self.first = nn.Linear(3, 3), nn.Linear(3, 3), nn.Linear(3, 3), first
+
+        def forward(self, x):
+            return self.head((self.a if self.first else self.b)(x))
+
+    seen = []
+    model, beside = Either(True), Either(False)
+
+    def show(layer, inputs, others):
+        seen.append((layer, [len(x) for x in inputs], [o is None for o in others]))
+
+    layers = [[m.a, m.b, m.head] for m in (model, beside)]
+    data = [(torch.randn(2, 3),), (torch.randn(4, 3),)]
+    assert Lockstep(model, layers[0], (beside, layers[1])).run(data, show) == [model.b]
+    assert seen == [(model.a, [2, 4], [True, True]), (model.head, [2, 4], [True, True])]
 
 
 @pytest.mark.needs("bitsandbytes")
@@ -299,20 +310,23 @@ def test_a_calibrated_fold_is_the_sequential_one(share):
     folded = oftfx.fold(model, quantized="calibrate", calibration=data).model
     turn = rotations(model)
     assert sorted(turn) == sorted(NAMES)
-    plain = oftfx.fold(model, quantized="float").model  # computes what the unfolded model does
+    plain, unfolded = (oftfx.fold(model, quantized="float").model for _ in range(2))  # compute what the model does
     for name in NAMES:
-        layer, seen = plain.get_submodule(name), []
-        handle = layer.register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))  # noqa: B023
-        run(plain, data)
-        handle.remove()
-        quantized = model.get_submodule(name)
-        target = weight(model, name).double() @ turn[name].T
-        rows = torch.cat([x.flatten(0, -2) for x in seen])
-        grid = format_of(quantized).grid(quantized)
-        layer.weight.data = grid.values(compensated(grid, target.float(), rows.T @ rows))
-        assert rel(weight(folded, name), layer.weight) < 5e-3, name  # a code may fall to the other side
+        seen = []
+        for one in (plain, unfolded):
+            handle = one.get_submodule(name).register_forward_pre_hook(lambda m, args: seen.append(args[0].detach()))  # noqa: B023
+            run(one, data)
+            handle.remove()
+        site = Turned.of(name, dict(rotated_sites(model))[name], format_of(model.get_submodule(name)))
+        assert rel(site.target, weight(model, name).double() @ turn[name].T) < 1e-6
+        best = best_rounding(site, Shown(seen[: len(data)], seen[len(data) :]))
+        quantized = copy.copy(model.get_submodule(name))
+        quantized._parameters = dict(quantized._parameters)
+        format_of(quantized).write(quantized, best.state)
+        plain.get_submodule(name).weight.data = format_of(quantized).dequantize(quantized)
+        assert rel(weight(folded, name), plain.get_submodule(name).weight) < 5e-3, name  # a code may fall otherwise
     expected = run(plain, data)
-    assert rel(run(folded, data), expected) < 2e-3  # measured 2.6e-7
+    assert rel(run(folded, data), expected) < 2e-3
     assert rel(run(oftfx.fold(model, quantized="requantize").model, data), expected) > 0.05
 
 

@@ -97,6 +97,7 @@ def test_the_peak_of_a_calibrated_fold_does_not_grow_with_the_layers(llama, ids,
             peaks[depth, count] = peak - left
     waiting, largest, moments = WAITING["mlp.down_proj"] * HIDDEN, 4 * INNER * WIDTH, 4 * INNER**2
     for (_, count), peak in peaks.items():
-        assert peak < count * waiting + moments + 8 * largest + 4 * HIDDEN  # the last of them of the forward that runs
+        # Two models wait; the last summand is of the forward that runs.
+        assert peak < 2 * count * waiting + 5 * moments + 8 * largest + 4 * HIDDEN
     for count in (2, 6):
         assert peaks[6, count] < 1.02 * peaks[2, count]

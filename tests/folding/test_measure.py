@@ -1,5 +1,6 @@
 """Output errors and perplexity against direct figures in float64 and transformers' own loss."""
 
+import copy
 import math
 
 import pytest
@@ -20,7 +21,7 @@ def perturbed(model, std=0.02):
 
 
 def measured(before, after, batches):
-    return measure((see(before, b) for b in batches), after, batches)
+    return measure(((see(before, b), see(before, b)) for b in batches), after, batches)
 
 
 class Several(nn.Module):
@@ -33,6 +34,17 @@ class Several(nn.Module):
     def forward(self, x, scale=1.0):
         y = self.drop(self.layer(x)) * scale
         return {"y": y, "more": [y.bfloat16(), (y.argmax(-1), None, y.double().sum())]}
+
+
+def test_the_effect_is_what_the_adapters_do():
+    torch.manual_seed(1)
+    base, batches = nn.Linear(6, 4), [(torch.randn(n, 6),) for n in (3, 5)]
+    unfolded, folded = (perturbed(copy.deepcopy(base), std) for std in (0.1, 0.2))
+    result = measure(((see(unfolded, b), see(base, b)) for b in batches), folded, batches)
+    x = torch.cat([b[0] for b in batches])
+    y0, y, y1 = (m(x).double() for m in (base, unfolded, folded))
+    assert result.effect == pytest.approx(rel(y0, y), rel=1e-6)
+    assert result.output_error == pytest.approx(rel(y1, y), rel=1e-6)
 
 
 def test_the_error_is_that_of_all_float_outputs_of_all_batches():
@@ -115,7 +127,10 @@ def test_a_folded_models_perplexity_is_in_its_report(tiny_llama, ids):
         loss = model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss
     assert report.measured.perplexity_before == pytest.approx(float(loss.exp()), rel=1e-5)
     assert report.measured.perplexity_after == pytest.approx(float(loss.exp()), rel=1e-4)
-    assert f"perplexity on the calibration inputs {float(loss.exp()):.1f}" in str(report)
+    assert f" without adapter, {float(loss.exp()):.1f}" in str(report)
+    with torch.no_grad(), oftfx.disable_adapters(model):
+        loss = model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss
+    assert report.measured.perplexity_base == pytest.approx(float(loss.exp()), rel=1e-5)
 
 
 @pytest.mark.needs("transformers")

@@ -16,6 +16,7 @@ from tests.storage_tracker import StorageTracker
 ROWS, COLUMNS = 1024, 3072
 UNIT = 4 * ROWS * COLUMNS
 MOMENTS = 4 * COLUMNS**2 / UNIT  # what calibrating keeps of the inputs, which is counted apart
+BELIEVED = 2 * MOMENTS  # of few inputs also as far as they are believed
 
 
 class Model(nn.Module):
@@ -82,7 +83,7 @@ def test_a_quantized_layer(kind, policy):
 @pytest.mark.parametrize("kind", QUANTIZED)
 def test_a_calibrated_layer(kind):
     peak = peak_of(model_of(quantized_layer(kind)), "calibrate", calibration=batches())
-    assert peak - MOMENTS <= 8
+    assert peak - BELIEVED <= 8
 
 
 @pytest.mark.needs("bitsandbytes")
@@ -92,7 +93,7 @@ def test_scales_that_are_quantized_together():
     layer = make_linear4bit(float_layer(), double_quant=True)
     assert peak_of(model_of(layer), "requantize") <= 4
     peak = peak_of(model_of(layer), "calibrate", calibration=batches())
-    assert peak - MOMENTS <= 8
+    assert peak - BELIEVED <= 8
 
 
 @pytest.mark.needs("bitsandbytes")
@@ -145,8 +146,9 @@ def test_in_place_old_weights_go_layer_by_layer(kind, policy, calibrated):
         inplace=True,
         progress=progress,
     ).report
-    # The progress is that of a layer which stands there; where another one took its place it is one behind.
-    late = int(policy == "float")
+    # The progress is that of a layer which stands there; where another one took its place it is one behind, and where
+    # the unfolded model runs beside, whose forwards are still before that layer.
+    late = int(policy in ("float", "calibrate"))
     assert alive == [(done, len(old) - done + late) for done in range(1, len(old) + 1)]
     if calibrated:
         missed = sum(float((model(*x) - y).double().square().sum()) for x, y in zip(data, expected, strict=True))

@@ -135,11 +135,11 @@ def test_requantize_is_no_worse_than_the_packages_own_rounding():
 
 @BNB
 def test_calibrate_keeps_the_outputs_on_what_the_layer_reads():
-    inputs = torch.randn(96, 64, generator=torch.Generator().manual_seed(5)) @ torch.randn(64, 64).tril()
+    inputs = torch.randn(960, 64, generator=torch.Generator().manual_seed(5)) @ torch.randn(64, 64).tril()
     errors = {}
     for policy in ("requantize", "calibrate"):
         torch.manual_seed(0)
-        result, _, wanted, _ = quantized(policy, calibration=[(inputs[:32],), (inputs[32:],)])
+        result, _, wanted, _ = quantized(policy, calibration=[(inputs[:320],), (inputs[320:],)])
         got, exact = (inputs.double() @ w.T for w in (read(result.program.model[0]), wanted))
         errors[policy] = rel(got, exact)
     assert said(result) == {"0": ("calibrated", "", False)}

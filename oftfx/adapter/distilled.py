@@ -1,0 +1,81 @@
+"""Codes of a calibrated fold on a rotated model, and the scales that are distilled for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch.nn as nn
+
+from oftfx.adapter.before_fold import own_copy
+from oftfx.adapter.store import located
+from oftfx.errors import FoldError
+from oftfx.folding.aware import forget_all, make_all_aware, quantized_sites, scales
+from oftfx.folding.distil import distil
+from oftfx.folding.record import SiteFold
+from oftfx.formats.scalar import ScalarFormat
+from oftfx.grids import Codes
+from oftfx.passes.fold_rotations import FoldRotations
+from oftfx.placement.find import rotated_sites
+from oftfx.planning.program import Program
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """What came of it.
+
+    Attributes:
+        lines: of the calibrated fold, of the sites whose scales were trained.
+        before: loss of the calibrated fold on what was held out.
+        after: with the scales that were kept.
+        held_out: inputs that were.
+    """
+
+    lines: Mapping[str, SiteFold]
+    before: float
+    after: float
+    held_out: int
+
+    def __str__(self) -> str:
+        where = f"{self.held_out} inputs that were held out" if self.held_out else "the calibration inputs themselves"
+        return (
+            f"scales of {len(self.lines)} sites distilled: divergence {self.before:.4g} -> {self.after:.4g} on {where}"
+        )
+
+
+def calibrated_codes(
+    root: nn.Module, names: Sequence[str], fold: FoldRotations
+) -> tuple[dict[str, Codes], dict[str, SiteFold]]:
+    """What a calibrated fold of these adapters writes, with its lines; the model stays as it is."""
+    trial = own_copy(root)
+    located(trial)[1].activate(trial, tuple(names))
+    forget_all(trial)
+    placements = dict(rotated_sites(trial))
+    sites = {fqn: (placement.module, placement.weight_format()) for fqn, placement in placements.items()}
+    codes, lines = dict[str, Codes](), dict[str, SiteFold]()
+    for line in fold.run(Program.of(trial)).found.sites:
+        layer, weight_format = sites[line.fqn]
+        if "calibrated" in line.action and isinstance(weight_format, ScalarFormat):
+            codes[line.fqn], lines[line.fqn] = weight_format.codes(layer), line
+    return codes, lines
+
+
+def distil_scales(
+    root: nn.Module,
+    names: Sequence[str],
+    fold: FoldRotations,
+    passes: int,
+    progress: bool | Callable[[int, int], None] = False,
+) -> Distilled:
+    """Let the sites of a model compute with a calibrated fold whose scales have learnt to give its unfolded outputs.
+
+    Raises:
+        FoldError: the policy calibrates nothing that has scales.
+    """
+    codes, lines = calibrated_codes(root, names, fold)
+    sites = [s for s in quantized_sites(root, names) if s[0] in codes]
+    if not sites:
+        raise FoldError("distil: no site is calibrated by this policy, so there are no scales to train; leave distil=0")
+    make_all_aware(sites, scales(codes))
+    before, after, held = distil(root, fold.calibration, passes, progress=progress)
+    return Distilled(lines, before, after, held)

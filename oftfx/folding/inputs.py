@@ -1,0 +1,30 @@
+"""The calibration inputs that a user gives."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from oftfx.errors import FoldError
+from oftfx.model.running import Inputs
+
+
+def batches_of(calibration: Any) -> list[Inputs]:
+    """An iterable of inputs as a list; of None, an empty one.
+
+    Raises:
+        FoldError: it is one input itself, or something in it is none.
+    """
+    if calibration is None:
+        return []
+    if isinstance(calibration, (Mapping, torch.Tensor, str)):
+        raise FoldError(
+            f"calibration: got a {type(calibration).__name__}, expected an iterable of inputs, e.g. [inputs]; each a "
+            "dict of keyword arguments or a tuple"
+        )
+    batches = list(calibration)
+    if wrong := [b for b in batches if not isinstance(b, (Mapping, tuple))]:
+        raise FoldError(f"calibration: a {type(wrong[0]).__name__} among the inputs; each is a dict or a tuple")
+    return batches

@@ -1,0 +1,204 @@
+"""What a layer reads on the calibration inputs, in the model that is being folded and in the unfolded one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Regular = Literal["as seen", "damped", "shrunk", "diagonal"]
+"""How far second moments of few inputs are believed; see `Shown.moments`."""
+_DAMPING, _RIDGE = 0.1, 0.05
+
+
+@dataclass(frozen=True, eq=False)
+class Shown:
+    """Rows that a layer reads, with the rows of the same tokens in the unfolded model.
+
+    Attributes:
+        inputs: ``X~ (..., in)`` of each batch: what the layers before it, already folded, have made.
+        unfolded: ``X`` of the same batch, or None where it is not known.
+    """
+
+    inputs: Sequence[Tensor]
+    unfolded: Sequence[Tensor | None]
+
+    @property
+    def width(self) -> int:
+        """``in``."""
+        return self.inputs[0].shape[-1]
+
+    @cached_property
+    def tokens(self) -> int:
+        """How many rows there are."""
+        return sum(x.numel() for x in self.inputs) // self.width
+
+    def rows(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """``(X~, X)`` of each batch, ``(n, in)`` float32; the same twice where the unfolded rows are not known."""
+        for x, y in zip(self.inputs, self.unfolded, strict=True):
+            flat = _flat(x)
+            yield flat, flat if y is None else _flat(y)
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """``X~^T X~ (in, in)``, float32."""
+        return self._product(lambda x, _: x)
+
+    @cached_property
+    def missed(self) -> Tensor | None:
+        """``X~^T (X - X~) (in, in)``; None where the inputs are those of the unfolded model."""
+        if all(y is None or torch.equal(x, y) for x, y in zip(self.inputs, self.unfolded, strict=True)):
+            return None
+        return self._product(lambda x, y: y - x)
+
+    @torch.no_grad()
+    def _product(self, of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        total = torch.zeros(self.width, self.width, device=self.inputs[0].device)
+        for x, y in self.rows():
+            total.addmm_(x.T, of(x, y))
+        return total
+
+    def moments(self, regular: Regular = "as seen") -> Tensor:
+        """``X~^T X~``, believed as far as there are inputs to show it.
+
+        ``damped``: a tenth of the mean of its diagonal is added there. ``shrunk``: what is not on the diagonal is
+        multiplied by one less the share of noise in the correlations, ``sum Var(r_ij) / sum r_ij^2`` with
+        ``Var(r) = (1 - r^2)^2 / tokens``. ``diagonal``: nothing else is left.
+
+        Source: Schaefer and Strimmer, Statistical Applications in Genetics and Molecular Biology 4 (2005), 32.
+        """
+        if regular == "as seen":
+            return self.seen
+        diagonal = self.seen.diagonal()
+        if regular == "diagonal":
+            return torch.diag(diagonal)
+        if regular == "damped":
+            return _raised(self.seen, _DAMPING)
+        believed = self.seen * (1 - self._noise)
+        believed.diagonal().copy_(diagonal)
+        return believed
+
+    @cached_property
+    def _noise(self) -> float:
+        root = self.seen.diagonal().clamp(min=1e-30).sqrt()
+        squares = (self.seen / root).div_(root.unsqueeze(1)).square_().fill_diagonal_(0)
+        whole = float(squares.sum())
+        noise = float(squares.sub_(1).square_().sum()) - len(root)  # the diagonal adds one for each
+        return min(1.0, noise / self.tokens / whole) if whole > 0 else 1.0
+
+    def corrected(self, target: Tensor, moments: Tensor, share: float) -> Tensor:
+        """What the weight should be for the layer to give from ``X~`` what ``target`` gives from ``X``.
+
+        ``target + share * target D^T (H + ridge)^-1`` with ``D = X~^T (X - X~)``: the least-squares solution of
+        ``|X~ W^T - X target^T|``, or a share of the way there.
+
+        Source: the targets of Qronos, arXiv 2505.11695, and GPTAQ, arXiv 2504.02692; the share is that of QEP,
+        arXiv 2504.09629.
+        """
+        if not share or self.missed is None:
+            return target
+        factor = _raised(moments.mT, _RIDGE)  # by columns, as the solver wants it, so it takes its own place
+        failed = torch.empty((), dtype=torch.int32, device=factor.device)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
+        if failed:
+            return target
+        change = self.missed @ target.to(factor).T
+        torch.cholesky_solve(change, factor, out=change)
+        return change.T.to(target).mul_(share).add_(target)
+
+    @torch.no_grad()
+    def outputs(self, weight: Tensor, *, own: bool = False) -> Tensor:
+        """``X weight^T (rows, out)``, float32, or with ``own`` ``X~ weight^T``; of not more than some rows."""
+        every = max(1, self.tokens // _JUDGED)
+        rows = torch.cat([(x if own else y)[::every] for x, y in self.rows()])
+        return rows @ weight.float().T
+
+    def is_zero(self) -> bool:
+        """Whether nothing but zeros was read."""
+        return not any(bool(x.any()) for x in self.inputs)
+
+    def is_finite(self) -> bool:
+        """Whether there is no infinity or NaN among what was read."""
+        found = [torch.stack(torch.aminmax(x.detach())) for x in (*self.inputs, *self.unfolded) if x is not None]
+        return bool(torch.isfinite(torch.stack(found)).all())  # NaN is both
+
+    @cached_property
+    def parts(self) -> tuple[Shown, Shown]:
+        """`split`, kept with all that is computed of it."""
+        return self.split()
+
+    def split(self) -> tuple[Shown, Shown]:
+        """To learn from, and to judge by: every eighth batch; of fewer batches the last quarter of each one's rows."""
+        count = len(self.inputs)
+        if count >= _EVERY:
+            held = [i for i in range(count) if i % _EVERY == _EVERY - 1]
+            return self._some([i for i in range(count) if i not in held]), self._some(held)
+        first, last = [], []
+        for x, y in self.rows():
+            cut = max(1, len(x) * 3 // 4)
+            first.append((x[:cut], y[:cut]))
+            if cut < len(x):
+                last.append((x[cut:], y[cut:]))
+        return Shown(*_columns(first)), Shown(*_columns(last or first))
+
+    def _some(self, which: Sequence[int]) -> Shown:
+        return Shown([self.inputs[i] for i in which], [self.unfolded[i] for i in which])
+
+
+_EVERY = 8
+_JUDGED = 1 << 10
+
+
+class Showing:
+    """`Shown` of one layer after the other; layers that read the same tensors share it, and what it has computed.
+
+    Memory is that of one: a few matrices ``(in, in)`` in float32; inputs are not kept alive by it.
+    """
+
+    def __init__(self) -> None:
+        self._key: tuple[tuple[weakref.ref[Tensor] | None, int | None], ...] = ()
+        self._value: Shown | None = None
+
+    def of(self, inputs: Sequence[Tensor], unfolded: Sequence[Tensor | None]) -> Shown:
+        """What is known of a layer that reads these; a fellow of another shape is not of the same tokens."""
+        fellows = [y if y is not None and y.shape == x.shape else None for x, y in zip(inputs, unfolded, strict=True)]
+        key = tuple((None if t is None else weakref.ref(t), _version(t)) for t in (*inputs, *fellows))
+        same = len(key) == len(self._key) and all(
+            ((a is None and b is None) or (a is not None and b is not None and a() is b())) and v == w and v is not None
+            for (a, v), (b, w) in zip(key, self._key, strict=True)
+        )
+        if not same or self._value is None:
+            self._value = None  # before the next one is made
+            self._key, self._value = key, Shown(list(inputs), fellows)
+        return self._value
+
+    def forget(self) -> None:
+        """Let go of what was shown last."""
+        self._key, self._value = (), None
+
+
+def _version(x: Tensor | None) -> int | None:
+    """Counts what was written in place; None where that is not known."""
+    if x is None:
+        return 0
+    return None if x.is_inference() else x._version
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.detach().reshape(-1, x.shape[-1]).float()
+
+
+def _columns(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], list[Tensor | None]]:
+    return [x for x, _ in pairs], [None if y is x else y for x, y in pairs]
+
+
+def _raised(matrix: Tensor, share: float) -> Tensor:
+    """A copy with a share of the diagonal's mean added to it."""
+    result = matrix.clone()
+    result.diagonal().add_(share * float(matrix.diagonal().mean()))
+    return result

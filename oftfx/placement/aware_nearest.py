@@ -1,0 +1,98 @@
+"""The nearest codes of the rotated weight, computed anew in every forward; gradients go straight through."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from oftfx.grids import Codes
+from oftfx.placement.aware import Aware
+from oftfx.placement.base import Placement
+from oftfx.placement.frozen import product_of, together
+from oftfx.rotation.caching import caching
+from oftfx.rotation.frozen import FrozenRotation
+from oftfx.rotation.module import Rotation
+
+
+class AwareNearest(Aware):
+    """``W_folded = Q(W @ blockdiag(R)^T)`` with ``dQ/dW = 1``; what `Requantize` and `FromReference` write.
+
+    Nothing but codes and scales is kept from one forward to the next, and that in eval mode only.
+
+    Args:
+        placement: of the site.
+        names: the adapters.
+        original: gives the float weight ``(out, in)`` to be rotated instead of the layer's own.
+
+    Source: the straight-through estimator of Bengio, Leonard and Courville, arXiv 1308.3432.
+    """
+
+    how = "requantize"
+    turns = True
+
+    def __init__(
+        self, placement: Placement, names: Sequence[str], original: Callable[[], Tensor] | None = None
+    ) -> None:
+        super().__init__(placement, names)
+        self.original = original
+        self._cached: tuple[Any, Codes] | None = None
+
+    def _chain(self) -> list[Rotation | FrozenRotation]:
+        return self.__dict__["placement"].in_effect(self.names)
+
+    def _base(self) -> Tensor:
+        if self.original is None:
+            return self.format.dequantize(self.layer)
+        return self.original().to(self._chain()[0].device)
+
+    @staticmethod
+    def _seen(tensor: Tensor) -> tuple[int, int]:
+        """What tells a stored tensor from another, and from itself after a change."""
+        return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
+
+    def coded(self) -> Codes:
+        """The nearest codes; kept in eval mode while no rotation changes."""
+        chain = self._chain()
+        states = [r.state() for r in chain]
+        stays = None not in states and caching()
+        key = (*states, *(self._seen(t) for t in (*self.layer.parameters(False), *self.layer.buffers(False))))
+        cached = self._cached
+        if stays and cached is not None and cached[0] == key:
+            return cached[1]
+        with torch.inference_mode(False), torch.no_grad():
+            layout = self.format.layout(self.layer)
+            base = self._base()
+            blocks = [b.to(base.device) for b in product_of(chain)]
+            coded = self.format.nearest(layout.turned_in_pieces(base, blocks), self.layer)
+        self._cached = (key, coded) if stays else None
+        return coded
+
+    def inputs(self) -> list[Tensor]:
+        """The blocks of each rotation."""
+        return [r.matrices() if isinstance(r, Rotation) else r.blocks for r in self._chain()]
+
+    def gradients(self, to_weight: Tensor, values: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Those of ``W @ blockdiag(R)^T``; the base weight is read again."""
+        base, layout = self._base(), self.format.layout(self.layer)
+        with torch.enable_grad():
+            blocks = [b.detach().requires_grad_() for b in inputs]
+            target = layout.turned_by(base, [b.to(base.device) for b in together(blocks)])
+        return list(torch.autograd.grad(target, blocks, to_weight.to(target.dtype)))
+
+    def weight(self) -> Tensor:
+        """``T + (Q(T) - T)`` with the bracket a constant."""
+        base, layout = self._base(), self.format.layout(self.layer)
+        target = layout.turned_by(base, together(self.inputs()))
+        grid = self.format.grid(self.layer)
+        rounded = grid.values(self.format.nearest(target.detach(), self.layer))
+        return target + (rounded - target).detach()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> AwareNearest:
+        self._cached = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}

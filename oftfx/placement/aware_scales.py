@@ -1,0 +1,104 @@
+"""Codes that stand still under scales that train."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+
+from oftfx.errors import FoldError
+from oftfx.grids import Codes, Grid, Integers
+from oftfx.placement.aware import Aware
+from oftfx.placement.base import Placement
+from oftfx.rotation.module import whole
+
+GAIN = 10.0
+"""What one unit of `shift` does to the logarithm of a scale, so that a learning rate that is good for rotations is good
+for scales: 3e-3 a step was best for scales on SmolLM2, where 2.5e-4 was for skews."""
+
+
+class AwareScales(Aware):
+    """``W_folded = (level(code) - zero) * scale * exp(10 * shift)``: codes of a calibrated fold, one ``shift`` a group.
+
+    The rotations stand still, so the unfolded adapter stays what it was. Scales are rounded as the format stores them,
+    second quantization included, in every forward; gradients go straight through that rounding.
+
+    Args:
+        placement: of the site.
+        names: the adapters.
+        coded: where to start.
+
+    Attributes:
+        shift: trainable, float32 ``(groups,)``; starts at 0.
+
+    Source: quantization step sizes as parameters are those of Esser et al., LSQ, arXiv 1902.08153.
+    """
+
+    how = "calibrate"
+    turns = False
+    packed: Tensor
+    scale: Tensor
+    zero: Tensor | None
+
+    def __init__(self, placement: Placement, names: Sequence[str], coded: Codes) -> None:
+        super().__init__(placement, names)
+        grid = self._grid()
+        self.shape = tuple(coded.codes.shape)
+        self.register_buffer("packed", _packed(coded.codes, grid, placement.site))
+        self.register_buffer("scale", coded.scale.detach().clone())
+        self.register_buffer("zero", None if coded.zero is None else coded.zero.detach().clone())
+        self.shift = nn.Parameter(torch.zeros_like(self.scale))
+
+    def _grid(self) -> Grid:
+        return self.format.grid(self.layer)
+
+    @torch.no_grad()
+    def coded(self) -> Codes:
+        """Under the scales as they are now."""
+        grid = self._grid()
+        scale, parts = grid.stored(self.scale * torch.exp(GAIN * whole(self.shift)))
+        return Codes(_unpacked(self.packed, self.shape, grid), scale, self.zero, parts)
+
+    def inputs(self) -> list[Tensor]:
+        """``shift``."""
+        return [whole(self.shift)]
+
+    def gradients(self, to_weight: Tensor, values: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """A weight is proportional to its scale: ``dL/dshift = 10 * sum of dL/dW * W`` over the group."""
+        return [GAIN * self._grid().partition.split(to_weight * values).sum(1)]
+
+    def weight(self) -> Tensor:
+        """A factor of 1 that knows how the scale moves it."""
+        shift = whole(self.shift)
+        return self.values() * (1 + GAIN * self._grid().partition.expand(shift - shift.detach()))
+
+
+def _packed(codes: Tensor, grid: Grid, site: str) -> Tensor:
+    """Codes as bytes, two to a byte where they fit."""
+    low, count = _range(grid)
+    if count > 2**8:
+        raise FoldError(f"{site}: {count} levels; fold-aware training knows formats of up to 256")
+    flat = (codes.reshape(-1).to(torch.int32) - low).to(torch.uint8)
+    if count > 2**4:
+        return flat
+    if flat.numel() % 2:
+        flat = torch.nn.functional.pad(flat, (0, 1))
+    return flat[::2] << 4 | flat[1::2]
+
+
+def _unpacked(packed: Tensor, shape: tuple[int, ...], grid: Grid) -> Tensor:
+    low, count = _range(grid)
+    flat = packed if count > 2**4 else torch.stack([packed >> 4, packed & 15], dim=1).reshape(-1)
+    codes = flat[: shape[0] * shape[1]].view(shape)
+    return codes.to(torch.int16) + low if isinstance(grid.levels, Integers) else codes
+
+
+def _range(grid: Grid) -> tuple[int, int]:
+    """The smallest code and how many there are."""
+    levels = grid.levels
+    if isinstance(levels, Integers):
+        return levels.low, levels.high - levels.low + 1
+    values = getattr(levels, "values", None)
+    return 0, 2**8 if values is None else len(values)

@@ -1,0 +1,130 @@
+"""Ways to round one layer, and which of them is best on inputs that it was not made from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from oftfx.folding.shown import Regular, Shown
+from oftfx.folding.turned import Turned
+from oftfx.formats.base import WeightState
+from oftfx.passes.quantized.policy import rounded
+
+_RICH, _FEW = 4, 2  # tokens for each input feature
+
+
+@dataclass(frozen=True)
+class Way:
+    """How to round.
+
+    Attributes:
+        regular: how far the moments are believed; None: the nearest codes, or with ``keep`` those that are there.
+        share: of the correction for what earlier folds have missed.
+        keep: leave the codes as they are.
+    """
+
+    regular: Regular | None = None
+    share: float = 0.0
+    keep: bool = False
+
+    def state(self, site: Turned, shown: Shown) -> WeightState:
+        """The rounded weight."""
+        if self.keep:
+            return site.format.read(site.module)
+        if self.regular is None:
+            return rounded(site, site.target, None)
+        moments = shown.moments(self.regular)
+        return rounded(site, shown.corrected(site.target, moments, self.share), moments)
+
+
+NEAREST, KEEP = Way(), Way(keep=True)
+CALIBRATED = Way("as seen", 1.0)
+_CAREFUL = (Way("as seen", 0.5), Way("damped", 0.5), Way("shrunk", 0.5), Way("shrunk"), Way("diagonal"))
+
+
+@dataclass(frozen=True)
+class Best:
+    """The rounding that was chosen.
+
+    Attributes:
+        way: how it was made.
+        state: the weight.
+        error: ``|Y_folded - Y'| / |Y'|`` on held-out inputs, with ``Y' = X W'^T`` and ``Y_folded = X~ W_folded^T``.
+        survival: ``<Y_folded - Y, Y' - Y> / |Y' - Y|^2`` there, with ``Y = X W^T``.
+    """
+
+    way: Way
+    state: WeightState
+    error: float
+    survival: float
+
+    def remark(self, shown: Shown) -> str:
+        """What a user should know of it."""
+        few = f"{shown.tokens} tokens for {shown.width} input features are few" if _are_few(shown) else ""
+        chosen = ""
+        if self.way.keep:
+            chosen = "keeps its old codes, which were best on held-out inputs"
+        elif self.way.regular is None:
+            chosen = "rounded to the nearest codes, which were best on held-out inputs"
+        return "; ".join(n for n in (few, chosen) if n)
+
+
+def _are_few(shown: Shown) -> bool:
+    return shown.tokens < _FEW * shown.width
+
+
+def best_rounding(site: Turned, shown: Shown) -> Best:
+    """Try the ways on part of the inputs and judge them on the rest.
+
+    Nearest rounding, or the old codes where they are better, is what another way has to beat by more than the standard
+    error of the difference. Where there are plenty of inputs, only one other way is tried and taken as it is; else
+    several are, and the best is made anew from all.
+    """
+    rich = shown.tokens >= _RICH * shown.width
+    learn, judge = shown.parts if rich else shown.split()  # few are quickly looked at again by layers that share them
+    ways = (CALIBRATED,) if rich else (CALIBRATED, *_CAREFUL)
+    wanted = judge.outputs(site.target)
+    safe = min((_tried(site, way, learn, judge, wanted) for way in (NEAREST, KEEP)), key=lambda t: t.error)
+    best = min((_tried(site, way, learn, judge, wanted) for way in ways), key=lambda t: t.error)
+    gain = safe.errors - best.errors
+    if not float(gain.mean()) > float(gain.std(correction=0)) / len(gain) ** 0.5:
+        best = safe
+    before = judge.outputs(site.base)
+    update, whole = wanted - before, float(wanted.square().sum())
+    asked = float(update.square().sum())
+    outputs = judge.outputs(_values(site, best.state), own=True)
+    survival = float(((outputs - before) * update).sum()) / asked if asked > 0 else 1.0
+    relative = (best.error / whole) ** 0.5 if whole > 0 else 0.0
+    del learn, outputs, before, update, wanted
+    state = best.state if rich or best is safe else best.way.state(site, shown)
+    return Best(best.way, state, relative, survival)
+
+
+@dataclass(frozen=True, eq=False)
+class _Tried:
+    way: Way
+    state: WeightState
+    errors: Tensor  # squared, of each row
+
+    @property
+    def error(self) -> float:
+        return float(self.errors.sum(dtype=torch.float64))
+
+
+def _tried(site: Turned, way: Way, learn: Shown, judge: Shown, wanted: Tensor) -> _Tried:
+    state = way.state(site, learn)
+    return _Tried(way, state, (judge.outputs(_values(site, state), own=True) - wanted).square_().sum(1))
+
+
+@torch.no_grad()
+def _values(site: Turned, state: WeightState) -> Tensor:
+    """The weight ``(out, in)`` that a state stands for; the layer has its own again afterwards."""
+    module, weight_format = site.module, site.format
+    old = weight_format.read(module)
+    weight_format.write(module, state)
+    try:
+        return weight_format.dequantize(module)
+    finally:
+        weight_format.write(module, old)

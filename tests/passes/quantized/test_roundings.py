@@ -1,0 +1,77 @@
+"""Never worse than doing less: the rounding of one layer, judged on rows that it has not seen."""
+
+import pytest
+import torch
+import torch.nn as nn
+
+import oftfx
+from oftfx.folding.shown import Shown
+from oftfx.folding.turned import Turned
+from oftfx.formats import format_of
+from oftfx.formats.bnb4 import make_linear4bit
+from oftfx.passes.quantized.roundings import KEEP, NEAREST, best_rounding
+from oftfx.placement.find import rotated_sites
+from tests.reference import randomize, rel
+
+pytestmark = pytest.mark.needs("bitsandbytes")
+
+
+def site_of(columns, rows, std, seed=0):
+    torch.manual_seed(seed)
+    layer = make_linear4bit(nn.Linear(columns, rows, bias=False))
+    model = randomize(oftfx.transform(nn.Sequential(layer), {"*": oftfx.OFT(32)}), std=std)
+    ((fqn, placement),) = rotated_sites(model)
+    return Turned.of(fqn, placement, format_of(layer))
+
+
+def values_of(site, state):
+    old = site.format.read(site.module)
+    site.format.write(site.module, state)
+    found = site.format.dequantize(site.module).double()
+    site.format.write(site.module, old)
+    return found
+
+
+def errors_on(site, fresh, shown):
+    """Of the best rounding, nearest codes and the old ones."""
+    best = best_rounding(site, shown)
+    wanted = fresh.double() @ site.target.double().T
+    states = best.state, NEAREST.state(site, shown), KEEP.state(site, shown)
+    return [rel(fresh.double() @ values_of(site, s).T, wanted) for s in states], best
+
+
+@pytest.mark.parametrize("tokens", [24, 128, 512, 4096])
+@pytest.mark.parametrize("std", [0.002, 0.02])
+def test_independent_inputs_of_different_size(tokens, std):
+    """Where there is nothing to learn from the correlations, noise must not be learnt."""
+    site, size = site_of(448, 96, std), torch.logspace(0, -1.5, 448)
+    generator = torch.Generator().manual_seed(3)
+    shown = Shown([torch.randn(tokens, 448, generator=generator) * size], [None])
+    fresh = torch.randn(6000, 448, generator=generator) * size
+    (best, nearest, keep), _ = errors_on(site, fresh, shown)
+    assert best <= 1.01 * min(nearest, keep)
+
+
+@pytest.mark.parametrize("tokens", [24, 256, 4096])
+def test_dependent_inputs(tokens):
+    site, generator = site_of(448, 96, 0.02), torch.Generator().manual_seed(4)
+    mix = torch.randn(40, 448, generator=generator)
+
+    def rows(count):
+        return torch.randn(count, 40, generator=generator) @ mix + 0.3 * torch.randn(count, 448, generator=generator)
+
+    (best, nearest, keep), chosen = errors_on(site, rows(6000), Shown([rows(tokens)], [None]))
+    assert best <= 1.01 * min(nearest, keep)
+    if tokens > 1000:
+        assert best < 0.6 * nearest
+        assert chosen.error == pytest.approx(best, rel=0.1)
+
+
+def test_old_codes_are_kept_where_they_are_best_and_few_tokens_are_said():
+    site = site_of(448, 96, 0.0005)
+    shown = Shown([torch.randn(64, 448)], [None])
+    best = best_rounding(site, shown)
+    assert best.way == KEEP
+    assert "old codes" in best.remark(shown)
+    assert "64 tokens for 448 input features" in best.remark(shown)
+    assert torch.equal(values_of(site, best.state), site.base.double())
