@@ -15,7 +15,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
 
 
-LAYERS = {"aqlm", "auto_gptq", "awq", "gptqmodel", "hqq", "neural_compressor", "openvino", "torchao"}
+LAYERS = {"aqlm", "auto_gptq", "awq", "compressed_tensors", "gptqmodel", "hqq", "neural_compressor", "openvino"}
+LAYERS |= {"torchao"}
 """Packages of tools/environment-layers: they conflict with each other's requirements, so they are kept apart."""
 
 

@@ -17,6 +17,7 @@ from oftfx.files import landing, of_version, remains, write
 from oftfx.folding.checkpoint import checkpoint_digest
 from oftfx.folding.note import fold_notes, note_again
 from oftfx.folding.report import FoldReport
+from oftfx.model.compressed import keep_compressed
 from oftfx.placement.find import rotated_sites
 from oftfx.version import __version__
 
@@ -89,6 +90,7 @@ def load_folded(directory: str | Path, model: nn.Module | None = None, **options
     way = next(c for c in CHECKPOINTS if c.name == note["way"])()
     loaded = way.read(directory, note["facts"], model, options)
     modules = dict(loaded.named_modules())
+    keep_compressed(loaded)
     multiply_right({s["fqn"]: modules[s["fqn"]] for s in note["report"]["sites"] if s["fqn"] in modules})
     if note["rotations"] is not None:
         load_rotations(loaded, directory)

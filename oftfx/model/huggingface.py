@@ -88,6 +88,11 @@ def note_float_layers(model: nn.Module, made_float: list[str]) -> None:
         if hasattr(quantization, name):
             skipped = getattr(quantization, name) or []
             setattr(quantization, name, [*skipped, *(n for n in plain if n not in skipped)])
+    inner: Any = getattr(quantization, "quantization_config", None)  # compressed-tensors has its own inside
+    if hasattr(inner, "ignore"):
+        skipped = inner.ignore or []
+        quantization.quantization_config = copy.copy(inner)
+        quantization.quantization_config.ignore = [*skipped, *(n for n in plain if n not in skipped)]
     config.quantization_config = quantization
     if (quantizer := vars(model).get("hf_quantizer")) is not None:
         model.hf_quantizer = copy.copy(quantizer)

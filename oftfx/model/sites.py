@@ -71,6 +71,8 @@ class Finder:
                     "an embedding with sparse=True: gradients of a rotation are dense. Make it dense first "
                     f"(model.get_submodule({path!r}).sparse = False)"
                 )
+            elif weight_format is not None and path and (reason := weight_format.refuses(module)):
+                self.refused[path] = reason
             elif weight_format is not None and path:
                 yield self.site(module, weight_format)
             elif isinstance(module, nn.MultiheadAttention):

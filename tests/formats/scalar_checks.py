@@ -20,7 +20,7 @@ def tensors_of(value):
         return [value.detach()]
     if isinstance(value, dict):
         return [t for item in value.values() for t in tensors_of(item)]
-    return [] if value is None else [torch.tensor(value, dtype=torch.float64)]
+    return [] if value is None or isinstance(value, str) else [torch.tensor(value, dtype=torch.float64)]
 
 
 def bytes_of(state):

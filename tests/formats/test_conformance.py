@@ -27,6 +27,7 @@ PACKAGES = {
     "inc_fp8": "neural_compressor",
     "aqlm": "aqlm",
     "eetq": "transformers",
+    "compressed_tensors": "compressed_tensors",
 }
 ROUNDS_ACTIVATIONS = {"bnb8": 0.02}
 """Formats whose own eval forward rounds activations as well, and how much of the output that is."""
@@ -44,6 +45,7 @@ AWKWARD = {
     "inc_fp8": (33, 5),
     "eetq": (192, 64),
     "aqlm": (72, 33),
+    "compressed_tensors": (99, 5),
 }
 """The oddest shape (in, out) that each format's own package accepts, more or less."""
 INSTEAD = {("eetq", (64, 96)): (64, 192)}
