@@ -22,6 +22,7 @@ from oftfx.folding.checkpoint import ROTATION
 from oftfx.folding.report import FoldReport
 from oftfx.formats.base import WeightFormat
 from oftfx.formats.registry import format_of
+from oftfx.model.huggingface import can_except
 from oftfx.model.structure import replace_module, structural_copy
 from oftfx.placement.find import rotated_sites
 
@@ -104,7 +105,7 @@ class Transformers(Checkpoint):
                 "fold with quantized='float'"
             )
         floats = _float_sites(report)
-        if layers and floats and not any(hasattr(config, n) for n in _EXCEPTIONS):
+        if layers and floats and not can_except(config):
             raise FoldError(
                 f"{floats[0]} became a float layer among quantized ones, which a {type(config).__name__} cannot say, "
                 "so from_pretrained would not find its weight. Fold all layers with quantized='float', or none"
@@ -228,7 +229,6 @@ class Plain(Checkpoint):
 
 
 CHECKPOINTS: tuple[type[Checkpoint], ...] = (Hqq, Transformers, Plain)
-_EXCEPTIONS = ("llm_int8_skip_modules", "modules_to_not_convert")
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:

@@ -18,10 +18,11 @@ from oftfx.formats.hf_fp8 import HfFp8
 from oftfx.formats.hqq import Hqq
 from oftfx.formats.inc_fp8 import IncFp8
 from oftfx.formats.inc_woq import IncWeightOnly
+from oftfx.formats.quanto import Quanto
 from oftfx.formats.torchao import TorchAO
 
 _BUILTIN: tuple[WeightFormat, ...] = (
-    *(Aqlm(), Eetq(), IncFp8(), HfFp8(), IncWeightOnly(), TorchAO(), CompressedTensors()),
+    *(Aqlm(), Eetq(), IncFp8(), HfFp8(), IncWeightOnly(), TorchAO(), CompressedTensors(), Quanto()),
     *(Awq(), Gptq(), Hqq(), Bnb8(), Bnb4(), Dense()),
 )
 _formats: dict[str, WeightFormat] = {f.name: f for f in _BUILTIN}  # in the order they are asked

@@ -208,7 +208,7 @@ class Grid:
 
     def _ranges(self, groups: Tensor, search: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Scales and zeros to choose from, the group's own range first."""
-        shares = torch.linspace(1.0, _NARROWEST, _STEPS + 1, device="cpu").tolist() if search else [1.0]
+        shares = shares_of(search)
         if self.symmetric:
             largest = groups.abs().amax(1)
             for share in shares:
@@ -235,6 +235,11 @@ class Grid:
         kept = self.round_scale(scale)
         # What is too small for a narrow dtype must not become 0, by which would be divided.
         return torch.where(kept > 0, kept, self.round_scale(torch.full_like(scale, _SMALLEST)))
+
+
+def shares_of(search: bool) -> list[float]:
+    """How much of a group's range is tried, all of it first."""
+    return torch.linspace(1.0, _NARROWEST, _STEPS + 1, device="cpu").tolist() if search else [1.0]
 
 
 def _better(a: _Fit, b: _Fit) -> _Fit:

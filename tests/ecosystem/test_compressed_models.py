@@ -111,6 +111,8 @@ def test_layers_that_became_floats_are_named_in_the_configuration(written, ids, 
     attention = again.model.layers[0].self_attn
     assert format_of(attention.q_proj).name == "dense"
     assert format_of(attention.k_proj).name == "compressed_tensors"
+    loaded = oftfx.load_folded(result.save(tmp_path / "saved"), dtype=torch.float32)
+    assert rel(logits(loaded, ids()), wanted) < 1e-6
     restored = oftfx.unfold(result)
     assert restored.config.quantization_config.quantization_config.ignore == ["lm_head"]
 

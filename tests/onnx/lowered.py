@@ -176,6 +176,12 @@ def compressed(**kwargs: Any) -> Callable[[nn.Linear], nn.Module]:
     return lambda linear: make_compressed(linear, **kwargs)
 
 
+def quanto(kind: str) -> Callable[[nn.Linear], nn.Module]:
+    from oftfx.formats.quanto import make_quanto
+
+    return lambda linear: make_quanto(linear, kind)
+
+
 def eetq(dtype: torch.dtype = torch.float32) -> Callable[[nn.Linear], nn.Module]:
     from oftfx.formats.eetq import make_eetq
 
@@ -306,6 +312,11 @@ CASES = {
     "compressed mxfp4": case(
         *("compressed_tensors", compressed(type="float", **MXFP4), "table table table"), group=32, scale=2, table=FOUR
     ),
+    "quanto int8": case("optimum.quanto", quanto("qint8"), "nbits dq nbits", bits=8),
+    "quanto int4": case(
+        "optimum.quanto", quanto("qint4"), "nbits table nbits", group=128, zero=4, table=FOUR, sizes=(256, 384, 64)
+    ),
+    "quanto float8": case("optimum.quanto", quanto("qfloat8"), "dq dq dq", bits=8),
     "eetq": case("transformers", eetq(), "nbits dq nbits", bits=8, scale=2),
     "eetq float16": case("transformers", eetq(torch.float16), "nbits dq nbits", bits=8, scale=2, bound=HALF),
 }  # fmt: skip
