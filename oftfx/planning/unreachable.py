@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from oftfx.model.names import read_as
 from oftfx.model.structure import is_own_module
 from oftfx.planning.program import Program
 
@@ -28,10 +29,10 @@ def unreachable(program: Program) -> Iterator[tuple[str, str, str]]:
             continue
         matrices = [n for n, p in module._parameters.items() if p is not None and is_matrix(p)]
         for name in matrices:
-            path = f"{fqn}.{name}" if fqn else name
+            path = read_as(f"{fqn}.{name}" if fqn else name)
             if path not in weights:
                 path = fqn if name == "weight" and fqn else path
-                yield path, fqn, _why(program, module, name)
+                yield path, fqn, program.refused.get(path) or _why(program, module, name)
         packed = any(b is not None and is_matrix(b) and b.dtype in _PACKED for b in module._buffers.values())
         if packed and not matrices and fqn not in holders and not any(module.children()):
             yield fqn, fqn, _why(program, module, "weight")
