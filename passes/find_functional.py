@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from oftfx.formats.dense import DenseParameter
 from oftfx.formats.layout import Layout
 from oftfx.model.index import ModelIndex
+from oftfx.model.names import read_as
 from oftfx.model.site import Site
 from oftfx.model.sites import Finder
 from oftfx.passes.protocol import Change, Pass, PassResult
@@ -215,10 +216,13 @@ def _picks_one(user: fx.Node) -> bool:
 
 
 def _in_order(sites: tuple[Site, ...], index: ModelIndex) -> tuple[Site, ...]:
-    """In the order of the module tree; a quantized layer need not have a parameter called weight."""
+    """In the order of the module tree; a quantized layer need not have a parameter called weight.
+
+    What a module computes stands after what it holds, as its parametrizations are children of it.
+    """
     order: dict[str, int] = {}
     for module, paths in index.paths.items():
         for path in paths:
             for name in (*module._parameters, "weight"):
-                order.setdefault(f"{path}.{name}" if path else name, len(order))
+                order.setdefault(read_as(f"{path}.{name}" if path else name), len(order))
     return tuple(sorted(sites, key=lambda s: order.get(s.weight_name, -1)))

@@ -48,6 +48,7 @@ _NEVER_RAN = (
     "(its weight may be used by other code); compare folded and unfolded outputs, or exclude it by a rule"
 )
 _NOT_REACHED = "no calibration input reached this layer, or only zeros, so its weights are rounded to the nearest codes"
+_UNSEEN = "what each expert reads cannot be seen from outside, so its weights are rounded to the nearest codes"
 _NO_REFERENCE = (
     "policy 'reference' needs reference=, the original float model, its checkpoint directory, or a function from "
     "module path to weight"
@@ -118,6 +119,7 @@ class FoldRotations(Pass):
         program.index.clear()  # else it would keep what the fold replaces
         some_ran = any(t.placement.ran for t in todo)
         remarks = {t.fqn: _NEVER_RAN if some_ran and not t.placement.ran else hooks_remark(t.placement) for t in todo}
+        remarks |= {t.fqn: _UNSEEN for t in todo if self._is_unseen(t)}
         later = {t.placement.module: t for t in todo if self._is_calibrated(t)}
         at_once = [t for t in todo if t.placement.module not in later]
         order, done = [t.fqn for t in todo], dict[str, SiteFold]()
@@ -202,8 +204,14 @@ class FoldRotations(Pass):
     def _is_calibrated(self, one: _Todo) -> bool:
         if one.format.lossless or one.as_trained or not self.calibration:
             return False
+        if one.placement.format is not None:  # what reads a parameter of its own, and with which rows, no hook sees
+            return False
         # A budget measures output errors where it can.
         return isinstance(one.policy, Budget) or one.policy in ("calibrate", "reference")
+
+    def _is_unseen(self, one: _Todo) -> bool:
+        wanted = isinstance(one.policy, str) and one.policy in ("calibrate", "reference") and bool(self.calibration)
+        return wanted and not one.format.lossless and one.placement.format is not None
 
     def _check(self, one: _Todo) -> None:
         if one.format.lossless or one.as_trained:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from oftfx.model.index import ModelIndex
+from oftfx.model.names import read_as
 from oftfx.model.structure import is_own_module
 from oftfx.passes.protocol import Pass, PassResult
 from oftfx.planning.coverage import Coverage, Unreached
@@ -62,5 +63,5 @@ def _matrices(index: ModelIndex) -> dict[int, _Matrix]:
             if parameter is not None and is_matrix(parameter) and not name.endswith("bias"):
                 entry: _Matrix = ([], tuple(parameter.shape), parameter.numel() * parameter.element_size())
                 mine = found.setdefault(id(parameter), entry)[0]
-                mine += [f"{path}.{name}" if path else name for path in paths]
+                mine += [read_as(f"{path}.{name}" if path else name) for path in paths]
     return found

@@ -15,7 +15,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
 
 
-LAYERS = {"aqlm", "auto_gptq", "awq", "gptqmodel", "hqq", "neural_compressor", "openvino", "torchao"}
+LAYERS = {"aqlm", "auto_gptq", "awq", "compressed_tensors", "gptqmodel", "hqq", "neural_compressor", "openvino"}
+LAYERS |= {"optimum.quanto", "torchao"}
 """Packages of tools/environment-layers: they conflict with each other's requirements, so they are kept apart."""
 
 
@@ -65,9 +66,15 @@ def pytest_collection_modifyitems(config, items):
         return
     for item in items:
         for mark in item.iter_markers("needs"):
-            missing = [m for m in mark.args if importlib.util.find_spec(m) is None and (not required or m in LAYERS)]
+            missing = [m for m in mark.args if not _is_there(m) and (not required or m in LAYERS)]
             if missing:
                 item.add_marker(pytest.mark.skip(reason=f"needs {', '.join(missing)}"))
+
+
+def _is_there(package):
+    """Whether a package, or one inside another, is installed; importing neither."""
+    above, _, _ = package.rpartition(".")
+    return (not above or _is_there(above)) and importlib.util.find_spec(package) is not None
 
 
 @pytest.fixture(autouse=True)

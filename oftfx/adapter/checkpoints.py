@@ -22,6 +22,7 @@ from oftfx.folding.checkpoint import ROTATION
 from oftfx.folding.report import FoldReport
 from oftfx.formats.base import WeightFormat
 from oftfx.formats.registry import format_of
+from oftfx.model.huggingface import can_except
 from oftfx.model.structure import replace_module, structural_copy
 from oftfx.placement.find import rotated_sites
 
@@ -104,7 +105,7 @@ class Transformers(Checkpoint):
                 "fold with quantized='float'"
             )
         floats = _float_sites(report)
-        if layers and floats and not any(hasattr(config, n) for n in _EXCEPTIONS):
+        if layers and floats and not can_except(config):
             raise FoldError(
                 f"{floats[0]} became a float layer among quantized ones, which a {type(config).__name__} cannot say, "
                 "so from_pretrained would not find its weight. Fold all layers with quantized='float', or none"
@@ -112,10 +113,10 @@ class Transformers(Checkpoint):
         own = vars(model).get("save_pretrained")
         save: Any = own.write if isinstance(own, SavesRotations) else model.save_pretrained
         try:
-            save(str(directory))
+            save(str(directory), **_WITHOUT_REVERSE if config is None and _was_dequantized(model) else {})
         except NotImplementedError:
             # Of a model that was read from a quantized file, transformers cannot undo what it did while reading.
-            save(str(directory), save_original_format=False)
+            save(str(directory), **_WITHOUT_REVERSE)
         return {"class": type(model).__name__}
 
     def read(self, directory: Path, facts: Facts, model: nn.Module | None, options: dict[str, Any]) -> nn.Module:
@@ -228,7 +229,20 @@ class Plain(Checkpoint):
 
 
 CHECKPOINTS: tuple[type[Checkpoint], ...] = (Hqq, Transformers, Plain)
-_EXCEPTIONS = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+
+_WITHOUT_REVERSE = {"save_original_format": False}
+
+
+def _was_dequantized(model: nn.Module) -> bool:
+    """Whether transformers made floats of a quantized file while reading it.
+
+    It would write them under the names of the codes (transformers 5.23, gpt-oss: ``down_proj_blocks``), and not find
+    them again.
+    """
+    conversions = vars(model).get("_weight_conversions") or ()
+    steps = (step for c in conversions for step in getattr(c, "operations", ()))
+    return any(type(step).__name__.endswith("Dequantize") for step in steps)
 
 
 def quantized_layers(model: nn.Module) -> dict[str, nn.Module]:

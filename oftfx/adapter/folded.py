@@ -17,6 +17,8 @@ from oftfx.files import landing, of_version, remains, write
 from oftfx.folding.checkpoint import checkpoint_digest
 from oftfx.folding.note import fold_notes, note_again
 from oftfx.folding.report import FoldReport
+from oftfx.formats.bnb4_experts import four_bit_parameters
+from oftfx.model.compressed import keep_compressed
 from oftfx.placement.find import rotated_sites
 from oftfx.version import __version__
 
@@ -30,6 +32,11 @@ def save_folded(model: nn.Module, report: FoldReport, directory: str | Path) -> 
     from safetensors import SafetensorError
 
     directory = Path(directory)
+    if (path := next(four_bit_parameters(model), None)) is not None:
+        raise FoldError(
+            f"{path} is a parameter in 4 bits, which neither from_pretrained nor load_state_dict reads back; fold with "
+            "quantized='float', or save the state_dict and load it with bitsandbytes.nn.parametrize"
+        )
     stale = _own_files(directory)
     way = next(c for c in CHECKPOINTS if c.takes(model))()
     head = NOTE if way.name == "state_dict" else _CONFIG
@@ -89,6 +96,7 @@ def load_folded(directory: str | Path, model: nn.Module | None = None, **options
     way = next(c for c in CHECKPOINTS if c.name == note["way"])()
     loaded = way.read(directory, note["facts"], model, options)
     modules = dict(loaded.named_modules())
+    keep_compressed(loaded)
     multiply_right({s["fqn"]: modules[s["fqn"]] for s in note["report"]["sites"] if s["fqn"] in modules})
     if note["rotations"] is not None:
         load_rotations(loaded, directory)

@@ -9,6 +9,7 @@ import torch.nn as nn
 
 from oftfx.adapter.store import Adapter, find_store, store_of
 from oftfx.errors import AdapterError, RuleError, warn
+from oftfx.model.compressed import keep_compressed
 from oftfx.model.huggingface import allow_training, note_zeros
 from oftfx.model.index import ModelIndex
 from oftfx.model.names import child_name
@@ -29,6 +30,8 @@ def insert(model: nn.Module, program: Program, adapter: str, *, trainable: bool)
     index = ModelIndex(model)
     check_insertable(index, program.planned)
     first = find_store(model) is None
+    if first:
+        keep_compressed(model)
     result = PassManager([InsertRotations(adapter, activate=False)]).run(program.with_(index=index))
     store = store_of(model)
     if first:

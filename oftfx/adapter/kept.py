@@ -17,6 +17,7 @@ from oftfx.files import of_version, write_whole
 from oftfx.folding.checkpoint import checkpoint_digest
 from oftfx.formats.exact import choose_kernel, use_exact
 from oftfx.formats.registry import format_of
+from oftfx.model.compressed import keep_compressed
 from oftfx.model.sites import weight_device
 from oftfx.placement.attach import attach
 from oftfx.placement.find import rotated_sites
@@ -117,6 +118,7 @@ def load_rotations(model: M, path: str | Path) -> M:
                 raise AdapterFileError(
                     f"{path}: {fqn} has in_features {known[fqn].in_features}, the saved rotation {count * size}"
                 )
+    keep_compressed(model)
     multiply_right({fqn: modules[known[fqn].module] for fqn in sites})
     made: dict[str, FrozenRotation] = {}
     for fqn, keys in sites.items():

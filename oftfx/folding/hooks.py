@@ -9,6 +9,9 @@ from oftfx.placement.base import Placement
 from oftfx.placement.input import RotateInput
 from oftfx.placement.output import RotateOutput
 
+_BLIND = ("bitsandbytes.nn.parametrize",)
+"""Modules whose hooks look at no values."""
+
 
 def hooks_remark(placement: Placement) -> str:
     """What a user should know of them; empty where none would notice."""
@@ -31,7 +34,8 @@ def hooks_remark(placement: Placement) -> str:
 
 
 def _others(hooks: Iterable[Any]) -> list[Any]:
-    return [h for h in hooks if not isinstance(getattr(h, "__self__", h), Placement)]
+    seeing = [h for h in hooks if not isinstance(getattr(h, "__self__", h), Placement)]
+    return [h for h in seeing if getattr(h, "__module__", None) not in _BLIND]
 
 
 def _names(hooks: list[Any]) -> str:

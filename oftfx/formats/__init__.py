@@ -8,10 +8,11 @@ from oftfx.formats.base import Geometry, WeightFormat, WeightState
 from oftfx.formats.layout import Layout
 from oftfx.formats.registry import format_named, format_of, formats, register_format
 from oftfx.formats.scalar import ScalarFormat
-from oftfx.grids import Codes, Float8, Grid, Integers, Levels, Partition, Table
+from oftfx.grids import Codes, Float4, Float8, Grid, Integers, Levels, Partition, Table
 
 __all__ = [
     "Codes",
+    "Float4",
     "Float8",
     "Geometry",
     "Grid",

@@ -100,6 +100,10 @@ class WeightFormat(ABC):
     def matches(self, module: nn.Module) -> bool:
         """Whether this format stores the weight of ``module``; by class name and tensors, importing nothing."""
 
+    def refuses(self, module: nn.Module) -> str | None:  # noqa: ARG002
+        """Why a layer that this format stores can be no site; None where it can."""
+        return None
+
     @abstractmethod
     def geometry(self, module: nn.Module) -> Geometry:
         """Shape and kind, right for every packing."""
@@ -140,6 +144,10 @@ class WeightFormat(ABC):
         Such a layer computes ``x @ dequantize(layer)^T + bias`` instead; see `oftfx.formats.exact`.
         """
         return None
+
+    def runs(self, module: nn.Module) -> bool:  # noqa: ARG002
+        """Whether the layer has a forward of its own in the state in which it is."""
+        return True
 
     def load_state(self, module: nn.Module, state: dict[str, Tensor]) -> None:
         """Take the weight that a layer of the same making has in its ``state_dict``."""

@@ -13,6 +13,7 @@ undoes one that has happened; `dequantize` reads both layouts.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -81,31 +82,17 @@ class Bnb4(ScalarFormat):
     def grid(self, module: nn.Module) -> Grid:
         """Runs of ``blocksize`` elements, which may cross rows, scaled into the table of nf4 or fp4."""
         state = _state(module)
-        return Grid(
-            Partition.flat(tuple(state.shape), state.blocksize),
-            Table(state.code.float()),
-            couple=_DoubleQuantization(state.state2) if state.nested else None,
-        )
+        return flat_grid(tuple(state.shape), state)
 
     def codes(self, module: nn.Module) -> Codes:
         """From either layout."""
         state = _state(module)
-        codes = _codes(module.weight, state).reshape(tuple(state.shape))
-        parts = _Nested(state.absmax, state.state2, state.offset) if state.nested else None
-        return Codes(codes, _absmax(state).contiguous(), parts=parts)
+        return flat_codes(module.weight, tuple(state.shape), state)  # type: ignore[arg-type]
 
     def pack(self, coded: Codes, like: nn.Module) -> WeightState:
         """Two codes a byte, and a Params4bit and QuantState with the settings of ``like``."""
         old, state = like.weight, copy.copy(_state(like))
-        flat = coded.codes.reshape(-1)
-        if flat.numel() % 2:
-            flat = torch.nn.functional.pad(flat, (0, 1))
-        raw = (flat[::2] << 4) | flat[1::2]
-        if state.nested:
-            parts: _Nested = coded.parts
-            state.absmax, state.state2, state.offset = parts
-        else:
-            state.absmax = coded.scale
+        raw = packed_bytes(coded, state)
         state.dtype = self.dtype(like)
         state.packing_format_for_cpu = False
         parameter = copy.copy(old)
@@ -148,11 +135,7 @@ class Bnb4(ScalarFormat):
 
     def native_fault(self, module: nn.Module) -> str | None:
         """On a CPU: rows that are no whole number of blocks, where the package takes sixteen elements at a time."""
-        state = _state(module)
-        columns = state.shape[1]
-        if module.weight.device.type != "cpu" or columns % state.blocksize == 0 or columns % _CPU_STEP:
-            return None
-        return "bitsandbytes' CPU kernel takes wrong scales for blocks that cross rows"
+        return scale_fault(_state(module), module.weight.device)  # type: ignore[arg-type]
 
     def own(self, module: nn.Module) -> None:
         """A Params4bit and a QuantState of its own over the same bytes."""
@@ -210,6 +193,43 @@ def make_linear4bit(
     return layer.to(linear.weight.device).requires_grad_(False)
 
 
+def scale_fault(state: Any, device: torch.device) -> str | None:
+    """Why the package dequantizes a weight wrong there; None where it does not."""
+    columns = state.shape[-1]
+    if device.type != "cpu" or columns % state.blocksize == 0 or columns % _CPU_STEP:
+        return None
+    return "bitsandbytes' CPU kernel takes wrong scales for blocks that cross rows"
+
+
+def flat_grid(shape: tuple[int, int], state: Any, rounded: torch.dtype = torch.float32) -> Grid:
+    """Of a matrix that one QuantState describes; ``rounded``: the dtype of what its runtime makes of it."""
+    return Grid(
+        Partition.flat(shape, state.blocksize),
+        Table(state.code.float()),
+        rounded=rounded,
+        couple=_DoubleQuantization(state.state2) if state.nested else None,
+    )
+
+
+def flat_codes(weight: Tensor, shape: tuple[int, int], state: Any) -> Codes:
+    """Codes of the bytes ``weight``, whichever layout they are in."""
+    parts = _Nested(state.absmax, state.state2, state.offset) if state.nested else None
+    return Codes(_codes(weight, state).reshape(shape), _absmax(state).contiguous(), parts=parts)
+
+
+def packed_bytes(coded: Codes, state: Any) -> Tensor:
+    """Two codes a byte, uint8; the scales go into ``state``."""
+    flat = coded.codes.reshape(-1)
+    if flat.numel() % 2:
+        flat = torch.nn.functional.pad(flat, (0, 1))
+    if state.nested:
+        parts: _Nested = coded.parts
+        state.absmax, state.state2, state.offset = parts
+    else:
+        state.absmax = coded.scale
+    return (flat[::2] << 4) | flat[1::2]
+
+
 def scales_of(module: nn.Module) -> Tensor:
     """One float32 scale per block of an unpacked layer, double quantization undone."""
     return _absmax(_state(module)).contiguous()
@@ -240,7 +260,7 @@ def _is_packed(state: Any) -> bool:
 
 def _codes(weight: Tensor, state: Any) -> Tensor:
     """4-bit codes, uint8, flat in the order of the weight's elements."""
-    count = state.shape[0] * state.shape[1]
+    count = math.prod(state.shape)
     raw = weight.data.reshape(-1).view(torch.uint8)
     if not _is_packed(state):
         return torch.stack([raw >> 4, raw & 15], dim=1).reshape(-1)[:count]

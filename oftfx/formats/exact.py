@@ -72,6 +72,9 @@ def choose_kernel(module: nn.Module, asked: str) -> tuple[str, str]:
     Args:
         module: the layer.
         asked: ``"auto"``, ``"native"`` or ``"exact"``.
+
+    Raises:
+        FormatError: ``"native"``, and the layer has no forward of its own.
     """
     weight_format = format_of(module)
     if weight_format is None or weight_format.lossless:
@@ -79,6 +82,8 @@ def choose_kernel(module: nn.Module, asked: str) -> tuple[str, str]:
     fault = weight_format.native_fault(module)
     if asked == "auto":
         return ("native", "") if fault is None else ("exact", f"multiplies exactly, by its dequantized weight: {fault}")
+    if asked == "native" and not weight_format.runs(module):
+        raise FormatError(f"kernel='native' is not possible for this {type(module).__name__}: {fault}; use 'auto'")
     warning = f"keeps its own forward, as asked, although {fault}" if asked == "native" and fault else ""
     return asked, warning
 

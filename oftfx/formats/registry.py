@@ -10,6 +10,7 @@ from oftfx.formats.awq import Awq
 from oftfx.formats.base import WeightFormat
 from oftfx.formats.bnb4 import Bnb4
 from oftfx.formats.bnb8 import Bnb8
+from oftfx.formats.compressed_tensors import CompressedTensors
 from oftfx.formats.dense import Dense
 from oftfx.formats.eetq import Eetq
 from oftfx.formats.gptq import Gptq
@@ -17,10 +18,11 @@ from oftfx.formats.hf_fp8 import HfFp8
 from oftfx.formats.hqq import Hqq
 from oftfx.formats.inc_fp8 import IncFp8
 from oftfx.formats.inc_woq import IncWeightOnly
+from oftfx.formats.quanto import Quanto
 from oftfx.formats.torchao import TorchAO
 
 _BUILTIN: tuple[WeightFormat, ...] = (
-    *(Aqlm(), Eetq(), IncFp8(), HfFp8(), IncWeightOnly(), TorchAO()),
+    *(Aqlm(), Eetq(), IncFp8(), HfFp8(), IncWeightOnly(), TorchAO(), CompressedTensors(), Quanto()),
     *(Awq(), Gptq(), Hqq(), Bnb8(), Bnb4(), Dense()),
 )
 _formats: dict[str, WeightFormat] = {f.name: f for f in _BUILTIN}  # in the order they are asked

@@ -2,7 +2,7 @@
 
 from oftfx.grids.compensate import compensated
 from oftfx.grids.grid import Codes, Grid
-from oftfx.grids.levels import Float8, Integers, Levels, Table
+from oftfx.grids.levels import Float4, Float8, Integers, Levels, Table
 from oftfx.grids.partition import Partition, joined
 
-__all__ = ["Codes", "Float8", "Grid", "Integers", "Levels", "Partition", "Table", "compensated", "joined"]
+__all__ = ["Codes", "Float4", "Float8", "Grid", "Integers", "Levels", "Partition", "Table", "compensated", "joined"]

@@ -115,6 +115,10 @@ class Grid:
         expand = self.partition.expand
         return self.value(coded.codes, expand(coded.scale), None if coded.zero is None else expand(coded.zero))
 
+    def scaled(self, values: Tensor, coded: Codes) -> Tensor:  # noqa: ARG002
+        """The part of the weight ``values (rows, columns)`` that is proportional to its scales: all of it."""
+        return values
+
     def value(self, codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
         """Values of codes whose scales and zeros are given element by element (or broadcast)."""
         level = self._offset(self.levels.decode(codes), zero)
@@ -208,7 +212,7 @@ class Grid:
 
     def _ranges(self, groups: Tensor, search: bool) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Scales and zeros to choose from, the group's own range first."""
-        shares = torch.linspace(1.0, _NARROWEST, _STEPS + 1, device="cpu").tolist() if search else [1.0]
+        shares = shares_of(search)
         if self.symmetric:
             largest = groups.abs().amax(1)
             for share in shares:
@@ -240,6 +244,11 @@ class Grid:
         kept = self.round_scale(scale)
         # What is too small for a narrow dtype must not become 0, by which would be divided.
         return torch.where(kept > 0, kept, self.round_scale(torch.full_like(scale, _SMALLEST)))
+
+
+def shares_of(search: bool) -> list[float]:
+    """How much of a group's range is tried, all of it first."""
+    return torch.linspace(1.0, _NARROWEST, _STEPS + 1, device="cpu").tolist() if search else [1.0]
 
 
 def _better(a: _Fit, b: _Fit) -> _Fit:

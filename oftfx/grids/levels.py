@@ -99,6 +99,44 @@ class Table(Levels):
         return self.values[codes.int()]
 
 
+_FLOAT4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_HALVES_DOWN = (True, False, True, False, True, False, True)
+"""Of two magnitudes of `_FLOAT4` the one with the even last bit is taken half way between them."""
+
+
+class Float4(Table):
+    """The 4-bit float of the OCP microscaling formats, E2M1: a sign, two bits of exponent, one of mantissa.
+
+    A code is its four bits, the sign highest. It has no infinities and saturates at 6.
+
+    Args:
+        device: where the table lies.
+
+    Examples:
+        >>> import torch
+        >>> from oftfx.formats import Float4
+        >>> levels = Float4()
+        >>> codes = levels.encode(torch.tensor([0.25, 0.75, -2.5, 5.1, -90.0]))
+        >>> codes.tolist(), levels.decode(codes).tolist()
+        ([0, 2, 12, 7, 15], [0.0, 1.0, -2.0, 6.0, -6.0])
+    """
+
+    def __init__(self, device: torch.device | str | None = None) -> None:
+        magnitudes = torch.tensor(_FLOAT4, device=device)
+        super().__init__(torch.cat([magnitudes, -magnitudes]), 6.0)
+        middles = (magnitudes[1:] + magnitudes[:-1]) / 2
+        down = torch.tensor(_HALVES_DOWN, device=device)
+        # What is half way and goes up belongs to the upper side: the next smaller float is the limit then.
+        limits = torch.where(down, middles, torch.nextafter(middles, torch.zeros_like(middles)))
+        object.__setattr__(self, "_limits", limits)
+
+    def encode(self, values: Tensor) -> Tensor:
+        """Halves to even; zero has a sign."""
+        limits: Tensor = self._limits  # type: ignore[attr-defined]
+        code = torch.bucketize(values.abs().contiguous(), limits, out_int32=True).to(torch.uint8)
+        return torch.where(torch.signbit(values), code + 8, code)
+
+
 @dataclass(frozen=True)
 class Float8(Levels):
     """A float8 type of torch; a code is its byte, uint8.

@@ -65,6 +65,15 @@ class QuantizerNotes:
             model.config.quantization_config = self.config  # type: ignore[union-attr]
 
 
+_EXCEPTIONS = ("llm_int8_skip_modules", "modules_to_not_convert")
+
+
+def can_except(quantization: Any) -> bool:
+    """Whether a quantization config can name layers that are not quantized; see `note_float_layers`."""
+    inner = getattr(quantization, "quantization_config", None)
+    return hasattr(inner, "ignore") or any(hasattr(quantization, n) for n in _EXCEPTIONS)
+
+
 def note_float_layers(model: nn.Module, made_float: list[str]) -> None:
     """After layers became float ones: a saved model must not be loaded with quantized layers in their place.
 
@@ -84,10 +93,15 @@ def note_float_layers(model: nn.Module, made_float: list[str]) -> None:
     quantization = copy.copy(quantization)
     # A list of exceptions replaces transformers' own (the head), so it has to name every float layer.
     plain = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not _is_quantized(m)]
-    for name in ("llm_int8_skip_modules", "modules_to_not_convert"):
+    for name in _EXCEPTIONS:
         if hasattr(quantization, name):
             skipped = getattr(quantization, name) or []
             setattr(quantization, name, [*skipped, *(n for n in plain if n not in skipped)])
+    inner: Any = getattr(quantization, "quantization_config", None)  # compressed-tensors has its own inside
+    if hasattr(inner, "ignore"):
+        skipped = inner.ignore or []
+        quantization.quantization_config = copy.copy(inner)
+        quantization.quantization_config.ignore = [*skipped, *(n for n in plain if n not in skipped)]
     config.quantization_config = quantization
     if (quantizer := vars(model).get("hf_quantizer")) is not None:
         model.hf_quantizer = copy.copy(quantizer)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 CHILD = "oft"
 """Name of the child module of a layer that holds its rotations; see `child_name`."""
 
@@ -9,6 +11,14 @@ CHILD = "oft"
 def child_name(parameter: str) -> str:
     """``"oft"`` for the weight of a layer, ``"oft_<name>"`` for any other parameter of a module."""
     return CHILD if parameter == "weight" else f"{CHILD}_{parameter}"
+
+
+def read_as(name: str) -> str:
+    """Name by which code reads a parameter: ``"a.w"`` for what ``"a.parametrizations.w.original"`` is computed from."""
+    return _COMPUTED.sub(r"\1\2", name)
+
+
+_COMPUTED = re.compile(r"(^|.*\.)parametrizations\.([^.]+)\.original$")
 
 
 def join(module: str, parameter: str) -> str:

@@ -10,15 +10,24 @@ import torch.nn as nn
 
 from oftfx.errors import RuleError
 from oftfx.formats.base import WeightFormat
+from oftfx.formats.bnb4_experts import Bnb4Experts
+from oftfx.formats.by_name import class_named
 from oftfx.formats.dense import DenseParameter
 from oftfx.formats.layout import Layout
+from oftfx.formats.parametrized import parametrization_of
 from oftfx.formats.registry import format_of
 from oftfx.model.index import ModelIndex
+from oftfx.model.names import join
 from oftfx.model.site import Site
 from oftfx.model.structure import is_own_module
 from oftfx.rotation.spec import OFT
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
+_KERNEL_EXPERTS = {
+    ("finegrained_fp8", "FP8Experts"): "FineGrainedFP8Config",
+    ("mxfp4", "Mxfp4GptOssExperts"): "Mxfp4Config",
+}
+"""Experts whose forward hands codes to a kernel, by file and class, and the config that loads them as floats."""
 
 
 class Finder:
@@ -71,12 +80,21 @@ class Finder:
                     "an embedding with sparse=True: gradients of a rotation are dense. Make it dense first "
                     f"(model.get_submodule({path!r}).sparse = False)"
                 )
+            elif weight_format is not None and path and (reason := weight_format.refuses(module)):
+                self.refused[path] = reason
             elif weight_format is not None and path:
                 yield self.site(module, weight_format)
             elif isinstance(module, nn.MultiheadAttention):
                 yield from self._attention(module, path)
             elif is_experts(module):
                 yield from self._experts(module)
+            elif config := next((c for names, c in _KERNEL_EXPERTS.items() if class_named(module, *names)), None):
+                for name in EXPERT_PARAMETERS:
+                    self.refused[join(path, name)] = (
+                        f"a kernel multiplies by the codes of these {type(module).__name__}, so nothing can turn what "
+                        "it reads; load the model with its experts as floats: "
+                        f"from_pretrained(..., quantization_config={config}(dequantize=True))"
+                    )
 
     def _attention(self, module: nn.MultiheadAttention, path: str) -> Iterator[Site]:
         for name in ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight"):
@@ -93,6 +111,13 @@ class Finder:
         for name in EXPERT_PARAMETERS:
             # The first product reads the module's own input, which is much cheaper to rotate than all experts.
             placements = ("weight",) if name == "down_proj" else ("activation", "weight")
+            quantized = Bnb4Experts(name, layout, "experts", placements)
+            if quantized.matches(module) and (reason := quantized.refuses(module)):
+                self.refused[join(self.index.paths[module][0], name)] = reason
+                continue
+            if quantized.matches(module):
+                yield self.site(module, quantized, name)
+                continue
             found = DenseParameter(name, layout, "experts", placements)
             if found.matches(module) and module._parameters[name].dim() == 3:  # type: ignore[union-attr]
                 yield self.site(module, found, name)
@@ -100,13 +125,20 @@ class Finder:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds the experts of a layer as transformers 5 does: 3-D tensors, with flags."""
-    return hasattr(module, "is_transposed") and hasattr(module, "has_gate") and hasattr(module, "down_proj")
+    if not (hasattr(module, "is_transposed") and hasattr(module, "has_gate")):
+        return False
+    # Not by `hasattr`, which would compute a parameter that a parametrization computes.
+    return "down_proj" in module._parameters or parametrization_of(module, "down_proj") is not None
 
 
 def format_at(module: nn.Module, site: Site, *, each: bool = False) -> WeightFormat:
     """The format that reads the weight of a site in ``module``; ``each``: with one rotation for every expert."""
     found = format_of(module) if site.is_layer else None
-    return found or DenseParameter(site.parameter, site.layout.with_each(each), site.kind, site.placements)
+    if found is not None:
+        return found
+    options = site.parameter, site.layout.with_each(each), site.kind, site.placements
+    quantized = Bnb4Experts(*options)
+    return quantized if quantized.matches(module) else DenseParameter(*options)
 
 
 def choose_placement(site: Site, spec: OFT) -> str:

@@ -15,6 +15,7 @@ from oftfx.errors import ExportError, MissingExtraError
 from oftfx.files import check_place, landing
 from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_of
+from oftfx.model.compressed import keep_compressed
 from oftfx.model.structure import structural_copy
 from oftfx.onnx.adapters import MODES
 from oftfx.onnx.attempt import Attempt
@@ -220,6 +221,7 @@ def exact_copy(model: nn.Module) -> nn.Module:
     Some formats' own forwards round activations, repack the weights, or cannot run on this machine.
     """
     copied = structural_copy(model).eval()
+    keep_compressed(copied)
     for module in copied.modules():
         weight_format = format_of(module)
         if weight_format is not None and not weight_format.lossless:

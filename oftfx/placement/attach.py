@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import torch.nn as nn
 
+from oftfx.formats.bnb4_experts import Bnb4Experts
 from oftfx.model.site import Site
 from oftfx.model.sites import format_at
 from oftfx.placement.base import Placement
+from oftfx.placement.computed import RotateComputed
 from oftfx.placement.input import RotateInput
 from oftfx.placement.output import RotateOutput
 from oftfx.placement.weight import RotateWeight
@@ -19,6 +21,8 @@ def attach(modules: dict[str, nn.Module], site: Site, placement: str, *, each: b
     result: Placement
     if site.layout.side == "output" and placement == "activation":
         result = RotateOutput(site.fqn, module, parameter=site.parameter, format=stored)
+    elif placement == "weight" and isinstance(stored, Bnb4Experts):
+        result = RotateComputed(site.fqn, module, parameter=site.parameter, format=stored)
     elif placement == "weight":
         reader = None if site.reader is None else modules[site.reader]
         result = RotateWeight(site.fqn, module, parameter=site.parameter, format=stored, reader=reader)

@@ -61,18 +61,23 @@ class AwareScales(Aware):
         scale, parts = grid.stored(self.scale * torch.exp(GAIN * whole(self.shift)))
         return Codes(_unpacked(self.packed, self.shape, grid), scale, self.zero, parts)
 
+    def _fixed(self) -> Codes:
+        """What does not train; no codes are unpacked."""
+        return Codes(self.packed, self.scale, self.zero)
+
     def inputs(self) -> list[Tensor]:
         """``shift``."""
         return [whole(self.shift)]
 
     def gradients(self, to_weight: Tensor, values: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """A weight is proportional to its scale: ``dL/dshift = 10 * sum of dL/dW * W`` over the group."""
-        return [GAIN * self._grid().partition.split(to_weight * values).sum(1)]
+        """``dL/dshift = 10 * sum of dL/dW * S`` over the group, S being what of W is proportional to the scale."""
+        grid = self._grid()
+        return [GAIN * grid.partition.split(to_weight * grid.scaled(values, self._fixed())).sum(1)]
 
     def weight(self) -> Tensor:
         """A factor of 1 that knows how the scale moves it."""
-        shift = whole(self.shift)
-        return self.values() * (1 + GAIN * self._grid().partition.expand(shift - shift.detach()))
+        shift, grid, values = whole(self.shift), self._grid(), self.values()
+        return values + GAIN * grid.partition.expand(shift - shift.detach()) * grid.scaled(values, self._fixed())
 
 
 def _packed(codes: Tensor, grid: Grid, site: str) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 import torch.nn as nn
 
 from oftfx.errors import PassError
+from oftfx.model.compressed import check_not_offloaded
 from oftfx.model.index import ModelIndex
 from oftfx.model.site import Site
 from oftfx.model.sites import Finder
@@ -45,6 +46,7 @@ class Program:
     def of(cls, model: nn.Module | ModelIndex, recording: Recording | None = None) -> Program:
         """The program of a model, its sites found in the module tree."""
         index = ModelIndex.of(model)
+        check_not_offloaded(index.model)
         finder = Finder(index)
         return cls(index, tuple(finder.layers()), recording=recording, refused=finder.refused)
 

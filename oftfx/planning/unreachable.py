@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from oftfx.model.names import read_as
 from oftfx.model.structure import is_own_module
 from oftfx.planning.program import Program
 
@@ -19,18 +20,22 @@ def unreachable(program: Program) -> Iterator[tuple[str, str, str]]:
     """``(path, path of the module, reason)`` of every matrix that cannot be rotated."""
     weights = {s.weight_name for s in program.sites}
     holders = {s.module for s in program.sites}
+    quantized = {s.module for s in program.sites if s.is_layer and s.format != "dense"}  # scales are part of a weight
     for fqn, module in program.index.modules.items():
-        if is_own_module(module):
+        if is_own_module(module) or fqn in quantized:
+            continue
+        if fqn in program.refused:
+            yield fqn, fqn, program.refused[fqn]
             continue
         matrices = [n for n, p in module._parameters.items() if p is not None and is_matrix(p)]
         for name in matrices:
-            path = f"{fqn}.{name}" if fqn else name
+            path = read_as(f"{fqn}.{name}" if fqn else name)
             if path not in weights:
                 path = fqn if name == "weight" and fqn else path
                 yield path, fqn, program.refused.get(path) or _why(program, module, name)
         packed = any(b is not None and is_matrix(b) and b.dtype in _PACKED for b in module._buffers.values())
         if packed and not matrices and fqn not in holders and not any(module.children()):
-            yield fqn, fqn, program.refused.get(fqn) or _why(program, module, "weight")
+            yield fqn, fqn, _why(program, module, "weight")
 
 
 def can_look_into(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ import torch.nn as nn
 from oftfx.errors import OftfxError, UnrecordableError
 from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_of
+from oftfx.model.compressed import keep_compressed
 from oftfx.model.structure import HOOKS, structural_copy, tensors_in
 from oftfx.placement.find import rotated_sites
 
@@ -57,6 +58,7 @@ class StandIn:
             inner = module._modules.get("_orig_mod")  # of torch.compile, which would compile the recorder as well
             if inner is not None:
                 vars(module)["forward"] = inner
+        keep_compressed(self.module, strict=False)
         self.formats = {m: f for m in modules if (f := format_of(m)) is not None}
         for module, weight_format in self.formats.items():
             weight_format.hold_still(module)

@@ -13,7 +13,8 @@ from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned
 from oftfx.folding.workbench import Workbench
 from oftfx.formats.base import WeightFormat
-from oftfx.formats.dense import FLOATS
+from oftfx.formats.bnb4_experts import Bnb4Experts
+from oftfx.formats.dense import FLOATS, DenseParameter
 from oftfx.formats.registry import format_of
 from oftfx.model.names import CHILD
 from oftfx.passes.quantized.policy import QuantizedPolicy
@@ -40,6 +41,8 @@ class Dequantize(QuantizedPolicy):
     def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold:  # noqa: ARG002
         """Make the layer."""
         dtype = _activation_dtype(bench.model, site.module, site.format)
+        if isinstance(site.format, Bnb4Experts):
+            return self._plain_parameter(site, site.format, dtype)
         new = site.format.float_module(site.module, site.target.to(dtype))
         bench.replace(site.placement, new)
         now = format_of(new)
@@ -48,6 +51,18 @@ class Dequantize(QuantizedPolicy):
         got = site.arrived(now, new)
         site.check_finite(got, now.dtype(new))
         return site.line("dequantized", now.nbytes(new), got)
+
+    def _plain_parameter(self, site: Turned, stored: Bnb4Experts, dtype: torch.dtype) -> SiteFold:
+        """A parameter of a module that has others: it becomes a plain one, and the module stays."""
+        module, placement = site.module, site.placement
+        shape = stored.geometry(module)
+        now = DenseParameter(placement.parameter, site.layout, shape.kind, shape.placements)
+        state = stored.as_floats(site.target.to(dtype), module)
+        placement.drop()
+        stored.write(module, state)
+        got = site.arrived(now, module)
+        site.check_finite(got, now.dtype(module))
+        return site.line("dequantized", now.nbytes(module), got)
 
 
 def _activation_dtype(model: nn.Module, module: nn.Module, weight_format: WeightFormat) -> torch.dtype:

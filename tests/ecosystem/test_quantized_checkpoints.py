@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import oftfx
 from oftfx import OFT
 from oftfx.formats.registry import format_of
+from tests.formats.compressed_model import write_compressed
 from tests.reference import dense_rotation, randomize, rel
 
 pytestmark = [pytest.mark.needs("transformers", "accelerate"), pytest.mark.filterwarnings("ignore:.*kernels.*")]
@@ -116,6 +117,26 @@ def aqlm_of(books, bits, high):
     return make
 
 
+def compressed_to(**options):
+    """A checkpoint as llm-compressor writes it."""
+
+    def make(float_model, path):
+        write_compressed(float_model, path, **options)
+        return from_pretrained(path)
+
+    return make
+
+
+ROUNDED = {"num_bits": 8, "strategy": "token", "dynamic": True}
+FLOAT4 = {"num_bits": 4, "type": "float"}
+COMPRESSED = {
+    "pack-quantized": {"num_bits": 4, "group_size": 32},
+    "int-quantized": {"num_bits": 8, "strategy": "channel", "inputs": ROUNDED},
+    "float-quantized": {"num_bits": 8, "type": "float", "strategy": "channel", "inputs": ROUNDED | {"type": "float"}},
+    "naive-quantized": {"num_bits": 8, "type": "float", "strategy": "block", "block_structure": [32, 48]},
+    "nvfp4": FLOAT4 | {"strategy": "tensor_group", "group_size": 16, "scale_dtype": torch.float8_e4m3fn},
+    "mxfp4": FLOAT4 | {"group_size": 32, "scale_dtype": torch.uint8, "zp_dtype": torch.uint8},
+}
 CASES = {
     "nf4": ("bitsandbytes", quantized_by(four_bits(False)), save_pretrained, from_pretrained),
     "nf4, double": ("bitsandbytes", quantized_by(four_bits(True)), save_pretrained, from_pretrained),
@@ -126,11 +147,15 @@ CASES = {
     "aqlm 2x6": ("aqlm", aqlm_of(2, 6, 1), save_pretrained, from_pretrained),
     "aqlm 1x6, two rows": ("aqlm", aqlm_of(1, 6, 2), save_pretrained, from_pretrained),
     "aqlm 2x8": ("aqlm", aqlm_of(2, 8, 1), save_pretrained, from_pretrained),
+    **{
+        name: ("compressed_tensors", compressed_to(**options), save_pretrained, from_pretrained)
+        for name, options in COMPRESSED.items()
+    },
 }
 SIZES = {"intermediate_size": 128}
 """Rows are whole blocks: bitsandbytes' CPU kernel misreads others."""
-RUNTIME = {"int8": 2e-2, "aqlm 2x8": None}
-"""What a format's own eval forward costs; None where it cannot be relied on (its threads race)."""
+RUNTIME = {"int8": 2e-2, "aqlm 2x8": None, "int-quantized": 2e-2, "float-quantized": 5e-2, "nvfp4": None, "mxfp4": None}
+"""What a format's own eval forward costs; None where it cannot be relied on: its threads race, or it is in bfloat16."""
 
 
 def quantized_layers(model):
@@ -173,7 +198,7 @@ def test_a_folded_model_survives_its_formats_own_file(tiny_llama, ids, tmp_path,
     assert {s.action for s in result.report if s.format != "dense"} == {action}
     folded = result.model
     logits = folded(**ids()).logits  # also a forward before the file is written
-    limit = 0.05 if "int8" in case else 1.0
+    limit = 0.05 if "int" in case else 1.0
     assert 1e-4 < rel(logits, wanted) < limit
     assert not any(".oft." in n for n in folded.state_dict())
     save(folded, tmp_path / "folded")

@@ -27,6 +27,8 @@ PACKAGES = {
     "inc_fp8": "neural_compressor",
     "aqlm": "aqlm",
     "eetq": "transformers",
+    "compressed_tensors": "compressed_tensors",
+    "quanto": "optimum.quanto",
 }
 ROUNDS_ACTIVATIONS = {"bnb8": 0.02}
 """Formats whose own eval forward rounds activations as well, and how much of the output that is."""
@@ -44,10 +46,14 @@ AWKWARD = {
     "inc_fp8": (33, 5),
     "eetq": (192, 64),
     "aqlm": (72, 33),
+    "compressed_tensors": (99, 5),
+    "quanto": (99, 5),
 }
 """The oddest shape (in, out) that each format's own package accepts, more or less."""
 INSTEAD = {("eetq", (64, 96)): (64, 192)}
 """Shapes that a format cannot store, and what is tested instead."""
+UNCOPYABLE = {"quanto"}
+"""Formats whose layers ``copy.deepcopy`` cannot copy, with oftfx or without."""
 KERNELS = {"eetq": eetq_kernel.install}
 """Formats whose kernel is not to be had for a CPU, and what puts a stand-in there."""
 
@@ -157,7 +163,8 @@ def states(weight_format, layer):
     yield "train forward", layer
     yield "to(cpu)", layer.to("cpu")
     yield "state_dict", RELOAD.get(weight_format.name, reload_dense)(weight_format, layer)
-    yield "deepcopy", copy.deepcopy(layer)
+    if weight_format.name not in UNCOPYABLE:
+        yield "deepcopy", copy.deepcopy(layer)
 
 
 def test_a_prepared_layer_keeps_its_weight_through_everything(weight_format, layer):

@@ -170,6 +170,18 @@ def fp8(**kwargs: Any) -> Callable[[nn.Linear], nn.Module]:
     return lambda linear: make_fp8_linear(linear, **kwargs)
 
 
+def compressed(**kwargs: Any) -> Callable[[nn.Linear], nn.Module]:
+    from oftfx.formats.compressed_tensors import make_compressed
+
+    return lambda linear: make_compressed(linear, **kwargs)
+
+
+def quanto(kind: str) -> Callable[[nn.Linear], nn.Module]:
+    from oftfx.formats.quanto import make_quanto
+
+    return lambda linear: make_quanto(linear, kind)
+
+
 def eetq(dtype: torch.dtype = torch.float32) -> Callable[[nn.Linear], nn.Module]:
     from oftfx.formats.eetq import make_eetq
 
@@ -180,6 +192,7 @@ HALF = 5e-4  # products that a layer rounds to float16, and an operator does not
 GROUPED = (20, 21, 20)  # the standard has blocks from opset 21 on
 INT4 = (20, 21, 20)
 BLOCKS = (21, 21, 20)
+MXFP4 = {"num_bits": 4, "group_size": 32, "scale_dtype": torch.uint8, "zp_dtype": torch.uint8}
 TWO, FOUR, NF4, ONE = 256 * 4 * 2, 256 * 2 * 2, 256 * 2 * 4, 256 * 8 * 2  # tables in float16, but for NF4
 
 CASES = {
@@ -282,6 +295,28 @@ CASES = {
     ),
     "fp8 blocks": case("transformers", fp8(block_size=(64, 32)), "dq dq dq", opset=(21, 21, 21), bits=8, group=2048),
     "fp8 one scale": case("transformers", fp8(block_size=None), "dq dq dq", bits=8, scale=0),
+    "compressed int4": case(
+        "compressed_tensors", compressed(num_bits=4, group_size=32), "nbits dq nbits", opset=INT4, group=32
+    ),
+    "compressed int4 zeros": case(
+        *("compressed_tensors", compressed(num_bits=4, group_size=32, symmetric=False), "nbits dq nbits", INT4),
+        group=32,
+        zero=0.5,
+    ),
+    "compressed int8 rows": case(
+        "compressed_tensors", compressed(num_bits=8, strategy="channel"), "nbits dq nbits", bits=8
+    ),
+    "compressed float8 rows": case(
+        "compressed_tensors", compressed(num_bits=8, type="float", strategy="channel"), "dq dq dq", bits=8
+    ),
+    "compressed mxfp4": case(
+        *("compressed_tensors", compressed(type="float", **MXFP4), "table table table"), group=32, scale=2, table=FOUR
+    ),
+    "quanto int8": case("optimum.quanto", quanto("qint8"), "nbits dq nbits", bits=8),
+    "quanto int4": case(
+        "optimum.quanto", quanto("qint4"), "nbits table nbits", group=128, zero=4, table=FOUR, sizes=(256, 384, 64)
+    ),
+    "quanto float8": case("optimum.quanto", quanto("qfloat8"), "dq dq dq", bits=8),
     "eetq": case("transformers", eetq(), "nbits dq nbits", bits=8, scale=2),
     "eetq float16": case("transformers", eetq(torch.float16), "nbits dq nbits", bits=8, scale=2, bound=HALF),
 }  # fmt: skip

@@ -253,3 +253,21 @@ def test_scales_are_narrowed_only_where_nothing_is_lost():
     assert narrowed(torch.tensor([1.5, 2.0**-100])).dtype == torch.bfloat16
     assert narrowed(torch.tensor([1.5, 2.0**20 + 1])).dtype == torch.float32
     assert narrowed(torch.tensor([1.5, 1 / 3])).dtype == torch.float32
+
+
+@pytest.mark.needs("compressed_tensors")
+def test_nvfp4_is_rounded_to_bfloat16_in_the_graph_or_refused(tmp_path):
+    from oftfx.formats.compressed_tensors import make_compressed
+
+    torch.manual_seed(0)
+    options = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
+    base = nn.Sequential(make_compressed(nn.Linear(96, 40), **options, scale_dtype=torch.float8_e4m3fn)).eval()
+    model = randomize(oftfx.transform(base, {"*": OFT(16)}), std=0.1).eval()
+    folded, x = oftfx.fold(model, quantized="requantize").model, torch.randn(5, 96)
+    for dialect in ("ort", "standard"):
+        report = export(folded, tmp_path / f"{dialect}.onnx", x, dialect=dialect)
+        assert report.operators["Gather"] == 1
+        assert rel(in_onnx_runtime(tmp_path / f"{dialect}.onnx", x), product(folded[0], x.double())) < 2e-6
+    assert (tmp_path / "ort.onnx").stat().st_size < 96 * 40 * 1.2 + 6000
+    with pytest.raises(ExportError, match="compressed_tensors has no operator in dialect 'openvino'"):
+        export(folded, tmp_path / "openvino.onnx", x, dialect="openvino")

@@ -11,6 +11,7 @@ from torch import Tensor
 from oftfx.errors import ExportError
 from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Float8, Integers, Levels, Partition
+from oftfx.grids.shifted import Shifted
 from oftfx.precision import relative_error
 
 TOLERATED = 5e-4
@@ -92,6 +93,8 @@ def weight_of(module: nn.Module, weight_format: ScalarFormat) -> Weight:
                 "16 bits explains that"
             )
     partition, columns = grid.partition, grid.partition.order
+    if isinstance(grid, Shifted):
+        coded = grid.plain(coded)
     zero = coded.zero if coded.zero is not None else float(grid.zero)  # type: ignore[arg-type]
     return Weight(
         coded.codes if columns is None else coded.codes[:, columns],

@@ -1,0 +1,261 @@
+"""Experts in 4 bits, as bitsandbytes' parametrization quantizes them: trained, folded, undone, written."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.nn as nn
+
+import oftfx
+from oftfx import OFT
+from oftfx.errors import ExportError, FoldError, OftfxWarning, RuleError
+from oftfx.formats.bnb4_experts import Bnb4Experts, four_bit_parameters
+from oftfx.formats.layout import Layout
+from oftfx.placement.find import rotated_sites
+from tests.reference import dense_rotation, randomize, rel
+
+pytestmark = pytest.mark.needs("transformers", "bitsandbytes")
+
+NAMES = ("gate_up_proj", "down_proj")
+RULES = {"*.experts.*_proj": OFT(16)}
+
+
+def build(family, **sizes):
+    from transformers import GptOssConfig, GptOssForCausalLM, MixtralConfig, MixtralForCausalLM
+
+    small = {
+        "vocab_size": 131, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_local_experts": 3, "num_experts_per_tok": 2, "head_dim": 16, **sizes,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    if family == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(**small)).eval().requires_grad_(False)
+    kinds = ["full_attention"] * small["num_hidden_layers"]
+    return GptOssForCausalLM(GptOssConfig(**small, layer_types=kinds)).eval().requires_grad_(False)
+
+
+def quantized(family="mixtral", *, double=False, kind="nf4", dtype=torch.float32, **sizes):
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    model = build(family, **sizes).to(dtype)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    for layer in model.model.layers:
+        for name in NAMES:
+            replace_parameter_4bit(layer.mlp.experts, name, quant_type=kind, compress_statistics=double)
+    return model
+
+
+def floats(family, model, turned=True, **sizes):
+    """The float model of the same values, in float64, experts turned as the rotations of ``model`` say."""
+    plain = build(family, **sizes).double()
+    plain.set_experts_implementation("eager")  # the default takes no float64
+    state = {n: p.double() for n, p in model.named_parameters() if "parametrizations" not in n and ".oft" not in n}
+    sites = dict(rotated_sites(model))
+    for i, layer in enumerate(model.model.layers):
+        for name in NAMES:
+            with oftfx.disable_adapters(model) if turned else nullcontext():
+                weight = getattr(layer.mlp.experts, name).detach().double()
+            path = f"model.layers.{i}.mlp.experts.{name}"
+            if turned and path in sites:
+                skew = sites[path].rotations["default"].skew.detach()
+                each = skew.view(len(weight), -1, skew.shape[1]) if sites[path].each else [skew] * len(weight)
+                blocks = [dense_rotation(s, 16) for s in each]
+                weight = torch.stack(
+                    [w @ r.T if family == "mixtral" else r @ w for w, r in zip(weight, blocks, strict=True)]
+                )
+            state[path] = weight
+    plain.load_state_dict(state)
+    return plain
+
+
+def logits(model, batch):
+    with torch.no_grad():
+        return model(**batch).logits
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["experts", "experts_columns"])
+def test_values_and_bytes(layout, dtype, kind, double):
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit
+
+    module = nn.Module()
+    module.w = nn.Parameter(torch.randn(3, 40, 64, dtype=dtype))
+    replace_parameter_4bit(module, "w", quant_type=kind, compress_statistics=double)
+    known = Bnb4Experts("w", Layout(layout), "experts", ("weight",))
+    assert known.matches(module)
+    stored = module.w.float()
+    matrix = known.dequantize(module)
+    wanted = stored if layout == "experts" else stored.transpose(1, 2)
+    assert torch.equal(matrix, wanted.flatten(0, 1))
+    shape = known.geometry(module)
+    assert (shape.in_features, shape.out_features) == ((64, 40) if layout == "experts" else (40, 64))
+    assert shape.experts == 3
+    before = module.state_dict()
+    known.write(module, known.requantize(matrix, module))
+    after = module.state_dict()
+    assert list(before) == list(after)
+    assert all(torch.equal(before[k], after[k]) for k in before)
+    new = torch.randn_like(matrix)
+    known.write(module, known.requantize(new, module))
+    assert rel(known.dequantize(module), new) < (0.1 if kind == "nf4" else 0.13)
+    assert torch.equal(known.dequantize(module), known.layout(module).matrix(module.w.float()))
+
+
+@pytest.mark.parametrize("experts", ["shared", "each"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_against_dense_float64(family, experts, ids):
+    base = quantized(family)
+    model = randomize(oftfx.transform(base, {"*.experts.*_proj": OFT(16, experts=experts)}), std=0.2)
+    plan = oftfx.adapters(model)["default"]
+    assert {(e.site.format, e.site.kind, e.site.experts) for e in plan} == {("bnb4", "experts", 3)}
+    first = "activation" if experts == "shared" else "weight"
+    assert [e.placement for e in plan] == [first, "weight"] * 2
+    exact = floats(family, model)
+    wanted = logits(exact, ids())
+    assert rel(logits(model, ids()), wanted) < 2e-6
+    assert rel(logits(base, ids()), wanted) > 1e-2
+    with oftfx.disable_adapters(model):
+        assert torch.equal(logits(model, ids()), logits(base, ids()))
+    actions = {"keep": "kept", "float": "dequantized", "requantize": "requantized"}
+    before = {k: v.clone() for k, v in base.state_dict().items()}
+    for policy, action in actions.items():
+        result = oftfx.fold(model, quantized=policy)
+        assert [s.action for s in result.report] == [action] * 4
+        error = rel(logits(result.model, ids()), wanted)
+        assert error < 2e-6 if policy != "requantize" else 1e-4 < error < 0.5
+        if policy == "requantize":
+            assert all(0.05 < s.relative_error < 0.12 for s in result.report)
+            assert rel(logits(result.model, ids()), logits(floats(family, result.model, turned=False), ids())) < 2e-6
+        assert len([*four_bit_parameters(result.model)]) == (0 if policy == "float" else 4)
+        restored = oftfx.unfold(result)
+        assert torch.equal(logits(restored, ids()), logits(model, ids()))
+        assert len([*four_bit_parameters(restored)]) == 4
+    assert all(torch.equal(v, before[k]) for k, v in base.state_dict().items())
+    assert len([*four_bit_parameters(base)]) == 4
+    logits(base, ids())  # the class that copies share still computes its parameters
+
+
+def test_gradients(ids):
+    model = randomize(oftfx.transform(quantized(), RULES), std=0.1)
+    loss = model(**ids()).logits.square().mean()
+    loss.backward()
+    skews = dict(model.named_parameters())
+    for name in ("model.layers.0.mlp.experts.oft_gate_up_proj", "model.layers.1.mlp.experts.oft_down_proj"):
+        skew = skews[f"{name}.default.skew"]
+        direction, start, h = torch.randn_like(skew), skew.detach().clone(), 1e-3
+        found = []
+        for sign in (1, -1):
+            skew.data = start + sign * h * direction
+            found.append(float(logits(floats("mixtral", model), ids()).square().mean()))
+        skew.data = start
+        expected = (found[0] - found[1]) / (2 * h)
+        assert float((skew.grad * direction).sum()) == pytest.approx(expected, rel=1e-2)
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".oft" not in n and "oft_" not in n)
+
+
+def test_adapters_come_and_go(ids, tmp_path):
+    base = quantized()
+    model = randomize(oftfx.transform(base, RULES), std=0.2)
+    turned = logits(model, ids())
+    oftfx.save_adapter(model, tmp_path / "adapter", layout="oftfx")
+    other = oftfx.transform(base, RULES, adapter="first")
+    oftfx.load_adapter(other, tmp_path / "adapter", adapter="second")
+    assert torch.equal(logits(other, ids()), logits(base, ids()))
+    oftfx.set_adapter(other, "second")
+    assert rel(logits(other, ids()), turned) < 1e-6
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin, ids()), turned)
+    oftfx.remove_adapter(twin, "default")
+    assert torch.equal(logits(twin, ids()), logits(base, ids()))
+    assert {len(m.mlp.experts.parametrizations[n]) for m in twin.model.layers for n in NAMES} == {1}
+    assert torch.equal(logits(model, ids()), turned)
+    assert not any(k.startswith("model.layers.0.mlp.experts.parametrizations") for k in model.state_dict())
+
+
+def test_the_packages_own_loader_reads_a_folded_state_dict(ids):
+    from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
+
+    model = randomize(oftfx.transform(quantized(double=True), RULES), std=0.2)
+    folded = oftfx.fold(model, quantized="requantize").model
+    state, fresh = folded.state_dict(), build("mixtral")
+    for i, layer in enumerate(fresh.model.layers):
+        for name in NAMES:
+            path = f"model.layers.{i}.mlp.experts.{name}"
+            found = {k.removeprefix(f"{path}."): state.pop(k) for k in [*state] if k.startswith(f"{path}.")}
+            setattr(layer.mlp.experts, name, nn.Parameter(state.pop(path), requires_grad=False))
+            replace_parameter_4bit_prequantized(layer.mlp.experts, name, found, torch.device("cpu"))
+    fresh.load_state_dict(state, strict=False)
+    assert torch.equal(logits(fresh, ids()), logits(folded, ids()))
+
+
+def test_one_site_as_floats_and_the_other_in_bits(ids):
+    """Either may change first, and be undone first: the class that torch made has a property for each."""
+    model = randomize(oftfx.transform(quantized(), RULES), std=0.2)
+    wanted = logits(model, ids())
+    for part in NAMES:
+        result = oftfx.fold(model, quantized=lambda site, part=part: "float" if part in site.fqn else "keep")
+        assert rel(logits(result.model, ids()), wanted) < 2e-6
+        experts = result.model.model.layers[0].mlp.experts
+        assert [n for n, _ in experts.named_parameters(recurse=False)] == [part]
+        assert torch.equal(logits(oftfx.unfold(result), ids()), wanted)
+        assert torch.equal(logits(copy.deepcopy(result.model), ids()), logits(result.model, ids()))
+
+
+@pytest.mark.filterwarnings("ignore::oftfx.errors.OftfxWarning")
+def test_what_is_refused_by_name(ids, tmp_path):
+    model = randomize(oftfx.transform(quantized(), RULES), std=0.2)
+    folded = oftfx.fold(model, quantized="requantize")
+    with pytest.raises(FoldError, match=r"experts\.gate_up_proj is a parameter in 4 bits"):
+        folded.save(tmp_path / "folded")
+    with pytest.raises(RuleError, match="blocks that cross rows"):
+        oftfx.plan(quantized(intermediate_size=32), {"*.experts.down_proj": OFT(16)})
+    assert len(oftfx.plan(quantized(intermediate_size=32), {"*.experts.gate_up_proj": OFT(16)})) == 2
+    assert len(oftfx.plan(quantized(), "all-linear").coverage.unreached) == 2 * 3 + 2
+
+
+def test_calibration_says_that_it_has_seen_nothing(ids):
+    model = randomize(oftfx.transform(quantized(), RULES), std=0.2)
+    with pytest.warns(OftfxWarning, match="cannot be seen from outside"):
+        result = oftfx.fold(model, quantized="calibrate", calibration=[ids()])
+    assert {s.action for s in result.report} == {"requantized"}
+    assert all("nearest codes" in s.note for s in result.report)
+
+
+def test_a_reference_is_a_function(ids):
+    original = build("mixtral")
+    model = randomize(oftfx.transform(quantized(), RULES), std=0.2)
+    with pytest.raises(FoldError, match="the reference has no weight for it"):
+        oftfx.fold(model, quantized="reference", reference=original)
+    result = oftfx.fold(model, quantized="reference", reference=lambda fqn: original.get_parameter(fqn).flatten(0, 1))
+    for (fqn, placement), row in zip(rotated_sites(model), result.report, strict=True):
+        assert row.action == "from reference"
+        skew = placement.rotations["default"].skew
+        wanted = original.get_parameter(fqn).double() @ dense_rotation(skew, 16).T
+        holder, _, name = fqn.rpartition(".")
+        assert rel(getattr(result.model.get_submodule(holder), name), wanted) < 0.11
+
+
+@pytest.mark.needs("onnx", "onnxruntime", "onnxscript")
+def test_export(ids, tmp_path):
+    model = randomize(oftfx.transform(quantized(), RULES), std=0.2)
+    with pytest.raises(ExportError, match=r"4 bits.*quantized='float'"):
+        oftfx.export_onnx(oftfx.fold(model, quantized="requantize").model, tmp_path / "m.onnx", ids())
+
+
+@pytest.mark.parametrize("name", ["FP8Experts", "Mxfp4GptOssExperts"])
+def test_experts_of_kernels_are_refused_with_the_way_out(name):
+    from transformers import GptOssConfig
+    from transformers.integrations import finegrained_fp8, mxfp4
+
+    config = GptOssConfig(hidden_size=64, intermediate_size=32, num_local_experts=3, hidden_act="silu")
+    made = {
+        "FP8Experts": lambda: finegrained_fp8.FP8Experts(config, block_size=(32, 32)),
+        "Mxfp4GptOssExperts": lambda: mxfp4.Mxfp4GptOssExperts(config),
+    }[name]()
+    model = nn.ModuleDict({"experts": made, "head": nn.Linear(4, 4)})
+    with pytest.raises(RuleError, match=rf"codes of these {name}.*\(dequantize=True\)"):
+        oftfx.plan(model, {"experts.down_proj": OFT(16)})
