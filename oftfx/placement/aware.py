@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import torch
 import torch.nn as nn
@@ -20,12 +20,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from oftfx.errors import FoldError
+from oftfx.formats.base import WeightFormat
 from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Codes
 from oftfx.placement.open import Open
-
-if TYPE_CHECKING:
-    from oftfx.placement.base import Placement
 
 CHILD = "_fold"
 """Name under which they stand beside a site's rotations; no adapter's name begins so."""
@@ -51,6 +49,34 @@ def is_paused() -> bool:
     return PAUSES.any and _PAUSED.get()
 
 
+class RotatedSite(Protocol):
+    """What is asked of a `Placement` here."""
+
+    site: str
+    module: nn.Module
+    through: dict[tuple[str, ...], Aware]
+
+    @property
+    def child(self) -> str:
+        """Name of the child that holds the site's rotations."""
+
+    @property
+    def holder(self) -> nn.Module | None:
+        """That child."""
+
+    def hold(self, name: str, rotation: nn.Module) -> None:
+        """Make something a child of it."""
+
+    def weight_format(self) -> WeightFormat | None:
+        """The format that reads the weight now."""
+
+    def fold_in_effect(self) -> Aware | None:
+        """What the site computes with instead of its rotations."""
+
+    def forget(self) -> None:
+        """Drop what is kept."""
+
+
 class Aware(nn.Module, ABC):
     """What the fold of some adapters will write at one site.
 
@@ -67,7 +93,7 @@ class Aware(nn.Module, ABC):
     how: ClassVar[str]
     turns: ClassVar[bool]
 
-    def __init__(self, placement: Placement, names: Sequence[str]) -> None:
+    def __init__(self, placement: RotatedSite, names: Sequence[str]) -> None:
         super().__init__()
         found = placement.weight_format()
         if not isinstance(found, ScalarFormat):
@@ -150,7 +176,7 @@ class AwareForward:
         beneath: the forward that the layer's instance had, or None for its class's.
     """
 
-    def __init__(self, placement: Placement) -> None:
+    def __init__(self, placement: RotatedSite) -> None:
         self.placement = placement
         self.beneath = placement.module.__dict__.get("forward")
 
@@ -172,7 +198,7 @@ class AwareSites(nn.Module):
         raise FoldError("a `_fold` child only holds what a fold will write; call the layer it belongs to")
 
 
-def make_aware(placement: Placement, aware: Aware) -> None:
+def make_aware(placement: RotatedSite, aware: Aware) -> None:
     """Let it act whenever its adapters do."""
     placement.hold(CHILD, _others(placement))
     holder = placement.holder
@@ -185,13 +211,13 @@ def make_aware(placement: Placement, aware: Aware) -> None:
     placement.forget()
 
 
-def _others(placement: Placement) -> nn.Module:
+def _others(placement: RotatedSite) -> nn.Module:
     holder = placement.holder
     found = None if holder is None else holder._modules.get(CHILD)
     return AwareSites() if found is None else found
 
 
-def forget_aware(placement: Placement, adapter: str | None = None, exactly: tuple[str, ...] | None = None) -> None:
+def forget_aware(placement: RotatedSite, adapter: str | None = None, exactly: tuple[str, ...] | None = None) -> None:
     """Let the rotations act again: of every adapter, where one takes part, or where exactly these act."""
     if not placement.through:
         return
