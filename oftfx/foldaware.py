@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
 
 import torch.nn as nn
 
 from oftfx.adapter.distilled import calibrated_codes, distil_scales
+from oftfx.adapter.scales import saved_scales
 from oftfx.adapter.store import AdapterStore
 from oftfx.adapter.switch import switchable
 from oftfx.errors import AdapterError, FoldError
@@ -57,7 +59,7 @@ def fold_aware(
     how: Way | None,
     *,
     adapter: str | Sequence[str] | None = None,
-    calibration: Iterable[Any] | None = None,
+    calibration: Iterable[Any] | str | Path | None = None,
     reference: Reference | None = None,
     distil: int = 0,
     progress: bool | Callable[[int, int], None] = False,
@@ -81,7 +83,8 @@ def fold_aware(
         model: a transformed model.
         how: None: rotations act again.
         adapter: which adapters, in the order they act; None for the active ones.
-        calibration: for ``"calibrate"``, as of `oftfx.fold`.
+        calibration: for ``"calibrate"``, as of `oftfx.fold`; or the directory in which `oftfx.save_adapter` has written
+            this adapter with its scales, to go on from there.
         reference: for ``"reference"``, as of `oftfx.fold`.
         distil: for ``"calibrate"``, so many passes over ``calibration`` in which the scales learn the unfolded outputs,
             as of `oftfx.fold`; then no training of one's own is needed.
@@ -120,7 +123,7 @@ def fold_aware(
     if how is None:
         forget_all(root, names)
     else:
-        _enter(result, root, store, how, names, batches_of(calibration), reference, distil, progress)
+        _enter(result, root, store, how, names, calibration, reference, distil, progress)
     store.follow(root)
     forget_compiled()
     return result
@@ -132,22 +135,27 @@ def _enter(
     store: AdapterStore,
     how: Way,
     names: tuple[str, ...],
-    batches: Sequence[Any],
+    calibration: Iterable[Any] | str | Path | None,
     reference: Reference | None,
     passes: int,
     progress: bool | Callable[[int, int], None],
 ) -> None:
-    if how == "calibrate" and not batches:
+    saved = Path(calibration) if isinstance(calibration, (str, Path)) else None
+    batches = [] if saved is not None else batches_of(calibration)
+    if how == "calibrate" and not batches and saved is None:
         raise FoldError("fold_aware: 'calibrate' needs calibration=, an iterable of model inputs")
     if (how == "reference") != (reference is not None):
         raise FoldError(f"fold_aware: {how!r} and reference={reference!r} do not go together")
-    if passes and how != "calibrate":
-        raise FoldError(f"fold_aware: distil trains the scales of 'calibrate', not of {how!r}")
+    if passes and (how != "calibrate" or saved is not None):
+        raise FoldError("fold_aware: distil trains the scales of 'calibrate', on calibration inputs")
     sites = quantized_sites(root, names)
     if not sites:
         raise FoldError("fold_aware: none of these adapters acts on a quantized weight; float ones fold exactly")
     if how != "calibrate":
         result.sites = make_all_aware(sites, nearest(None if reference is None else ReferenceWeights(reference)))
+        return
+    if saved is not None:
+        result.sites = make_all_aware(sites, saved_scales(saved))
         return
     fold = FoldRotations("calibrate", calibration=batches, progress=None if progress is True else progress or None)
     if passes:

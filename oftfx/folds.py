@@ -129,9 +129,9 @@ def fold(
             every other site why it is folded on itself instead. See `FindProducers`.
         calibration: inputs of the model (dicts of keyword arguments or tuples), some dozens of real ones: for the
             policies that need them, and (the first eight) to measure the whole model's output error and perplexity on.
-            The inputs go through the model side by side: memory is that of the hidden states of all of them, besides
-            one layer's moments ``(in, in)`` and what its fold takes. No keys and values are cached, unless an input
-            has a ``use_cache`` or a cache of its own.
+            The inputs go through the model, and the unfolded one, side by side: memory is that of the hidden states of
+            all of them in both, besides some matrices ``(in, in)`` of one layer and what its fold takes. No keys and
+            values are cached, unless an input has a ``use_cache`` or a cache of its own.
         reference: the original float model, the directory of its checkpoint, or a function from module path to weight.
             Only for adapters that were trained on the float model: one that was trained on a quantized model has learnt
             that model's errors as well, and they are not in these weights.

@@ -9,7 +9,7 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
-from oftfx.errors import AdapterError, FoldError
+from oftfx.errors import AdapterError, AdapterFileError, FoldError
 from oftfx.formats import format_of
 from oftfx.placement.find import rotated_sites
 from tests.quantized import quantize
@@ -214,6 +214,43 @@ def test_copies_pickles_and_states_carry_it(how):
         assert torch.equal(model(X), now)
         other.load_state_dict({k: v for k, v in model.state_dict().items() if ".oft." in k}, strict=False)
         assert torch.equal(other(X), now)
+
+
+@BNB
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_saved_adapter_goes_on_with_its_scales(kind, tmp_path):
+    model = rotated(kind)
+    oftfx.fold_aware(model, "calibrate", calibration=batches())
+    for _ in range(2):
+        step(model)
+    before, files = coded(model), oftfx.save_adapter(model, tmp_path / "adapter")
+    assert (files / "oftfx_scales.safetensors").exists()
+    other = rotated(kind, std=0.5)
+    oftfx.load_adapter(other, files, trainable=True)
+    assert oftfx.fold_aware(other, "calibrate", calibration=files).sites == 2
+    assert all(same(a, b) for a, b in zip(coded(other).values(), before.values(), strict=True))
+    folded = oftfx.fold(other)
+    assert all(same(a, b) for a, b in zip(stored(folded.model).values(), before.values(), strict=True))
+    step(model), step(other)
+    assert all(rel(a.scale, b.scale) < 1e-6 for a, b in zip(coded(other).values(), coded(model).values(), strict=True))
+    oftfx.fold_aware(model, None)
+    oftfx.save_adapter(model, files)  # one set of files: the scales of the old one are gone
+    assert not (files / "oftfx_scales.safetensors").exists()
+    with pytest.raises(AdapterFileError, match="oftfx_scales.safetensors"):
+        oftfx.fold_aware(model, "calibrate", calibration=files)
+
+
+@BNB
+def test_scales_of_another_model_are_refused(tmp_path):
+    model = rotated()
+    oftfx.fold_aware(model, "calibrate", calibration=batches())
+    files = oftfx.save_adapter(model, tmp_path / "adapter")
+    torch.manual_seed(0)
+    narrow = nn.Sequential(quantize(nn.Linear(64, 64), "bnb4"), nn.Tanh(), quantize(nn.Linear(64, 32), "bnb4"))
+    narrow = oftfx.transform(narrow, {"*": OFT(16)})
+    with pytest.raises(AdapterFileError, match=r"0 does not fit this layer: packed is torch.uint8 \(3072,\)"):
+        oftfx.fold_aware(narrow, "calibrate", calibration=files)
+    assert all(p.fold_in_effect() is None for _, p in rotated_sites(narrow))
 
 
 @BNB

@@ -14,6 +14,7 @@ from torch import Tensor
 from oftfx.adapter import peft_files
 from oftfx.adapter.belonging import KEY, digest_of
 from oftfx.adapter.packed import packed
+from oftfx.adapter.scales import SCALE_FILE, scale_tensors
 from oftfx.adapter.store import AdapterStore, located
 from oftfx.errors import AdapterError, AdapterFileError, warn
 from oftfx.files import landing, write
@@ -26,6 +27,9 @@ LAYOUTS = ("peft", "oftfx")
 
 def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", layout: str = "peft") -> Path:
     """Write one adapter as a directory.
+
+    Where its scales train for a fold (`oftfx.fold_aware` with ``"calibrate"``), they and the codes are written beside
+    it, ``oftfx_scales.safetensors``; ``fold_aware(model, "calibrate", calibration=path)`` takes them up again.
 
     Args:
         model: a transformed model.
@@ -63,12 +67,15 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
         k: v.detach().cpu().clone(memory_format=torch.contiguous_format)
         for k, v in adapter_tensors(root, store, adapter)
     }
+    scales = {k: v.detach().cpu().contiguous() for k, v in scale_tensors(root, adapter).items()}
     directory = Path(path)
     # The side file decides what the numbers mean; one of another layout must not stay beside them.
-    with landing(directory, side, AdapterFileError, stale=[other]) as made:
+    with landing(directory, side, AdapterFileError, stale=[other, *([] if scales else [SCALE_FILE])]) as made:
         write(made / side, text.encode())
         notes = {"format": "pt", KEY: digest_of(json.loads(text))}
         write(made / peft_files.WEIGHT_FILE, packed(tensors, notes))
+        if scales:
+            write(made / SCALE_FILE, packed(scales, notes))
     return directory
 
 

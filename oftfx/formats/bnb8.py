@@ -10,6 +10,7 @@ The layer's forward in training mode multiplies with exactly these values. In ev
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import torch
@@ -46,9 +47,10 @@ class Bnb8(ScalarFormat):
         return torch.float16 if bias is None else bias.dtype
 
     def grid(self, module: nn.Module) -> Grid:
-        """Rows of -127 to 127."""
+        """Rows of -127 to 127; 127 times a scale is stored."""
         shape = tuple(_bytes(module).shape)
-        return Grid(Partition.tiles(shape, (1, shape[1])), Integers(-127, 127, _TOP))
+        rows = Partition.tiles(shape, (1, shape[1]))
+        return Grid(rows, Integers(-127, 127, _TOP), round_scale=lambda s: s * _TOP / _TOP)
 
     def codes(self, module: nn.Module) -> Codes:
         """The int8 themselves."""
@@ -57,8 +59,11 @@ class Bnb8(ScalarFormat):
     def pack(self, coded: Codes, like: nn.Module) -> WeightState:
         """An Int8Params with scales of its own."""
         old = _rows(like)
+        scb = (coded.scale * _TOP).to(old.dtype)
         # Dividing by 127 and multiplying again may be off by a bit.
-        scb = torch.where(coded.scale == old.float() / _TOP, old, (coded.scale * _TOP).to(old.dtype))
+        for other in (old, *(torch.nextafter(scb, torch.full_like(scb, end)) for end in (math.inf, -math.inf))):
+            scb = torch.where((scb.float() / _TOP != coded.scale) & (other.float() / _TOP == coded.scale), other, scb)
+        scb = torch.where(coded.scale == old.float() / _TOP, old, scb)
         parameter = copy.copy(like.weight)
         parameter.data = coded.codes.to(torch.int8)
         parameter.CB, parameter.SCB = parameter.data, scb

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FoldError
+from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Codes, Grid, Integers
 from oftfx.placement.aware import Aware
 from oftfx.placement.base import Placement
@@ -51,6 +52,32 @@ class AwareScales(Aware):
         self.register_buffer("zero", None if coded.zero is None else coded.zero.detach().clone())
         self.shift = nn.Parameter(torch.zeros_like(self.scale))
 
+    @classmethod
+    def restored(cls, placement: Placement, names: Sequence[str], tensors: Mapping[str, Tensor]) -> AwareScales:
+        """Inverse of `tensors`, on the device of the layer.
+
+        Raises:
+            KeyError: one is missing.
+            ValueError: a shape is not the layer's.
+        """
+        weight_format = placement.weight_format()
+        if not isinstance(weight_format, ScalarFormat):
+            raise ValueError("its format stores no code for each weight")
+        now = weight_format.codes(placement.module)
+        result = cls(placement, names, now)
+        for name, wanted in result.tensors().items():
+            found = tensors[name]
+            if found.shape != wanted.shape or found.dtype != wanted.dtype:
+                raise ValueError(f"{name} is {_said(found)}, expected {_said(wanted)}")
+            with torch.no_grad():
+                wanted.copy_(found)
+        return result
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What it takes to make it again: codes, scales, zeros where there are, and ``shift``."""
+        found = {"packed": self.packed, "scale": self.scale, "zero": self.zero, "shift": self.shift.detach()}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
+
     def _grid(self) -> Grid:
         return self.format.grid(self.layer)
 
@@ -78,6 +105,10 @@ class AwareScales(Aware):
         """A factor of 1 that knows how the scale moves it."""
         shift, grid, values = whole(self.shift), self._grid(), self.values()
         return values + GAIN * grid.partition.expand(shift - shift.detach()) * grid.scaled(values, self._fixed())
+
+
+def _said(tensor: Tensor) -> str:
+    return f"{tensor.dtype} {tuple(tensor.shape)}"
 
 
 def _packed(codes: Tensor, grid: Grid, site: str) -> Tensor:

@@ -94,7 +94,7 @@ def best_rounding(site: Turned, shown: Shown) -> Best:
     before = judge.outputs(site.base)
     update, whole = wanted - before, float(wanted.square().sum())
     asked = float(update.square().sum())
-    outputs = judge.outputs(_values(site, best.state), own=True)
+    outputs = judge.outputs(values_of(site, best.state), own=True)
     survival = float(((outputs - before) * update).sum()) / asked if asked > 0 else 1.0
     relative = (best.error / whole) ** 0.5 if whole > 0 else 0.0
     del learn, outputs, before, update, wanted
@@ -115,11 +115,11 @@ class _Tried:
 
 def _tried(site: Turned, way: Way, learn: Shown, judge: Shown, wanted: Tensor) -> _Tried:
     state = way.state(site, learn)
-    return _Tried(way, state, (judge.outputs(_values(site, state), own=True) - wanted).square_().sum(1))
+    return _Tried(way, state, (judge.outputs(values_of(site, state), own=True) - wanted).square_().sum(1))
 
 
 @torch.no_grad()
-def _values(site: Turned, state: WeightState) -> Tensor:
+def values_of(site: Turned, state: WeightState) -> Tensor:
     """The weight ``(out, in)`` that a state stands for; the layer has its own again afterwards."""
     module, weight_format = site.module, site.format
     old = weight_format.read(module)

@@ -10,6 +10,7 @@ import pytest
 HERE = Path(__file__).parent
 NEEDS = {
     "convolution": ("onnx", "onnxruntime", "onnxscript"),
+    "fold_aware": ("bitsandbytes",),
     "from_peft": ("transformers", "peft"),
     "genai": ("transformers", "tokenizers", "onnx", "onnxruntime", "onnxscript", "onnxruntime_genai"),
     "language_model_4bit": ("transformers", "accelerate", "bitsandbytes", "onnx", "onnxruntime", "onnxscript"),

@@ -8,8 +8,10 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
+from oftfx.errors import FoldError
 from oftfx.formats.exact import choose_kernel, use_exact
 from oftfx.formats.registry import format_of, formats
+from oftfx.formats.scalar import ScalarFormat
 from oftfx.rotation.spec import nearest_divisor
 from tests.formats import eetq_kernel
 from tests.reference import dense_rotation, randomize, rel
@@ -272,3 +274,31 @@ def test_every_policy_against_the_dense_product(weight_format, layer, block, pol
     restored = oftfx.unfold(result)
     with torch.no_grad():
         assert torch.equal(restored(x), model(x))
+
+
+@pytest.mark.parametrize("how", ["requantize", "calibrate"])
+def test_a_fold_writes_what_was_trained_through_it(weight_format, layer, block, how):
+    model = randomize(oftfx.transform(nn.Sequential(layer), {"0": OFT(block)}), std=0.1)
+    x = torch.randn(64, weight_format.geometry(layer).in_features)
+    calibration = [(x,)] if how == "calibrate" else None
+    if not isinstance(weight_format, ScalarFormat):
+        with pytest.raises(FoldError, match=r"no code for each weight|float ones fold exactly"):
+            oftfx.fold_aware(model, how, calibration=calibration)
+        return
+    oftfx.fold_aware(model, how, calibration=calibration)
+    optimizer = torch.optim.Adam(oftfx.adapter_parameters(model), lr=3e-3)
+    for _ in range(3):
+        before = {n: p.clone() for n, p in model.named_parameters() if p.requires_grad}
+        model(x).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert before
+    assert all(not torch.equal(p, before[n]) for n, p in model.named_parameters() if n in before)
+    ((_, placement),) = oftfx.placement.find.rotated_sites(model)
+    trained = placement.fold_in_effect().values()
+    y = model(x).detach()
+    assert rel(y, x.double() @ trained.double().T + layer.bias.double()) < 1e-5
+    result = oftfx.fold(model)
+    (row,) = result.report
+    assert (row.action, row.relative_error) == ("as trained", 0.0)
+    assert torch.equal(weight_format.dequantize(result.model[0]), trained)

@@ -3,9 +3,10 @@
     tools/environment-layers
     PYTHONPATH=. .venv-layers/bin/python tools/bench/bench_fold_quality.py [--only NF4] [--quick]
 
-An OFT adapter is trained on every base (and one on the float model), then folded by every policy. Trained adapters and
-finished rows are kept in the folder, so an interrupted run goes on. Writes tools/results/fold_quality.json, from which
-tools/docs/update_tables.py makes the documentation's tables. A full run takes about an hour on two cores.
+An OFT adapter is trained on every base (with --floats also one on the float model), then folded by every policy. The
+base itself, calibrated on the same data, tells what is not the adapter's doing. Trained adapters and finished rows are
+kept in the folder, so an interrupted run goes on. Writes tools/results/fold_quality.json, from which
+tools/docs/update_tables.py makes the documentation's tables. A full run takes one to two hours on two cores.
 """
 
 from __future__ import annotations
@@ -27,6 +28,17 @@ import oftfx
 from tools.bench.fold_models import FORMATS, Encoder, Language, Task, merged_by_peft
 from tools.bench.fold_updates import measure as measure_updates
 
+SAME_BASE = (
+    "keep",
+    "float",
+    "requantize",
+    "PEFT",
+    "calibrate",
+    "base calibrated",
+    "fold-aware",
+    "fold-aware, unfolded",
+)
+AWARE_STEPS = 20
 RESULTS = Path(__file__).parents[1] / "results" / "fold_quality.json"
 
 
@@ -35,10 +47,11 @@ class Bench:
 
     Args:
         folder: adapters and results.
+        floats: also an adapter that is trained on the float model.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.path = folder, folder / "results.json"
+    def __init__(self, folder: Path, floats: bool = False) -> None:
+        self.folder, self.path, self.floats = folder, folder / "results.json", floats
         self.rows: list[dict[str, Any]] = []
         self.updates: list[dict[str, Any]] = []
         if self.path.exists():
@@ -53,10 +66,8 @@ class Bench:
 
     def run(self, task: Task, name: str) -> None:
         """Every row of one model on one base."""
-        for trained, policies in (
-            (name, ("keep", "float", "requantize", "calibrate", "PEFT")),
-            (None, ("requantize", "reference", "reference, calibrated")),
-        ):
+        on_floats = (None, ("requantize", "reference", "reference, calibrated"))
+        for trained, policies in ((name, SAME_BASE), *([on_floats] if self.floats else [])):
             todo = [p for p in policies if not self._has(task, name, trained, p)]
             if not todo:
                 continue
@@ -86,12 +97,42 @@ class Bench:
     def _trained(self, task: Task, trained: str | None) -> Any:
         return task.outputs(task.adapted(trained, self.folder, say, trained=trained))
 
+    def _calibrated_base(self, task: Task, name: str) -> nn.Module:
+        """The base itself, calibrated on the same data: what of a row is not the adapter's doing."""
+        model = oftfx.transform(task.quantized(name), {"all-linear": oftfx.OFT(32)})
+        with torch.no_grad():  # exactly the identity would be left untouched
+            for parameter in oftfx.adapter_parameters(model):
+                parameter.fill_(1e-7)
+        return oftfx.fold(model, quantized="calibrate", calibration=task.calibration).model.eval()
+
+    def _through_the_fold(self, task: Task, model: nn.Module, unfolded: bool) -> nn.Module:
+        """The adapter, some steps more with scales that train, folded as trained; or used unfolded afterwards."""
+        oftfx.set_adapter(model, "default", trainable=True)
+        if not unfolded:
+            oftfx.fold_aware(model, "calibrate", calibration=task.calibration)
+            optimizer = torch.optim.AdamW(oftfx.adapter_parameters(model), lr=task.rate, weight_decay=0.0)
+            model.train()
+            for step in range(AWARE_STEPS):
+                for group in optimizer.param_groups:
+                    group["lr"] = task.rate * min((step + 1) / 3, (AWARE_STEPS - step) / (AWARE_STEPS - 3))
+                task.loss(model, task.steps + step).backward()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            model.eval()
+            return oftfx.fold(model).model
+        oftfx.fold_aware(model, None)
+        return model
+
     def _fold(
         self, task: Task, name: str, trained: str | None, policy: str, model: nn.Module
     ) -> tuple[nn.Module, dict[str, Any]]:
         if policy == "PEFT":
             where = self.folder / task.name / (trained or "float").replace(" ", "-") / "adapter"
             return merged_by_peft(task, name, where), {}
+        if policy == "base calibrated":
+            return self._calibrated_base(task, name), {}
+        if policy.startswith("fold-aware"):
+            return self._through_the_fold(task, model, policy.endswith("unfolded")), {"steps": AWARE_STEPS}
         calibration = task.calibration if policy.endswith(("calibrate", "calibrated")) else None
         reference = task.base if policy.startswith("reference") else None
         result = oftfx.fold(model, quantized=policy.split(",")[0], calibration=calibration, reference=reference)
@@ -128,11 +169,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=FORMATS, action="append", help="only this base; may be repeated")
     parser.add_argument("--model", choices=("smollm2", "minilm"), action="append", help="only this model")
+    parser.add_argument("--floats", action="store_true", help="also an adapter that is trained on the float model")
     parser.add_argument("--quick", action="store_true", help="two training steps: to see that it runs")
     parser.add_argument("--folder", type=Path, default=Path("oftfx-bench/fold-quality"), help="adapters and results")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # the packages' own
-    bench = Bench(args.folder / ("quick" if args.quick else "full"))
+    bench = Bench(args.folder / ("quick" if args.quick else "full"), args.floats)
     tasks: dict[str, Callable[[], Task]] = {"minilm": Encoder, "smollm2": Language}
     for key in args.model or tasks:
         task = tasks[key]()

@@ -109,9 +109,12 @@ class Task(ABC):
 
 
 class Language(Task):
-    """SmolLM2-135M on Lee news; perplexity of held-out articles."""
+    """SmolLM2-135M on Lee news; perplexity of held-out articles.
 
-    name, metric = "SmolLM2-135M", "perplexity"
+    The rate is the quickstart's: the unfolded adapter on NF4 has 38.76 with it and 43.78 with 1e-3.
+    """
+
+    name, metric, rate = "SmolLM2-135M", "perplexity", 2.5e-4
 
     def __init__(self) -> None:
         self.base, tokenizer = smollm.load()
