@@ -33,7 +33,7 @@ from oftfx.passes.fold_into_producers import FoldIntoProducers
 from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.passes.protocol import PassManager
 from oftfx.placement.aware import make_aware, unfolded
-from oftfx.placement.find import rotated_sites
+from oftfx.placement.find import check_unaware, rotated_sites
 from oftfx.placement.rows import check_no_rows
 from oftfx.placement.torch_private import forget_compiled
 from oftfx.planning.program import Program
@@ -171,6 +171,8 @@ def fold(
         raise AdapterError(f"no adapter is active; name one of {', '.join(store.adapters)} in fold(adapter=...)")
     if into not in ("site", "producer"):
         raise FoldError(f"into: got {into!r}, expected 'site' or 'producer'")
+    if into == "producer" and quantized is None:
+        check_unaware(root, "a fold into producers")
     hashes = {name: fingerprint(root, name) for name in names}
     batches = batches_of(calibration)
     original = None if reference is None else ReferenceWeights(reference)

@@ -303,6 +303,24 @@ def test_what_would_leave_it_out_is_refused(tmp_path):
         oftfx.graph(model, (X,))
     with pytest.raises(AdapterError, match=r"an export .* oftfx.fold_aware\(model, None\)"):
         oftfx.export_onnx(model, tmp_path / "m.onnx", (X,))
+    with pytest.raises(AdapterError, match="a fold into producers of a fold-aware model"):
+        oftfx.fold(model, into="producer")
+
+
+@BNB
+def test_new_values_do_not_come_under_old_codes(tmp_path):
+    model = rotated()
+    files = oftfx.save_adapter(rotated(std=0.1), tmp_path / "adapter")
+    oftfx.fold_aware(model, "calibrate", calibration=batches())
+    now = model(X).detach()
+    with pytest.raises(AdapterError, match="codes that were made for its present values"):
+        oftfx.load_adapter(model, files)
+    assert torch.equal(model(X), now)
+    oftfx.fold_aware(model, None)
+    oftfx.fold_aware(model, "requantize")
+    before = model(X).detach()
+    oftfx.load_adapter(model, files)  # rounded anew
+    assert not torch.equal(model(X), before)
 
 
 @BNB

@@ -27,6 +27,7 @@ from oftfx.model.sites import choose_placement, fits
 from oftfx.passes.find_producers import FindProducers
 from oftfx.passes.protocol import PassManager
 from oftfx.passes.share_inputs import ShareInputs
+from oftfx.placement.find import rotated_sites
 from oftfx.placement.torch_private import forget_compiled
 from oftfx.planning.from_peft import configured_sites, spec_from_config
 from oftfx.planning.plans import Plan
@@ -91,6 +92,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     plan = _plan_of_file(program, directory, skews, others, notes, store)
     if store is not None and adapter in store.adapters:
         _check_same(store.adapters[adapter].plan, plan, skews, adapter)
+        _check_no_codes(root, adapter)
     else:
         program = program.with_(plan=plan)
         if names_inputs(root) and not (directory / PLAN_FILE).is_file():
@@ -105,6 +107,16 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
         store.follow(root, adapter)
         forget_compiled()
     return model
+
+
+def _check_no_codes(root: nn.Module, adapter: str) -> None:
+    """Refuse new values under codes that were made for the old ones."""
+    for fqn, placement in rotated_sites(root):
+        if any(adapter in names and not aware.turns for names, aware in placement.through.items()):
+            raise AdapterError(
+                f"adapter {adapter!r} is fold-aware: {fqn} computes with codes that were made for its present values. "
+                "Switch that off first, oftfx.fold_aware(model, None), or load under another name"
+            )
 
 
 def _recorded(program: Program) -> Program:

@@ -55,6 +55,6 @@ def check_unaware(model: nn.Module, what: str) -> None:
     """
     if site := next((fqn for fqn, p in rotated_sites(model) if p.fold_in_effect() is not None), None):
         raise AdapterError(
-            f"{what} of a fold-aware model: {site} computes with the weight that its fold will write. Fold it first "
-            "(oftfx.fold), or let the rotations act again: oftfx.fold_aware(model, None)"
+            f"{what} of a fold-aware model: {site} computes with the weight that its own fold will write. Fold first "
+            "(oftfx.fold(model)), or let the rotations act again: oftfx.fold_aware(model, None)"
         )

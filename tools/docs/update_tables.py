@@ -132,6 +132,9 @@ FOLDS = {
     "none": "base, no adapter",
     "unfolded": "adapter, unfolded",
     "PEFT": "PEFT's merge",
+    "base calibrated": "base, no adapter, calibrated",
+    "fold-aware": "trained on through the fold, folded",
+    "fold-aware, unfolded": "the same adapter, unfolded",
 }
 
 
