@@ -38,7 +38,7 @@ SAME_BASE = (
     "fold-aware",
     "fold-aware, unfolded",
 )
-AWARE_STEPS = 20
+AWARE_STEPS = 40
 RESULTS = Path(__file__).parents[1] / "results" / "fold_quality.json"
 
 

@@ -47,7 +47,7 @@ FOLD_POLICIES = (
         '`"calibrate"`',
         "calibrate",
         "takes the codes that keep the layer's outputs on `calibration`",
-        "nothing in front and no larger: the one to deploy, if its loss is acceptable",
+        "nothing in front and no larger: the one to deploy",
     ),
     (
         '`"reference"`',
