@@ -15,9 +15,9 @@ from oftfx.model.running import Inputs, call_once, evaluating, tensors_of
 from oftfx.placement.aware import Aware, unfolded
 from oftfx.terminal import bar
 
-RATE = 3e-4
-"""Of Adam for the shifts of `AwareScales`, whose unit is ten: 3e-3 in the logarithm of a scale. On SmolLM2 in NF4, 1e-2
-went astray after one pass over 8,192 tokens; 3e-3 was still gaining after four."""
+RATE = 7.5e-4
+"""Of Adam for the shifts of `AwareScales`, whose unit is four: 3e-3 in the logarithm of a scale. On SmolLM2 in NF4,
+1e-2 went astray after one pass over 8,192 tokens; 3e-3 was still gaining after four."""
 _WARM = 5  # steps
 _HELD, _FEW = 8, 4  # one of so many batches is held out; none of fewer than this
 

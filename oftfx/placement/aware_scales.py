@@ -15,13 +15,14 @@ from oftfx.placement.aware import Aware
 from oftfx.placement.base import Placement
 from oftfx.rotation.module import whole
 
-GAIN = 10.0
+GAIN = 4.0
 """What one unit of `shift` does to the logarithm of a scale, so that a learning rate that is good for rotations is good
-for scales: on SmolLM2, 2.5e-4 for skews and 3e-3 a step for scales."""
+for scales. SmolLM2 in NF4, 2.5e-4 being good for rotations: 20 steps brought a calibrated fold from 97.2 % of the gain
+to 98.0 % at 1e-3 in the logarithm of a scale, and to 95.9 % at 2.5e-3."""
 
 
 class AwareScales(Aware):
-    """``W_folded = (level(code) - zero) * scale * exp(10 * shift)``: codes of a calibrated fold, one ``shift`` a group.
+    """``W_folded = (level(code) - zero) * scale * exp(4 * shift)``: codes of a calibrated fold, one ``shift`` a group.
 
     The rotations stand still, so the unfolded adapter stays what it was. Scales are rounded as the format stores them,
     second quantization included, in every forward; gradients go straight through that rounding.
@@ -97,7 +98,7 @@ class AwareScales(Aware):
         return [whole(self.shift)]
 
     def gradients(self, to_weight: Tensor, values: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """``dL/dshift = 10 * sum of dL/dW * S`` over the group, S being what of W is proportional to the scale."""
+        """``dL/dshift = 4 * sum of dL/dW * S`` over the group, S being what of W is proportional to the scale."""
         grid = self._grid()
         return [GAIN * grid.partition.split(to_weight * grid.scaled(values, self._fixed())).sum(1)]
 
