@@ -22,21 +22,26 @@ import torch.nn as nn
 
 import oftfx
 from oftfx.demo import smollm, text
+from oftfx.folding.aware import make_all_aware, quantized_sites, scales
 
 RESULTS = Path(__file__).parents[1] / "results" / "fold_aware.json"
 KINDS = ("plain", "requantize", "calibrate")
 LENGTH, BATCH = 128, 4
 
 
-def model_of(kind: str, adapter: Path, data: torch.Tensor) -> nn.Module:
-    """Ready to train; calibrated by one batch, for the codes do not matter here."""
+def model_of(kind: str, adapter: Path) -> nn.Module:
+    """Ready to train; with the base's own codes, for which they are does not matter here."""
     base, _ = smollm.load()
     model = oftfx.transform(smollm.hold_still(smollm.quantize_nf4(base)), {"all-linear": oftfx.OFT(32)})
     oftfx.load_adapter(model, adapter, trainable=True)
     oftfx.set_adapter(model, "default", trainable=True)
-    if kind != "plain":
-        inputs = [{"input_ids": data[:1], "attention_mask": torch.ones_like(data[:1])}]
-        oftfx.fold_aware(model, kind, calibration=inputs if kind == "calibrate" else None)  # type: ignore[arg-type]
+    if kind == "requantize":
+        oftfx.fold_aware(model, "requantize")
+    elif kind == "calibrate":
+        sites = quantized_sites(model, ("default",))
+        codes = {fqn: placement.weight_format().codes(placement.module) for fqn, placement, _ in sites}  # type: ignore[union-attr]
+        make_all_aware(sites, scales(codes))
+        oftfx.set_adapter(model, "default", trainable=True)
     return model.train()
 
 
@@ -66,14 +71,15 @@ def main() -> None:
     args = parser.parse_args()
     data = text.blocks(smollm.load()[1], text.read("train"), LENGTH)
     if args.peak:
-        model = model_of(args.peak, args.adapter, data)
+        model = model_of(args.peak, args.adapter)
         optimizer = torch.optim.AdamW(oftfx.adapter_parameters(model), lr=1e-5)
         for index in range(2):
             step(model, optimizer, data[index * BATCH : (index + 1) * BATCH])
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
     memory = {kind: peak(kind, args.adapter) for kind in KINDS}
-    models = {kind: model_of(kind, args.adapter, data) for kind in KINDS}
+    print(memory, flush=True)
+    models = {kind: model_of(kind, args.adapter) for kind in KINDS}
     optimizers = {k: torch.optim.AdamW(oftfx.adapter_parameters(m), lr=1e-5) for k, m in models.items()}
     seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for index in range(args.rounds + 1):
