@@ -47,6 +47,10 @@ class FoldAwareness:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        self.restore()
+
+    def restore(self) -> None:
+        """Bring it back now."""
         for placement, before in self._before.items():
             if placement.rotations:
                 _restore(placement, before)
@@ -123,7 +127,11 @@ def fold_aware(
     if how is None:
         forget_all(root, names)
     else:
-        _enter(result, root, store, how, names, calibration, reference, distil, progress)
+        try:
+            _enter(result, root, store, how, names, calibration, reference, distil, progress)
+        except BaseException:  # also an interruption: no half-trained scales stay
+            result.restore()
+            raise
     store.follow(root)
     forget_compiled()
     return result
@@ -155,7 +163,9 @@ def _enter(
         result.sites = make_all_aware(sites, nearest(None if reference is None else ReferenceWeights(reference)))
         return
     if saved is not None:
-        result.sites = make_all_aware(sites, saved_scales(saved))
+        if len(names) > 1:
+            raise FoldError("fold_aware: save_adapter writes the scales of one adapter, and several are named")
+        result.sites = make_all_aware(sites, saved_scales(saved, root, names[0]))
         return
     fold = FoldRotations("calibrate", calibration=batches, progress=None if progress is True else progress or None)
     if passes:

@@ -171,17 +171,22 @@ class FoldRotations(Pass):
         memo = dict[int, Any]()
         try:
             return structural_copy(program.model, memo), [memo[id(module)] for module in later]
-        except (OftfxError, KeyError):  # a model that cannot be copied is folded in place, by its own inputs alone
+        except (OftfxError, KeyError) as error:  # a lock in it, a __deepcopy__ of its own
+            warn(
+                f"calibrate: {type(program.model).__name__} cannot run unfolded beside its fold ({error}), so no layer "
+                "makes up for what earlier ones lose"
+            )
             return None
 
     def _fold(self, one: _Todo, bench: Workbench, shown: Shown | None) -> SiteFold:
-        site = Turned.of(one.fqn, one.placement, one.format, bench.remark(one.placement))
+        # What scales have learnt is not lost where the rotation is the identity.
+        site = Turned.of(one.fqn, one.placement, one.format, bench.remark(one.placement), always=one.as_trained)
         if site is None:
             return untouched(one.fqn, one.placement, one.format)
-        if one.format.lossless:
-            return fold_float(site, bench)
         if one.as_trained:
             return AsTrained(self.distilled).line(site, bench)
+        if one.format.lossless:
+            return fold_float(site, bench)
         options = choices(one.policy)
         for option in options[:-1]:
             if option == "calibrate" and shown is None:

@@ -9,7 +9,8 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
-from oftfx.errors import AdapterError, AdapterFileError, FoldError
+from oftfx.adapter.fingerprint import fingerprint
+from oftfx.errors import AdapterError, AdapterFileError, FoldError, OftfxWarning
 from oftfx.formats import format_of
 from oftfx.placement.find import rotated_sites
 from tests.quantized import quantize
@@ -241,16 +242,108 @@ def test_a_saved_adapter_goes_on_with_its_scales(kind, tmp_path):
 
 
 @BNB
-def test_scales_of_another_model_are_refused(tmp_path):
+def test_scales_of_another_model_are_refused(tmp_path, monkeypatch):
     model = rotated()
     oftfx.fold_aware(model, "calibrate", calibration=batches())
     files = oftfx.save_adapter(model, tmp_path / "adapter")
     torch.manual_seed(0)
     narrow = nn.Sequential(quantize(nn.Linear(64, 64), "bnb4"), nn.Tanh(), quantize(nn.Linear(64, 32), "bnb4"))
     narrow = oftfx.transform(narrow, {"*": OFT(16)})
+    with pytest.raises(AdapterFileError, match="made for other values than adapter 'default' has"):
+        oftfx.fold_aware(narrow, "calibrate", calibration=files)
+    monkeypatch.setattr("oftfx.adapter.scales.fingerprint", lambda *_: fingerprint(model))
     with pytest.raises(AdapterFileError, match=r"0 does not fit this layer: packed is torch.uint8 \(3072,\)"):
         oftfx.fold_aware(narrow, "calibrate", calibration=files)
     assert all(p.fold_in_effect() is None for _, p in rotated_sites(narrow))
+
+
+@BNB
+def test_layers_are_called_by_any_name_of_their_input():
+    model = rotated()
+    layer, unfolded = model[0], model[0](X).detach()
+    oftfx.fold_aware(model, "requantize")
+    aware = layer(X).detach()
+    assert not torch.equal(aware, unfolded)
+    assert torch.equal(layer(x=X), aware)
+    with oftfx.disable_adapters(model):
+        base = layer(X).detach()
+        assert torch.equal(layer(x=X), base)
+    oftfx.add_adapter(model, "other", {"*": OFT(8, init="normal")})
+    oftfx.set_adapter(model, "other")  # rotates as always
+    assert torch.equal(layer(x=X), layer(X))
+
+
+@BNB
+@pytest.mark.parametrize("interrupted", [ValueError, KeyboardInterrupt])
+def test_nothing_half_trained_stays(interrupted):
+    model = rotated()
+    before = model(X).detach()
+
+    def progress(done, every):
+        if every == 3 * 7 and done == 9:  # of the distillation: seven of eight batches, three passes
+            raise interrupted("stop")
+
+    for how in (None, "requantize"):
+        if how:
+            oftfx.fold_aware(model, how)
+            before = model(X).detach()
+        with pytest.raises(interrupted):
+            oftfx.fold_aware(model, "calibrate", calibration=batches(), distil=3, progress=progress)
+        assert torch.equal(model(X), before)
+        assert [n for n, p in model.named_parameters() if p.requires_grad] == [f"{i}.oft.default.skew" for i in (0, 2)]
+
+
+@BNB
+def test_scales_that_were_trained_under_an_identity_are_folded():
+    model = rotated()
+    oftfx.fold_aware(model, "calibrate", calibration=batches())
+    step(model, 0.02)
+    with torch.no_grad():
+        model[0].oft.default.skew.zero_()
+    computed = coded(model)
+    folded = oftfx.fold(model)
+    assert [s.action for s in folded.report] == ["as trained"] * 2
+    assert all(same(c, computed[n]) for n, c in stored(folded.model).items())
+
+
+@BNB
+def test_a_layer_without_inputs_is_fold_aware_too():
+    class Gated(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (quantize(nn.Linear(64, 32), "bnb4") for _ in range(2))
+
+        def forward(self, x):
+            return self.a(x) if x.sum() > -1e9 else self.b(x)
+
+    model = randomize(oftfx.transform(Gated(), {"*": OFT(16)}), std=0.05)
+    with pytest.warns(OftfxWarning, match="no calibration input reached this layer"):
+        assert oftfx.fold_aware(model, "calibrate", calibration=batches()).sites == 2
+    assert {s.action for s in oftfx.fold(model).report} == {"as trained"}
+
+
+@BNB
+def test_distilling_towards_nothing_or_nan_is_refused():
+    class Nothing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = quantize(nn.Linear(64, 32), "bnb4")
+
+        def forward(self, x):
+            return self.layer(x).argmax(-1)
+
+    model = randomize(oftfx.transform(Nothing(), {"*": OFT(16)}), std=0.05)
+    with pytest.raises(FoldError, match="no float tensor to learn from"):
+        oftfx.fold(model, quantized="calibrate", calibration=batches(), distil=1)
+    model = rotated()
+    model.append(Root())
+    with pytest.raises(FoldError, match="a number that is not finite"):
+        oftfx.fold(model, quantized="calibrate", calibration=batches(), distil=1)
+
+
+class Root(nn.Module):
+    def forward(self, x):
+        return x.sqrt()
 
 
 @BNB
@@ -271,7 +364,7 @@ def test_under_autocast_checkpointing_and_a_compiler(how):
     with torch.autocast("cpu", torch.bfloat16):
         low = grads(lambda: model(X))
     assert 0 < rel(low, wanted) < 0.05
-    compiled = torch.compile(model, backend="aot_eager")
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     assert rel(grads(lambda: compiled(X)), wanted) < 1e-5
 
 

@@ -19,6 +19,9 @@ from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.placement.find import rotated_sites
 from oftfx.planning.program import Program
 
+ROUNDED = ("calibrated", "requantized", "from reference", "from reference, calibrated")
+"""What a fold says of sites whose codes are new, those that no calibration input has reached among them."""
+
 
 @dataclass(frozen=True)
 class Distilled:
@@ -55,7 +58,7 @@ def calibrated_codes(
     codes, lines = dict[str, Codes](), dict[str, SiteFold]()
     for line in fold.run(Program.of(trial)).found.sites:
         layer, weight_format = sites[line.fqn]
-        if "calibrated" in line.action and isinstance(weight_format, ScalarFormat):
+        if line.action in ROUNDED and isinstance(weight_format, ScalarFormat):
             codes[line.fqn], lines[line.fqn] = weight_format.codes(layer), line
     return codes, lines
 
@@ -75,7 +78,7 @@ def distil_scales(
     codes, lines = calibrated_codes(root, names, fold)
     sites = [s for s in quantized_sites(root, names) if s[0] in codes]
     if not sites:
-        raise FoldError("distil: no site is calibrated by this policy, so there are no scales to train; leave distil=0")
+        raise FoldError("distil: this policy rounds no site, so there are no scales to train; leave distil=0")
     make_all_aware(sites, scales(codes))
     before, after, held = distil(root, fold.calibration, passes, progress=progress)
     return Distilled(lines, before, after, held)

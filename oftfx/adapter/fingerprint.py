@@ -7,7 +7,7 @@ import hashlib
 import torch
 import torch.nn as nn
 
-from oftfx.adapter.save import adapter_tensors
+from oftfx.adapter.contents import adapter_tensors
 from oftfx.adapter.store import located
 from oftfx.rotation.module import whole
 

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from oftfx.adapter import peft_files
 from oftfx.adapter.belonging import check_belongs
+from oftfx.adapter.contents import rotation_by_site
 from oftfx.adapter.insert import insert
 from oftfx.adapter.read import read_config, read_plan, read_weights
-from oftfx.adapter.save import PLAN_FILE, rotation_by_site
+from oftfx.adapter.save import PLAN_FILE
 from oftfx.adapter.store import AdapterStore, check_name, check_no_part, find_store, store_of, unwrapped
 from oftfx.adapter.whole_tensors import check_whole, whole_in_config, whole_in_plan
 from oftfx.errors import AdapterError, AdapterFileError

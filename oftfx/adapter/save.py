@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn as nn
-from torch import Tensor
 
 from oftfx.adapter import peft_files
 from oftfx.adapter.belonging import KEY, digest_of
+from oftfx.adapter.contents import adapter_tensors, check_in_place
+from oftfx.adapter.fingerprint import fingerprint
 from oftfx.adapter.packed import packed
-from oftfx.adapter.scales import SCALE_FILE, scale_tensors
-from oftfx.adapter.store import AdapterStore, located
+from oftfx.adapter.scales import ADAPTER, SCALE_FILE, scale_tensors
+from oftfx.adapter.store import located
 from oftfx.errors import AdapterError, AdapterFileError, warn
 from oftfx.files import landing, write
-from oftfx.placement.find import rotated_sites
 from oftfx.planning.plans import Plan
 
 PLAN_FILE = "oftfx_plan.json"
@@ -29,7 +27,8 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     """Write one adapter as a directory.
 
     Where its scales train for a fold (`oftfx.fold_aware` with ``"calibrate"``), they and the codes are written beside
-    it, ``oftfx_scales.safetensors``; ``fold_aware(model, "calibrate", calibration=path)`` takes them up again.
+    it, ``oftfx_scales.safetensors``; ``fold_aware(model, "calibrate", calibration=path)`` takes them up again. Scales
+    of several adapters together are in the model's ``state_dict`` only.
 
     Args:
         model: a transformed model.
@@ -75,7 +74,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
         notes = {"format": "pt", KEY: digest_of(json.loads(text))}
         write(made / peft_files.WEIGHT_FILE, packed(tensors, notes))
         if scales:
-            write(made / SCALE_FILE, packed(scales, notes))
+            write(made / SCALE_FILE, packed(scales, {"format": "pt", ADAPTER: fingerprint(root, adapter)}))
     return directory
 
 
@@ -87,45 +86,3 @@ def _warn_of_peft(root: nn.Module, plan: Plan) -> None:
             f"PEFT cannot use this adapter at {len(found)} sites, e.g. {name}: {reason}; oftfx reads it back. "
             "layout='oftfx' says so in its name"
         )
-
-
-def adapter_tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[str, Tensor]]:
-    """What a file of one adapter holds: skews and whole parameters by their keys."""
-    plan = store.adapters[adapter].plan
-    rotations = rotation_by_site(root, store, adapter)
-    result: list[tuple[str, Tensor]] = [(peft_files.key_of_skew(e.site), rotations[e.fqn].every_skew()) for e in plan]
-    rotated = [e.fqn for e in plan]
-    store.take_back(root)
-    named = (*plan.train, *plan.brought)
-    result += [(peft_files.key_of_parameter(n, rotated), store.trained[adapter][n]) for n in named]
-    return result + [(peft_files.PREFIX + n, store.buffers.own[adapter][n]) for n in saved_buffers(root, plan)]
-
-
-def saved_buffers(root: nn.Module, plan: Plan) -> list[str]:
-    """Those of an adapter's buffers that a ``state_dict`` holds."""
-    walked = root.named_modules(remove_duplicate=False)
-    left_out = {f"{path}.{name}" for path, module in walked for name in module._non_persistent_buffers_set}
-    return [name for name in plan.train_buffers if name not in left_out]
-
-
-def rotation_by_site(root: nn.Module, store: AdapterStore, adapter: str) -> dict[str, Any]:
-    """The rotations of one adapter by the path that their site had when they were put there."""
-    rotations = {fqn: p.rotations[adapter] for fqn, p in rotated_sites(root) if adapter in p.rotations}
-    moved = {entry.fqn: _now(entry.fqn, rotations) for entry in store.adapters[adapter].plan}
-    return {fqn: rotations[now] for fqn, now in moved.items()}
-
-
-def check_in_place(root: nn.Module, store: AdapterStore, adapter: str) -> None:
-    """Raise `AdapterError` where a site is not where it was put: another layer has been wrapped around it."""
-    rotated = dict(rotated_sites(root))
-    for entry in store.adapters[adapter].plan:
-        if entry.fqn not in rotated:
-            raise AdapterError(
-                f"{entry.fqn} is inside another layer now ({_now(entry.fqn, rotated)}), so no file of this adapter "
-                "would fit the model. Take that away first (unload() of a PeftModel; merge_adapter() would put its "
-                "update behind the rotation), or fold before"
-            )
-
-
-def _now(fqn: str, found: Mapping[str, Any]) -> str:
-    return fqn if fqn in found else next(f for f in found if f.startswith(f"{fqn}."))

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch.nn as nn
 from torch import Tensor
 
+from oftfx.adapter.fingerprint import fingerprint
 from oftfx.errors import AdapterFileError
 from oftfx.folding.aware import Maker
 from oftfx.placement.aware import Aware
@@ -15,6 +16,8 @@ from oftfx.placement.base import Placement
 from oftfx.placement.find import rotated_sites
 
 SCALE_FILE = "oftfx_scales.safetensors"
+ADAPTER = "oftfx_adapter_sha256"
+"""In its metadata: the adapter that the codes were made for, see `fingerprint`."""
 
 
 def scale_tensors(root: nn.Module, adapter: str) -> dict[str, Tensor]:
@@ -27,22 +30,28 @@ def scale_tensors(root: nn.Module, adapter: str) -> dict[str, Tensor]:
     return found
 
 
-def saved_scales(directory: Path) -> Maker:
-    """`AwareScales` as an adapter's directory has them; sites that are not in it stay as they are.
+def saved_scales(directory: Path, root: nn.Module, adapter: str) -> Maker:
+    """`AwareScales` as an adapter's directory has them; sites that are not in it were the identity, and stay so.
 
     Raises:
-        AdapterFileError: there is no such file, or it is not readable.
+        AdapterFileError: there is no such file, it is not readable, or it was written with other values of the adapter.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
+    from safetensors import SafetensorError, safe_open
 
     path = directory / SCALE_FILE
     try:
-        tensors = load_file(path)
+        with safe_open(path, framework="pt") as opened:
+            notes = opened.metadata() or {}
+            tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (no dictionary)
     except (OSError, SafetensorError) as error:
         raise AdapterFileError(
             f"{path}: {error}. save_adapter writes it for an adapter whose scales train (oftfx.fold_aware)"
         ) from error
+    if notes.get(ADAPTER) != fingerprint(root, adapter):
+        raise AdapterFileError(
+            f"{path}: these codes were made for other values than adapter {adapter!r} has; load the adapter from the "
+            "same directory first"
+        )
     sites: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         fqn, _, part = key.rpartition(".")

@@ -42,11 +42,11 @@ def quantized_sites(root: nn.Module, names: Sequence[str]) -> list[tuple[str, Pl
 
 def _unfit(placement: Placement, names: Sequence[str], scalar: bool) -> str:
     if not scalar:
-        return "its format stores no code for each weight. Exclude such layers by a rule, or use quantized='calibrate'"
+        return "its format stores no code for each weight. Exclude it by a rule, or use fold(quantized='calibrate')"
     if not isinstance(placement, RotateInput) or placement.axis != -1:
-        return f"a {type(placement.module).__name__} is not one that multiplies its last axis"
+        return f"a {type(placement.module).__name__} does not multiply its input's last axis. Exclude it by a rule"
     if placement.fixed:
-        return "an earlier fold has left a fixed rotation in front of it"
+        return "an earlier fold has left a fixed rotation in front of it, which would stay. Begin from the base"
     if any(placement.rotations[n].dropout is not None for n in names):
         return "its rotation drops blocks, which no fold does; set dropout=0"
     return ""

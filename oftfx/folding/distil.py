@@ -11,6 +11,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from oftfx.errors import FoldError
 from oftfx.model.running import Inputs, call_once, evaluating, tensors_of
 from oftfx.placement.aware import Aware, unfolded
 from oftfx.terminal import bar
@@ -29,8 +30,9 @@ def distil(
 
     The loss is the Kullback-Leibler divergence of the next-token (or class) distributions where the output has
     ``logits``, else the squared error of all float outputs relative to their size. The model is in eval mode; each
-    batch is a step of Adam, and the unfolded outputs are computed anew for each. One batch in eight is held out where
-    there are four or more: of the states after each pass, and the one before, that with the least loss there is kept.
+    batch is a step of Adam, and the unfolded outputs are computed anew for each. Of four batches or more, one in eight
+    (at least one) is held out: of the states after each pass, and the one before, that with the least loss there is
+    kept.
 
     Args:
         model: some sites are `AwareScales`.
@@ -41,10 +43,13 @@ def distil(
     Returns:
         The loss on what is held out (on all where nothing is) before and after, and how many inputs are.
 
+    Raises:
+        FoldError: the outputs are not finite, or hold no floats.
+
     Source: Hinton et al., arXiv 1503.02531; scales alone end to end: Chen et al., EfficientQAT, arXiv 2407.11062.
     """
     shifts = [p for m in model.modules() if isinstance(m, Aware) for p in m.parameters()]
-    every = min(_HELD, len(batches) // 2)
+    every = min(_HELD, len(batches))
     held = list(batches[every - 1 :: every]) if len(batches) >= _FEW else list(batches)
     used = [b for i, b in enumerate(batches) if len(batches) < _FEW or (i + 1) % every]
     trains = [p for p in model.parameters() if p.requires_grad]
@@ -88,7 +93,10 @@ def _step(model: nn.Module, batch: Inputs, shifts: Sequence[nn.Parameter], optim
             for parameter in shifts:
                 parameter.requires_grad_(False)
     if not math.isfinite(float(loss.detach())):
-        return
+        raise FoldError(
+            "distil: the folded and the unfolded outputs differ by a number that is not finite on a calibration input; "
+            "look for the first NaN there, or leave distil=0"
+        )
     for parameter, grad in zip(shifts, grads, strict=True):
         parameter.grad = grad
     optimizer.step()
@@ -112,7 +120,10 @@ def _outputs(model: nn.Module, batch: Inputs) -> Tensor | list[Tensor]:
     logits = getattr(output, "logits", None)
     if isinstance(logits, Tensor) and logits.is_floating_point():
         return logits
-    return [t for t in tensors_of(output) if t.is_floating_point()]
+    floats = [t for t in tensors_of(output) if t.is_floating_point()]
+    if not floats:
+        raise FoldError("distil: the model's outputs hold no float tensor to learn from; leave distil=0")
+    return floats
 
 
 def _divergence(got: Tensor | list[Tensor], wanted: Tensor | list[Tensor], mask: Tensor | None) -> Tensor:

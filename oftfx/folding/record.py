@@ -42,7 +42,8 @@ class SiteFold:
             where no inputs were seen.
         output_survival: the same as ``survival`` for these outputs; what error-compensated rounding keeps, which moves
             weights for its sake.
-        tokens: rows of calibration inputs that the layer read.
+        tokens: rows of calibration inputs that the layer read, where it was calibrated.
+        few_tokens: whether these are few for its width.
     """
 
     fqn: str
@@ -58,6 +59,7 @@ class SiteFold:
     output_error: float | None = None
     output_survival: float | None = None
     tokens: int | None = None
+    few_tokens: bool = False
 
 
 @dataclass(frozen=True)

@@ -97,7 +97,7 @@ class FoldReport:
                 f"{len(low)} of {len(self)} sites kept less than {LOW_SURVIVAL:.0%} of their update (worst: "
                 f"{worst.fqn}, {_kept(worst):.0%}); {_ADVICE}"
             )
-        few = [s.tokens for s in self.sites if s.tokens is not None and "few" in s.note]
+        few = [s.tokens or 0 for s in self.sites if s.few_tokens]
         if few:
             found.append(
                 f"{len(few)} of {len(self)} sites were calibrated by few tokens for their width, {min(few)} at least; "

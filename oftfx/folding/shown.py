@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -157,29 +156,25 @@ _JUDGED = 1 << 10
 class Showing:
     """`Shown` of one layer after the other; layers that read the same tensors share it, and what it has computed.
 
-    Memory is that of one: a few matrices ``(in, in)`` in float32; inputs are not kept alive by it.
+    Memory is that of one: what the layer read, until the next one is shown, and a few matrices ``(in, in)``, float32.
     """
 
     def __init__(self) -> None:
-        self._key: tuple[tuple[weakref.ref[Tensor] | None, int | None], ...] = ()
         self._value: Shown | None = None
+        self._versions: list[int | None] = []
 
     def of(self, inputs: Sequence[Tensor], unfolded: Sequence[Tensor | None]) -> Shown:
         """What is known of a layer that reads these; a fellow of another shape is not of the same tokens."""
         fellows = [y if y is not None and y.shape == x.shape else None for x, y in zip(inputs, unfolded, strict=True)]
-        key = tuple((None if t is None else weakref.ref(t), _version(t)) for t in (*inputs, *fellows))
-        same = len(key) == len(self._key) and all(
-            ((a is None and b is None) or (a is not None and b is not None and a() is b())) and v == w and v is not None
-            for (a, v), (b, w) in zip(key, self._key, strict=True)
-        )
-        if not same or self._value is None:
-            self._value = None  # before the next one is made
-            self._key, self._value = key, Shown(list(inputs), fellows)
+        versions = [_version(t) for t in (*inputs, *fellows)]
+        old = self._value
+        known = () if old is None else (*old.inputs, *old.unfolded)
+        same = len(known) == len(versions) and all(a is b for a, b in zip(known, (*inputs, *fellows), strict=True))
+        if old is not None and same and None not in versions and versions == self._versions:
+            return old
+        self._value = old = None  # before the next one is made
+        self._value, self._versions = Shown(list(inputs), fellows), versions
         return self._value
-
-    def forget(self) -> None:
-        """Let go of what was shown last."""
-        self._key, self._value = (), None
 
 
 def _version(x: Tensor | None) -> int | None:

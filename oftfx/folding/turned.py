@@ -53,14 +53,16 @@ class Turned:
     note: str
 
     @classmethod
-    def of(cls, fqn: str, placement: Placement, weight_format: WeightFormat, note: str = "") -> Turned | None:
-        """The weight of a site and what it becomes; None where its rotation is exactly the identity.
+    def of(
+        cls, fqn: str, placement: Placement, weight_format: WeightFormat, note: str = "", *, always: bool = False
+    ) -> Turned | None:
+        """The weight of a site and what it becomes; unless ``always``, None where its rotation is exactly the identity.
 
         Raises:
             FoldError: the rotated weight is not finite.
         """
         module, chain = placement.module, product_of(placement.in_effect())
-        if all(_is_identity(b) for b in chain):
+        if not always and all(_is_identity(b) for b in chain):
             return None
         base = weight_format.dequantize(module)
         layout = weight_format.layout(module)

@@ -7,6 +7,7 @@ forward. Whatever else the layer is asked for (other adapters, none, the unfolde
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ from oftfx.errors import FoldError
 from oftfx.formats.base import WeightFormat
 from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Codes
-from oftfx.placement.open import Open
+from oftfx.model.running import input_name
+from oftfx.placement.open import Open, opened
 
 CHILD = "_fold"
 """Name under which they stand beside a site's rotations; no adapter's name begins so."""
@@ -35,13 +37,8 @@ _PAUSED: ContextVar[bool] = ContextVar("oftfx_unfolded", default=False)
 @contextmanager
 def unfolded() -> Iterator[None]:
     """Rotations act again inside, in this thread, as if no site were fold-aware."""
-    token = _PAUSED.set(True)
-    PAUSES.change(1)
-    try:
+    with opened(PAUSES, _PAUSED, True):
         yield
-    finally:
-        PAUSES.change(-1)
-        _PAUSED.reset(token)
 
 
 def is_paused() -> bool:
@@ -179,6 +176,8 @@ class AwareForward:
     def __init__(self, placement: RotatedSite) -> None:
         self.placement = placement
         self.beneath = placement.module.__dict__.get("forward")
+        # Whoever is called by keyword asks a forward what its first argument is called.
+        self.__signature__ = inspect.signature(placement.module.forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The folded product while it acts, else what was there."""
@@ -187,7 +186,7 @@ class AwareForward:
             module = self.placement.module
             beneath = type(module).forward.__get__(module) if self.beneath is None else self.beneath
             return beneath(*args, **kwargs)
-        return aware(args[0] if args else kwargs["input"] if "input" in kwargs else next(iter(kwargs.values())))
+        return aware(args[0] if args else kwargs[input_name(self.placement.module, kwargs)])
 
 
 class AwareSites(nn.Module):

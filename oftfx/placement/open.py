@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+T = TypeVar("T")
 
 
 class Open:
@@ -18,6 +24,18 @@ class Open:
         with self._lock:
             self._count += by
             self.any = self._count > 0
+
+
+@contextmanager
+def opened(kind: Open, variable: ContextVar[T], value: T) -> Iterator[None]:
+    """One more call of a kind inside; what it is about is the value of a context variable, in this thread."""
+    token = variable.set(value)
+    kind.change(1)
+    try:
+        yield
+    finally:
+        kind.change(-1)
+        variable.reset(token)
 
 
 OPEN = Open()

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from oftfx.errors import AdapterError
 from oftfx.placement.find import rotated_sites
-from oftfx.placement.open import OPEN
+from oftfx.placement.open import OPEN, opened
 from oftfx.placement.torch_private import never_compiled_alone
 
 if TYPE_CHECKING:
@@ -109,13 +109,8 @@ def rows_of(placement: Placement) -> Rows | None:
 @contextmanager
 def with_rows(rows: Rows) -> Iterator[None]:
     """Let these rows have their adapters in the calls inside, in this thread."""
-    token = _ROWS.set((*_ROWS.get(), rows))
-    OPEN.change(1)
-    try:
+    with opened(OPEN, _ROWS, (*_ROWS.get(), rows)):
         yield
-    finally:
-        OPEN.change(-1)
-        _ROWS.reset(token)
 
 
 def check_no_rows(model: nn.Module, what: str) -> None:

@@ -16,7 +16,7 @@ from oftfx.folding.workbench import Workbench
 from oftfx.formats.registry import format_of
 from oftfx.model.running import Inputs
 from oftfx.passes.quantized.policy import QuantizedPolicy, check_finite_inputs, rounded, write_rounded
-from oftfx.passes.quantized.roundings import best_rounding
+from oftfx.passes.quantized.roundings import are_few, best_rounding
 from oftfx.placement.find import placements_on
 
 
@@ -52,8 +52,10 @@ class Calibrate(QuantizedPolicy):
         done = write_rounded(site, best.state, "calibrated", None, bound, judged=(best.error, best.survival))
         if done is None:
             return None
-        note = "; ".join(n for n in (done.note, best.remark(shown)) if n)
-        return replace(done, tokens=shown.tokens, note=note)
+        few = are_few(shown)
+        tokens = f"{shown.tokens} tokens for {shown.width} input features are few" if few else ""
+        note = "; ".join(n for n in (done.note, tokens, best.remark) if n)
+        return replace(done, tokens=shown.tokens, few_tokens=few, note=note)
 
 
 def in_running_order(

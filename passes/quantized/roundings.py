@@ -60,18 +60,18 @@ class Best:
     error: float
     survival: float
 
-    def remark(self, shown: Shown) -> str:
+    @property
+    def remark(self) -> str:
         """What a user should know of it."""
-        few = f"{shown.tokens} tokens for {shown.width} input features are few" if _are_few(shown) else ""
-        chosen = ""
         if self.way.keep:
-            chosen = "keeps its old codes, which were best on held-out inputs"
-        elif self.way.regular is None:
-            chosen = "rounded to the nearest codes, which were best on held-out inputs"
-        return "; ".join(n for n in (few, chosen) if n)
+            return "keeps its old codes, which were best on held-out inputs"
+        if self.way.regular is None:
+            return "rounded to the nearest codes, which were best on held-out inputs"
+        return ""
 
 
-def _are_few(shown: Shown) -> bool:
+def are_few(shown: Shown) -> bool:
+    """Whether a layer has read too little for much to be known of what it reads."""
     return shown.tokens < _FEW * shown.width
 
 

@@ -56,10 +56,7 @@ def test_calibrated_sites_are_judged_by_what_the_model_gives():
 
 
 def test_few_tokens_are_said():
-    few = [
-        site(n, "calibrated", tokens=t, note=f"{t} tokens for 99 input features are few")
-        for n, t in zip("ab", (7, 9), strict=True)
-    ]
+    few = [site(n, "calibrated", tokens=t, few_tokens=True) for n, t in zip("ab", (7, 9), strict=True)]
     (warning,) = FoldReport((*few, site("c", "calibrated", tokens=5000))).warnings
     assert warning == (
         "2 of 3 sites were calibrated by few tokens for their width, 7 at least; give more calibration inputs"
