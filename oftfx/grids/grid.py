@@ -166,6 +166,9 @@ class Grid:
     def _range(self, weight: Tensor, search: bool, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Scales and zeros with the least error."""
         groups = self.partition.split(weight)
+        if not search:
+            (found,) = self._ranges(groups, search)
+            return found
         counts = None if importance is None else self.partition.split(importance)
         fits = ((self._error(groups, *found, counts), *found) for found in self._ranges(groups, search))
         return reduce(_better, fits)[1:]
