@@ -100,7 +100,8 @@ def fold_aware(
     Raises:
         AdapterError: an unknown adapter, or none acts.
         FoldError: an unknown way or one without what it needs; a site whose format has no codes for single weights,
-            whose layer does not multiply its last axis, or whose rotation has dropout.
+            whose layer does not multiply its last axis, or whose rotation has dropout; ``"calibrate"`` for an adapter
+            that is exactly the identity.
 
     Examples:
         >>> import oftfx, torch
@@ -178,6 +179,11 @@ def _enter(
         result.sites, result.remark = len(done.lines), str(done)
     else:
         result.sites = make_all_aware(sites, scales(calibrated_codes(root, names, fold)[0]))
+    if not result.sites:
+        raise FoldError(
+            "fold_aware: every rotation of a quantized weight is exactly the identity, so a calibrated fold rounds "
+            "nothing and there are no scales to train. Train the adapter first"
+        )
 
 
 def _restore(placement: Placement, before: dict[tuple[str, ...], Aware]) -> None:

@@ -442,3 +442,12 @@ def test_sites_that_cannot_are_refused_before_anything_changes():
     oftfx.set_adapter(model, None)
     with pytest.raises(AdapterError, match="no adapter is active"):
         oftfx.fold_aware(model, "requantize")
+
+
+@BNB
+@pytest.mark.parametrize("distil", [0, 2])
+def test_an_identity_has_no_scales_to_train(distil):
+    torch.manual_seed(0)
+    model = oftfx.transform(nn.Sequential(quantize(nn.Linear(64, 32))), {"*": OFT(16)})
+    with pytest.raises(FoldError, match="exactly the identity"):
+        oftfx.fold_aware(model, "calibrate", calibration=batches(), distil=distil)

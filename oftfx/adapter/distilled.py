@@ -78,7 +78,10 @@ def distil_scales(
     codes, lines = calibrated_codes(root, names, fold)
     sites = [s for s in quantized_sites(root, names) if s[0] in codes]
     if not sites:
-        raise FoldError("distil: this policy rounds no site, so there are no scales to train; leave distil=0")
+        raise FoldError(
+            "distil: nothing is rounded, so there are no scales to train: the policy rounds no site, or every rotation "
+            "is exactly the identity. Leave distil=0"
+        )
     make_all_aware(sites, scales(codes))
     before, after, held = distil(root, fold.calibration, passes, progress=progress)
     return Distilled(lines, before, after, held)

@@ -111,7 +111,7 @@ def _counted(values: Tensor, limits: Tensor) -> Tensor:
     """How many of the ascending ``limits`` are below each value, int32; NaN is above all.
 
     On a CPU each value falls into one of many equal cells, which knows the limits below it; only the one that lies in
-    the cell itself, if any, is compared. Exact, since falling into cells keeps the order. Ten times as fast as a search.
+    the cell itself, if any, is compared. Exact, since falling into cells keeps the order, and ten times as fast.
     """
     few = values.numel() < 16 * _CELLS or len(limits) < 2
     if few or values.device.type != "cpu" or torch.compiler.is_compiling():
