@@ -1,12 +1,14 @@
-"""What each fold policy keeps of an adapter, on real models in real 4-bit formats; PEFT's own merge beside it.
+"""What each fold policy keeps of an adapter, on real models in real quantized formats; what people do today beside it.
 
     tools/environment-layers
-    PYTHONPATH=. .venv-layers/bin/python tools/bench/bench_fold_quality.py [--only NF4] [--quick]
+    PYTHONPATH=. .venv-layers/bin/python tools/bench/bench_fold_quality.py --model smollm2 [--only NF4] [--seed 1]
+    PYTHONPATH=. .venv/bin/python tools/bench/bench_fold_quality.py --model ocr
 
-An OFT adapter is trained on every base (with --floats also one on the float model), then folded by every policy. The
-base itself, calibrated on the same data, tells what is not the adapter's doing. Trained adapters and finished rows are
-kept in the folder, so an interrupted run goes on. Writes tools/results/fold_quality.json, from which
-tools/docs/update_tables.py makes the documentation's tables. A full run takes one to two hours on two cores.
+An OFT adapter is trained on every base (with --floats also one on the float model) at the learning rate that is best
+unfolded, then folded by every policy. The base itself, calibrated on the same data, tells what is not the adapter's
+doing. Trained adapters and finished rows are kept in the folder, so an interrupted run goes on. Writes
+tools/results/fold_quality.json, from which tools/docs/update_tables.py makes the documentation's tables. A base of the
+language model takes about half an hour on one core.
 """
 
 from __future__ import annotations
@@ -16,8 +18,7 @@ import gc
 import json
 import time
 import warnings
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +26,19 @@ import torch
 import torch.nn as nn
 
 import oftfx
-from tools.bench.fold_models import FORMATS, Encoder, Language, Task, merged_by_peft
+from oftfx.files import write_whole
+from tools.bench.fold_bases import CALIBRATED, FORMATS, INT8
+from tools.bench.fold_models import Encoder, Language, Task
+from tools.bench.fold_peers import merged_by_peft
+from tools.bench.fold_scans import Recogniser
 from tools.bench.fold_updates import measure as measure_updates
 
-SAME_BASE = (
-    "keep",
-    "float",
-    "requantize",
-    "PEFT",
-    "calibrate",
-    "base calibrated",
-    "fold-aware",
-    "fold-aware, unfolded",
-)
-AWARE_STEPS = 40
+SIMPLE = ("keep", "float", "requantize")
+THROUGH = ("calibrate", "fold-aware", "fold-aware, unfolded")
+ON_FLOATS = ("requantize", "reference", "reference, calibrated")
+GPTQ_BASES = ("GPTQ 4-bit", CALIBRATED)
 RESULTS = Path(__file__).parents[1] / "results" / "fold_quality.json"
+Row = dict[str, Any]
 
 
 class Bench:
@@ -52,111 +51,160 @@ class Bench:
 
     def __init__(self, folder: Path, floats: bool = False) -> None:
         self.folder, self.path, self.floats = folder, folder / "results.json", floats
-        self.rows: list[dict[str, Any]] = []
-        self.updates: list[dict[str, Any]] = []
-        if self.path.exists():
-            stored = json.loads(self.path.read_text())
-            self.rows, self.updates = stored["rows"], stored["updates"]
+        self.rows, self.updates = _read(self.path)
 
-    def write(self) -> None:
-        """Keep what is there."""
+    def add(self, rows: list[Row], updates: list[Row] | None = None) -> None:
+        """Keep rows, beside those that another process may have written meanwhile."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({"threads": torch.get_num_threads(), "rows": self.rows, "updates": self.updates}, indent=1)
-        self.path.write_text(text + "\n")
+        stored, self.updates = _read(self.path)
+        self.updates = updates or self.updates
+        self.rows = stored + rows
+        write_whole(self.path, (json.dumps({"rows": self.rows, "updates": self.updates}, indent=1) + "\n").encode())
+        for row in rows:
+            say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()))
 
     def run(self, task: Task, name: str) -> None:
-        """Every row of one model on one base."""
-        on_floats = (None, ("requantize", "reference", "reference, calibrated"))
-        for trained, policies in ((name, SAME_BASE), *([on_floats] if self.floats else [])):
-            todo = [p for p in policies if not self._has(task, name, trained, p)]
-            if not todo:
+        """Every row of one model on one base, with the seed of the task."""
+        self._trained_on(task, name, name)
+        if self.floats and task.seed == 0:
+            self._trained_on(task, name, None)
+
+    def _trained_on(self, task: Task, name: str, trained: str | None) -> None:
+        key = {"model": task.name, "base": name, "trained_on": trained or "float", "seed": task.seed}
+        done = {r["policy"] for r in self.rows if all(r.get(k) == v for k, v in key.items())}
+        todo = [p for p in _policies(name, trained, task.seed) if p not in done]
+        if not todo:
+            return
+        task.swept(trained, self.folder, say)
+        model = task.adapted(name, self.folder, say, trained=trained)
+        key |= {"metric": task.metric, "rate": task.rate(trained, self.folder), "threads": torch.get_num_threads()}
+        with oftfx.disable_adapters(model):
+            base = task.outputs(model)
+        adapted = task.outputs(model)
+        judge = Judge(task, key, base, adapted)
+        for group in (("none", "unfolded"), *((p,) for p in SIMPLE), ("PEFT",), ("base calibrated",), *_others(name)):
+            wanted = [p for p in group if p in todo]
+            if not wanted:
                 continue
-            model = task.adapted(name, self.folder, say, trained=trained)
-            with oftfx.disable_adapters(model):
-                base = task.outputs(model)
-            unfolded = task.outputs(model)
-            adapted = task.goal(unfolded, partial(self._trained, task, trained))
-            for policy, outputs in (("none", base), ("unfolded", unfolded)):
-                if not self._has(task, name, trained, policy):
-                    self._add(task, name, trained, policy, base, adapted, outputs, {})
-            for policy in todo:
-                start = time.perf_counter()
-                try:
-                    folded, more = self._fold(task, name, trained, policy, model)
-                except Exception as error:  # what PEFT raises is the finding
-                    if policy != "PEFT":
-                        raise
-                    more = {"refused": f"{type(error).__name__}: {error}".splitlines()[0][:160]}
-                    self._add(task, name, trained, policy, base, adapted, None, more)
-                    continue
-                more["seconds"] = time.perf_counter() - start
-                self._add(task, name, trained, policy, base, adapted, task.outputs(folded), more)
-                del folded
-                gc.collect()
+            adapter = task.where(trained, self.folder, key["rate"]) / "adapter"
+            self.add([row for row in self._rows(judge, name, group, model, adapter) if row["policy"] in wanted])
+            gc.collect()
 
-    def _trained(self, task: Task, trained: str | None) -> Any:
-        return task.outputs(task.adapted(trained, self.folder, say, trained=trained))
+    def _rows(self, judge: Judge, name: str, group: tuple[str, ...], model: nn.Module, adapter: Path) -> Iterator[Row]:
+        task, start, policy = judge.task, time.perf_counter(), group[0]
+        if policy == "none":
+            yield from (judge.row("none", judge.base, {}), judge.row("unfolded", judge.adapted, {}))
+        elif policy == "calibrate":
+            yield from _through_the_fold(judge, model)
+        elif policy == "base calibrated":
+            yield judge.of(policy, _calibrated_base(task, name), start)
+        elif policy == "GPTQ after merging in float":
+            yield judge.of(policy, task.after_merging(adapter), start)
+        elif policy == "PEFT":
+            try:
+                yield judge.of(policy, merged_by_peft(task.quantized(name), adapter), start)
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}".splitlines()[0][:160]
+                yield judge.row(policy, None, {"refused": why})
+        else:
+            calibration = task.calibration if policy.endswith("calibrated") else None
+            reference = task.base if policy.startswith("reference") else None
+            result = oftfx.fold(model, quantized=policy.split(",")[0], calibration=calibration, reference=reference)
+            yield judge.of(policy, result.model.eval(), start, result.report)
 
-    def _calibrated_base(self, task: Task, name: str) -> nn.Module:
-        """The base itself, calibrated on the same data: what of a row is not the adapter's doing."""
-        model = oftfx.transform(task.quantized(name), {"all-linear": oftfx.OFT(32)})
-        with torch.no_grad():  # exactly the identity would be left untouched
-            for parameter in oftfx.adapter_parameters(model):
-                parameter.fill_(1e-7)
-        return oftfx.fold(model, quantized="calibrate", calibration=task.calibration).model.eval()
 
-    def _through_the_fold(self, task: Task, model: nn.Module, unfolded: bool) -> nn.Module:
-        """The adapter, some steps more with scales that train, folded as trained; or used unfolded afterwards."""
-        oftfx.set_adapter(model, "default", trainable=True)
-        if not unfolded:
-            oftfx.fold_aware(model, "calibrate", calibration=task.calibration)
-            optimizer = torch.optim.AdamW(oftfx.adapter_parameters(model), lr=task.rate, weight_decay=0.0)
-            model.train()
-            for step in range(AWARE_STEPS):
-                for group in optimizer.param_groups:
-                    group["lr"] = task.rate * min((step + 1) / 3, (AWARE_STEPS - step) / (AWARE_STEPS - 3))
-                task.loss(model, task.steps + step).backward()
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
-            model.eval()
-            return oftfx.fold(model).model
-        oftfx.fold_aware(model, None)
-        return model
+class Judge:
+    """Makes rows of one adapter.
 
-    def _fold(
-        self, task: Task, name: str, trained: str | None, policy: str, model: nn.Module
-    ) -> tuple[nn.Module, dict[str, Any]]:
-        if policy == "PEFT":
-            where = self.folder / task.name / (trained or "float").replace(" ", "-") / "adapter"
-            return merged_by_peft(task, name, where), {}
-        if policy == "base calibrated":
-            return self._calibrated_base(task, name), {}
-        if policy.startswith("fold-aware"):
-            return self._through_the_fold(task, model, policy.endswith("unfolded")), {"steps": AWARE_STEPS}
-        calibration = task.calibration if policy.endswith(("calibrate", "calibrated")) else None
-        reference = task.base if policy.startswith("reference") else None
-        result = oftfx.fold(model, quantized=policy.split(",")[0], calibration=calibration, reference=reference)
-        report = result.report
-        return result.model.eval(), {
-            "survival": report.survival,
-            "bytes_before": sum(s.bytes_before for s in report),
-            "bytes_after": sum(s.bytes_after for s in report),
-        }
+    Args:
+        task: data and metric.
+        key: what all rows of it say.
+        base: outputs without the adapter.
+        adapted: outputs of it unfolded.
+    """
 
-    def _has(self, task: Task, name: str, trained: str | None, policy: str) -> bool:
-        key = (task.name, name, trained or "float", policy)
-        return any((r["model"], r["base"], r["trained_on"], r["policy"]) == key for r in self.rows)
+    def __init__(self, task: Task, key: Row, base: Any, adapted: Any) -> None:
+        self.task, self.key, self.base, self.adapted = task, key, base, adapted
 
-    def _add(
-        self, task: Task, name: str, trained: str | None, policy: str, base: Any, adapted: Any, outputs: Any, more: Any
-    ) -> None:
-        row = {"model": task.name, "metric": task.metric, "base": name, "trained_on": trained or "float"}
-        row |= {"policy": policy, **more}
-        if outputs is not None:
-            row |= task.compare(base, adapted, outputs)
-        self.rows.append(row)
-        self.write()
-        say(", ".join(f"{k} {v:.4g}" if isinstance(v, float) else str(v) for k, v in row.items()))
+    def of(self, policy: str, model: nn.Module, start: float, report: Any = None, **more: Any) -> Row:
+        """A row of a folded model that took the time since ``start``."""
+        more["seconds"] = time.perf_counter() - start
+        if report is not None:
+            more["survival"] = report.survival
+            more |= {f"bytes_{when}": sum(getattr(s, f"bytes_{when}") for s in report) for when in ("before", "after")}
+        start = time.perf_counter()
+        outputs = self.task.outputs(model)
+        more[f"{self.task.unit}_per_second"] = self.task.amount / (time.perf_counter() - start)
+        return self.row(policy, outputs, more)
+
+    def row(self, policy: str, outputs: Any, more: Row) -> Row:
+        """A row of outputs; None where there are none."""
+        found = {} if outputs is None else self.task.compare(self.base, self.adapted, outputs)
+        return {**self.key, "policy": policy, **more, **found}
+
+
+def _read(path: Path) -> tuple[list[Row], list[Row]]:
+    stored = json.loads(path.read_text()) if path.exists() else {"rows": [], "updates": []}
+    return stored["rows"], stored["updates"]
+
+
+def _policies(name: str, trained: str | None, seed: int) -> tuple[str, ...]:
+    if trained is None:
+        return ("none", "unfolded", *ON_FLOATS)
+    if seed:
+        return ("none", "unfolded", "requantize", *THROUGH)
+    if name == INT8:  # PEFT turns convolutions in another way
+        return ("none", "unfolded", *SIMPLE, *THROUGH, "base calibrated")
+    others = ("GPTQ after merging in float",) if name in GPTQ_BASES else ()
+    return ("none", "unfolded", *SIMPLE, "PEFT", *THROUGH, "base calibrated", *others)
+
+
+def _others(name: str) -> Iterator[tuple[str, ...]]:
+    yield from ((p,) for p in ON_FLOATS[1:])
+    if name in GPTQ_BASES:
+        yield ("GPTQ after merging in float",)
+    yield THROUGH  # the last: scales train under the adapter
+
+
+def _calibrated_base(task: Task, name: str) -> nn.Module:
+    """The base itself, calibrated on the same data: what of a row is not the adapter's doing."""
+    model = oftfx.transform(task.quantized(name), task.rules)
+    with torch.no_grad():  # exactly the identity would be left untouched
+        for parameter in oftfx.adapter_parameters(model):
+            parameter.fill_(1e-7)
+    return oftfx.fold(model, quantized="calibrate", calibration=task.calibration).model.eval()
+
+
+def _through_the_fold(judge: Judge, model: nn.Module) -> Iterator[Row]:
+    """The adapter calibrated, then with scales that have trained, then used unfolded afterwards.
+
+    A fold-aware model folds to what ``quantized="calibrate"`` gives until a step is made (there is a test).
+    """
+    task, start = judge.task, time.perf_counter()
+    oftfx.set_adapter(model, "default", trainable=True)
+    oftfx.fold_aware(model, "calibrate", calibration=task.calibration)
+    result = oftfx.fold(model)
+    yield judge.of("calibrate", result.model.eval(), start, result.report)
+    del result
+    if task.aware_steps:
+        optimizer = torch.optim.AdamW(oftfx.adapter_parameters(model), lr=judge.key["rate"], weight_decay=0.0)
+        task.train_mode(model)
+        for step in range(task.aware_steps):
+            for group in optimizer.param_groups:
+                warm, rest = (step + 1) / 3, (task.aware_steps - step) / (task.aware_steps - 3)
+                group["lr"] = judge.key["rate"] * min(warm, rest)
+            task.loss(model, task.steps + step).backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        folded = oftfx.fold(model.eval())
+    else:
+        start = time.perf_counter()
+        oftfx.fold_aware(model, "calibrate", calibration=task.calibration, distil=4)
+        folded = oftfx.fold(model)
+    yield judge.of("fold-aware", folded.model.eval(), start, folded.report, aware_steps=task.aware_steps)
+    del folded
+    oftfx.fold_aware(model, None)
+    yield judge.row("fold-aware, unfolded", task.outputs(model.eval()), {})
 
 
 def say(line: str) -> None:
@@ -167,24 +215,27 @@ def say(line: str) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=FORMATS, action="append", help="only this base; may be repeated")
-    parser.add_argument("--model", choices=("smollm2", "minilm"), action="append", help="only this model")
+    parser.add_argument("--only", choices=(*FORMATS, INT8), action="append", help="only this base; may be repeated")
+    parser.add_argument("--model", choices=("smollm2", "minilm", "ocr"), action="append", help="only this model")
+    parser.add_argument("--seed", type=int, action="append", help="order of the data; 0, 1 and 2 unless given")
     parser.add_argument("--floats", action="store_true", help="also an adapter that is trained on the float model")
     parser.add_argument("--quick", action="store_true", help="two training steps: to see that it runs")
     parser.add_argument("--folder", type=Path, default=Path("oftfx-bench/fold-quality"), help="adapters and results")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # the packages' own
     bench = Bench(args.folder / ("quick" if args.quick else "full"), args.floats)
-    tasks: dict[str, Callable[[], Task]] = {"minilm": Encoder, "smollm2": Language}
+    tasks: dict[str, Callable[[int], Task]] = {"minilm": Encoder, "smollm2": Language, "ocr": Recogniser}
     for key in args.model or tasks:
-        task = tasks[key]()
-        if args.quick:
-            task.steps, task.calibration = 2, task.calibration[:2]
-        for name in args.only or FORMATS:
-            bench.run(task, name)
-        if isinstance(task, Encoder) and not bench.updates:
-            bench.updates = measure_updates(task, say)
-            bench.write()
+        for seed in args.seed or (0, 1, 2):
+            task = tasks[key](seed)
+            if args.quick:
+                task.steps, task.aware_steps, task.calibration = 2, task.aware_steps and 4, task.calibration[:2]
+                task.other, task.rates = task.other[:2], task.rates[:2]
+            bases = (INT8,) if isinstance(task, Recogniser) else FORMATS
+            for name in (b for b in bases if b in (args.only or bases)):
+                bench.run(task, name)
+            if isinstance(task, Encoder) and seed == 0 and not bench.updates:
+                bench.add([], measure_updates(task, say))
     if not args.quick:
         RESULTS.write_text(bench.path.read_text())
         say(f"written to {RESULTS.name}")
