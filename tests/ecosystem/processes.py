@@ -9,6 +9,7 @@ import datetime
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -16,12 +17,14 @@ import torch.distributed as dist
 import torch.nn as nn
 
 import oftfx
+from tests import quantized
 from tests.ecosystem.network import Block, transformed
 from tests.reference import randomize
 
 WORLD = 2
 TIMEOUT = 60
 STEPS = 3
+WAYS = ("requantize", "calibrate")
 
 
 def run(names, folder):
@@ -64,18 +67,18 @@ def _result(name, rank):
     import traceback
 
     try:
-        return JOBS[name](rank, WORLD)
+        return {**JOBS, **AWARE}[name](rank, WORLD)
     except Exception:
         return f"rank {rank}: {traceback.format_exc()}"
 
 
-def data(step):
+def data(step, width=16, dtype=torch.float64):
     """The whole batch of a step."""
     generator = torch.Generator().manual_seed(step)
-    return tuple(torch.randn(4, 3, n, generator=generator, dtype=torch.float64) for n in (16, 4))
+    return tuple(torch.randn(4, 3, n, generator=generator, dtype=torch.float64).to(dtype) for n in (width, 4))
 
 
-def train(model, rank=0, world=1, steps=STEPS, first=0):
+def train(model, rank=0, world=1, steps=STEPS, first=0, data=data):
     """Losses of the whole batch, each process on its rows; the last gradients stay."""
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
     losses = []
@@ -257,6 +260,46 @@ def fsdp2_folds(rank, world):
         return {"message": message, "before": before, "after": model(data(7)[0])}
 
 
+def aware(how, wrap=lambda model: model, rank=0, world=1):
+    """A quantized network that trains through its fold: NF4 in float32."""
+    model = quantized.rotated().train()
+    oftfx.fold_aware(model, how, calibration=quantized.inputs() if how == "calibrate" else None)
+    wrapped = wrap(model)
+    losses = train(wrapped, rank, world, data=partial(data, width=quantized.WIDTH, dtype=torch.float32))
+    trained = {n: (p.full_tensor() if hasattr(p, "full_tensor") else p).detach() for n, p in model.named_parameters()}
+    return wrapped, losses, {n: p for n, p in trained.items() if n.endswith((".skew", ".shift"))}
+
+
+def ddp_aware(how):
+    """DistributedDataParallel around a fold-aware model, and its fold."""
+
+    def job(rank, world):
+        wrapped, losses, trained = aware(how, nn.parallel.DistributedDataParallel, rank, world)
+        folded = oftfx.fold(wrapped)
+        weights = {n: quantized.weight(folded.model, n) for n in quantized.NAMES}
+        return {"losses": losses, "trained": trained, "weights": weights, "lines": [s.action for s in folded.report]}
+
+    return job
+
+
+def fsdp2_aware(how):
+    """``fully_shard`` of each block; the quantized weights are whole in every process, as packages leave them."""
+
+    def job(rank, world):
+        from torch.distributed.fsdp import fully_shard
+
+        def wrap(model):
+            frozen = {p for p in model.parameters() if not p.requires_grad}
+            for block in model.blocks:
+                fully_shard(block, ignored_params=frozen)
+            return fully_shard(model, ignored_params=frozen)
+
+        _, losses, trained = aware(how, wrap, rank, world)
+        return {"losses": losses, "trained": trained}
+
+    return job
+
+
 def fsdp1(rank, world):
     """FullyShardedDataParallel with original parameters."""
     from torch.distributed.fsdp import FullyShardedDataParallel
@@ -285,3 +328,4 @@ JOBS = {
     "fsdp2-folds": fsdp2_folds,
     "fsdp1": fsdp1,
 }
+AWARE = {f"{kind}-{how}": job(how) for kind, job in (("ddp", ddp_aware), ("fsdp2", fsdp2_aware)) for how in WAYS}

@@ -124,3 +124,32 @@ def test_fsdp2_refuses_to_fold_shards_and_says_how(result):
     assert "sharded by FSDP" in got["message"]
     assert "full_state_dict=True" in got["message"]
     assert torch.equal(got["before"], got["after"])
+
+
+@pytest.fixture(scope="module")
+def aware(tmp_path_factory):
+    """The jobs that train through the fold."""
+    return processes.run(list(processes.AWARE), tmp_path_factory.mktemp("aware"))
+
+
+@pytest.mark.needs("bitsandbytes")
+@pytest.mark.parametrize("how", processes.WAYS)
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_training_through_the_fold(aware, kind, how):
+    got = aware[f"{kind}-{how}"]
+    if isinstance(got, str):
+        pytest.fail(got, pytrace=False)
+    model, losses, expected = processes.aware(how)
+    assert got["losses"] == pytest.approx(losses, rel=1e-4)
+    assert losses[0] != pytest.approx(losses[-1], rel=1e-2)
+    trains = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert {n.rpartition(".")[2] for n in trains if ".oft." in n} == {"skew" if how == "requantize" else "shift"}
+    start = dict(processes.quantized.rotated().named_parameters())
+    for name, value in expected.items():
+        before = start.get(name, torch.zeros_like(value))  # scales start where they are
+        assert rel(got["trained"][name] - before, value - before) < 2e-2 if name in trains else True, name
+    if kind == "ddp":
+        assert set(got["lines"]) == {"as trained"}
+        folded = oftfx.fold(model).model
+        for name, weight in got["weights"].items():
+            assert rel(weight, processes.quantized.weight(folded, name)) < 1e-3, name
