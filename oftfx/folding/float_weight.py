@@ -28,7 +28,7 @@ def fold_float(site: Turned, bench: Workbench) -> SiteFold:
     module, placement, weight_format = site.module, site.placement, site.format
     tried = placement.format is None and has_own_forward(module)
     probed = probe(module) if tried else None
-    weight_format.write(module, weight_format.requantize(site.target, module))
+    weight_format.write(module, weight_format.take(site.target, module))
     placement.drop()
     if probed is not None:
         _check_probe(site.fqn, module, *probed)

@@ -64,12 +64,13 @@ class Turned:
         module, chain = placement.module, product_of(placement.in_effect())
         if not always and all(_is_identity(b) for b in chain):
             return None
-        base = weight_format.dequantize(module)
+        base = weight_format.borrow(module)
         layout = weight_format.layout(module)
         chain = [b.to(base.device) for b in chain]
-        target = layout.turned_in_pieces(base, chain)
-        difference = norm(t - b for t, b in pieces(target, base))
-        update = share(difference, norm(b for (b,) in pieces(base)))
+        target = layout.turned_now(base, chain)
+        parts = [torch.linalg.vector_norm(part) for t, b in pieces(target, base) for part in (t - b, b)]
+        difference, size = torch.linalg.vector_norm(torch.stack(parts).double().view(-1, 2), dim=0).tolist()
+        update = share(difference, size)
         if not math.isfinite(update):
             raise FoldError(f"{fqn}: the rotated weight is not finite; look at the adapter's values there")
         before = weight_format.nbytes(module)
@@ -82,7 +83,7 @@ class Turned:
 
     def turned(self, weight: Tensor) -> Tensor:
         """Another weight of this layer, turned as its own."""
-        return self.layout.turned_in_pieces(weight, self.chain)
+        return self.layout.turned_now(weight, self.chain)
 
     def arrived(self, weight_format: WeightFormat, module: nn.Module, moments: Tensor | None = None) -> Arrived:
         """What a layer that was written has got of the update."""

@@ -116,6 +116,10 @@ class WeightFormat(ABC):
     def dequantize(self, module: nn.Module) -> Tensor:
         """The weight as ``(out, in)``, float32 or wider, whatever the current packing; never a view of it."""
 
+    def borrow(self, module: nn.Module) -> Tensor:
+        """`dequantize` for who only reads it: where the weight is stored so, it is the weight."""
+        return self.dequantize(module)
+
     def rows(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         """`dequantize`, some rows at a time and in order; in one go where the format has nothing better."""
         weight = self.dequantize(module)
@@ -124,6 +128,10 @@ class WeightFormat(ABC):
     @abstractmethod
     def requantize(self, weight: Tensor, like: nn.Module) -> WeightState:
         """Store ``weight (out, in)``, float32 or wider, the way ``like`` stores its own; ``like`` is not changed."""
+
+    def take(self, weight: Tensor, like: nn.Module) -> WeightState:
+        """`requantize` of a matrix that nobody else has: where the weight is stored so, it becomes the weight."""
+        return self.requantize(weight, like)
 
     def calibrate(self, weight: Tensor, like: nn.Module, moments: Tensor) -> WeightState:  # noqa: ARG002
         """Store ``weight (out, in)`` so that the layer's outputs change least, rather than its elements.

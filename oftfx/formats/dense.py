@@ -69,6 +69,12 @@ class Dense(WeightFormat):
             torch.embedding_renorm_(matrix, torch.arange(len(matrix), device=matrix.device), limit, module.norm_type)  # type: ignore[arg-type]
         return matrix
 
+    def borrow(self, module: nn.Module) -> Tensor:
+        """The weight itself, if it is a wide matrix."""
+        matrix = self.layout(module).matrix(self._weight(module).detach())
+        wide = matrix.dtype == torch.promote_types(matrix.dtype, torch.float32)
+        return matrix if wide and matrix.is_contiguous() and _max_norm(module) is None else self.dequantize(module)
+
     def rows(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         """Of the weight as it is stored, widened."""
         if _max_norm(module) is not None:
@@ -84,7 +90,18 @@ class Dense(WeightFormat):
         """Round once to the weight's dtype; its shape and memory format are kept."""
         old = self._weight(like)
         new = torch.empty_like(old, requires_grad=False)
-        new.copy_(self.layout(like).restore(weight, tuple(old.shape)))
+        return self._state(new.copy_(self.layout(like).restore(weight, tuple(old.shape))), like)
+
+    def take(self, weight: Tensor, like: nn.Module) -> WeightState:
+        """Without a copy, if the matrix lies in memory as the weight does."""
+        old = self._weight(like)
+        new = self.layout(like).restore(weight, tuple(old.shape))
+        alone = new.untyped_storage().nbytes() == new.numel() * new.element_size()
+        same = (new.dtype, new.device, new.stride()) == (old.dtype, old.device, old.stride())
+        return self._state(new, like) if alone and same else self.requantize(weight, like)
+
+    def _state(self, new: Tensor, like: nn.Module) -> WeightState:
+        old = self._weight(like)
         state: dict[str, Any] = {self.parameter: nn.Parameter(new, requires_grad=old.requires_grad)}
         if _max_norm(like) is not None:  # it is in the rows by now, and rounding must not shorten them again
             state["max_norm"] = None

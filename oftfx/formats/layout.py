@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from oftfx.precision import piece_on
+from oftfx.rotation.autocast import without_autocast
 from oftfx.rotation.rotate import rotate_weight
 
 Stored = Literal["rows", "columns", "transposed", "experts", "experts_columns"]
@@ -100,17 +100,22 @@ class Layout:
             matrix = self.turned(matrix, blocks)
         return matrix
 
-    def turned_in_pieces(self, weight: Tensor, chain: Sequence[Tensor]) -> Tensor:
-        """`turned_by`, some blocks at a time: they are independent of each other, so it is the same to the bit."""
-        result = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    def turned_now(self, matrix: Tensor, chain: Sequence[Tensor]) -> Tensor:
+        """`turned_by` without gradients, of a wide matrix, to the bit: written where it belongs, with nothing between.
+
+        Args:
+            matrix: ``(rows, n)``, float32 or float64; it is only read.
+            chain: blocks ``(blocks, b, b)`` each, on its device.
+        """
         for blocks in self.in_order(chain):
-            length = blocks.shape[1]
-            count = max(1, piece_on(weight.device) // (len(weight) * length))
-            columns = (weight.split(count * length, 1), result.split(count * length, 1))
-            for some, part, into in zip(blocks.split(count), *columns, strict=True):
-                into.copy_(self.turned(part, some))
-            weight = result
-        return result
+            count, size, _ = blocks.shape
+            turns = blocks.to(matrix.dtype)
+            result = torch.empty_like(matrix, memory_format=torch.contiguous_format)
+            split = (t.view(-1, count, size).transpose(0, 1) for t in (matrix.contiguous(), result))
+            with without_autocast(matrix.device):
+                torch.bmm(next(split), turns.transpose(1, 2) if self.side == "input" else turns, out=next(split))
+            matrix = result
+        return matrix
 
     def in_order(self, chain: Sequence[Tensor]) -> Sequence[Tensor]:
         """Rotations in the order in which they turn a matrix: ``x R1 R2 W^T = x (W R2^T R1^T)^T``."""

@@ -66,7 +66,7 @@ class AwareNearest(Aware):
             layout = self.format.layout(self.layer)
             base = self._base()
             blocks = [b.to(base.device) for b in product_of(chain)]
-            coded = self.format.nearest(layout.turned_in_pieces(base, blocks), self.layer)
+            coded = self.format.nearest(layout.turned_now(base, blocks), self.layer)
         self._cached = (key, coded) if stays else None
         return coded
 
