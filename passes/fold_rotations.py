@@ -179,14 +179,14 @@ class FoldRotations(Pass):
             return None
 
     def _fold(self, one: _Todo, bench: Workbench, shown: Shown | None) -> SiteFold:
+        if one.format.lossless:
+            return fold_float(one.fqn, one.placement, one.format, bench)
         # What scales have learnt is not lost where the rotation is the identity.
         site = Turned.of(one.fqn, one.placement, one.format, bench.remark(one.placement), always=one.as_trained)
         if site is None:
             return untouched(one.fqn, one.placement, one.format)
         if one.as_trained:
             return AsTrained(self.distilled).line(site, bench)
-        if one.format.lossless:
-            return fold_float(site, bench)
         options = choices(one.policy)
         for option in options[:-1]:
             if option == "calibrate" and shown is None:

@@ -62,7 +62,7 @@ class Turned:
             FoldError: the rotated weight is not finite.
         """
         module, chain = placement.module, product_of(placement.in_effect())
-        if not always and all(_is_identity(b) for b in chain):
+        if not always and all(is_identity(b) for b in chain):
             return None
         base = weight_format.borrow(module)
         layout = weight_format.layout(module)
@@ -146,6 +146,7 @@ def share(part: float, whole: float) -> float:
     return part / whole if whole else part
 
 
-def _is_identity(blocks: Tensor) -> bool:
+def is_identity(blocks: Tensor) -> bool:
+    """Exactly."""
     eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     return bool((blocks == eye).all())

@@ -120,6 +120,11 @@ class WeightFormat(ABC):
         """`dequantize` for who only reads it: where the weight is stored so, it is the weight."""
         return self.dequantize(module)
 
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """``(out, in)`` of that matrix."""
+        rows, columns = self.borrow(module).shape
+        return rows, columns
+
     def rows(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         """`dequantize`, some rows at a time and in order; in one go where the format has nothing better."""
         weight = self.dequantize(module)
@@ -130,8 +135,8 @@ class WeightFormat(ABC):
         """Store ``weight (out, in)``, float32 or wider, the way ``like`` stores its own; ``like`` is not changed."""
 
     def take(self, weight: Tensor, like: nn.Module) -> WeightState:
-        """`requantize` of a matrix that nobody else has: where the weight is stored so, it becomes the weight."""
-        return self.requantize(weight, like)
+        """`requantize` of a matrix that nobody else has, also one in the weight's dtype; it may become the weight."""
+        return self.requantize(weight.to(torch.promote_types(weight.dtype, torch.float32)), like)
 
     def calibrate(self, weight: Tensor, like: nn.Module, moments: Tensor) -> WeightState:  # noqa: ARG002
         """Store ``weight (out, in)`` so that the layer's outputs change least, rather than its elements.

@@ -75,6 +75,10 @@ class Dense(WeightFormat):
         wide = matrix.dtype == torch.promote_types(matrix.dtype, torch.float32)
         return matrix if wide and matrix.is_contiguous() and _max_norm(module) is None else self.dequantize(module)
 
+    def shape(self, module: nn.Module) -> tuple[int, int]:
+        """As the layout reads it."""
+        return self.layout(module).shape(tuple(self._weight(module).shape))
+
     def rows(self, module: nn.Module) -> Iterator[tuple[slice, Tensor]]:
         """Of the weight as it is stored, widened."""
         if _max_norm(module) is not None:

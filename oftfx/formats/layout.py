@@ -100,22 +100,27 @@ class Layout:
             matrix = self.turned(matrix, blocks)
         return matrix
 
-    def turned_now(self, matrix: Tensor, chain: Sequence[Tensor]) -> Tensor:
+    def turned_now(self, matrix: Tensor, chain: Sequence[Tensor], out: Tensor | None = None) -> Tensor:
         """`turned_by` without gradients, of a wide matrix, to the bit: written where it belongs, with nothing between.
 
         Args:
             matrix: ``(rows, n)``, float32 or float64; it is only read.
-            chain: blocks ``(blocks, b, b)`` each, on its device.
+            chain: blocks ``(blocks, b, b)`` each, one at least, on its device.
+            out: where the result goes, contiguous, like the matrix; None: into new memory.
         """
-        for blocks in self.in_order(chain):
-            count, size, _ = blocks.shape
-            turns = blocks.to(matrix.dtype)
-            result = torch.empty_like(matrix, memory_format=torch.contiguous_format)
-            split = (t.view(-1, count, size).transpose(0, 1) for t in (matrix.contiguous(), result))
-            with without_autocast(matrix.device):
-                torch.bmm(next(split), turns.transpose(1, 2) if self.side == "input" else turns, out=next(split))
-            matrix = result
-        return matrix
+        *others, last = self.in_order(chain)
+        for blocks in others:
+            matrix = self._turned_into(matrix, blocks, torch.empty_like(matrix, memory_format=torch.contiguous_format))
+        out = torch.empty_like(matrix, memory_format=torch.contiguous_format) if out is None else out
+        return self._turned_into(matrix, last, out)
+
+    def _turned_into(self, matrix: Tensor, blocks: Tensor, out: Tensor) -> Tensor:
+        count, size, _ = blocks.shape
+        blocks = blocks.to(matrix.dtype)
+        given, made = (t.view(-1, count, size).transpose(0, 1) for t in (matrix.contiguous(), out))
+        with without_autocast(matrix.device):
+            torch.bmm(given, blocks.transpose(1, 2) if self.side == "input" else blocks, out=made)
+        return out
 
     def in_order(self, chain: Sequence[Tensor]) -> Sequence[Tensor]:
         """Rotations in the order in which they turn a matrix: ``x R1 R2 W^T = x (W R2^T R1^T)^T``."""
