@@ -37,6 +37,8 @@ SIMPLE = ("keep", "float", "requantize")
 THROUGH = ("calibrate", "fold-aware", "fold-aware, unfolded")
 ON_FLOATS = ("requantize", "reference", "reference, calibrated")
 GPTQ_BASES = ("GPTQ 4-bit", CALIBRATED)
+DISTIL = 2
+"""Passes over the calibration data in which scales learn the unfolded outputs, where no steps are made."""
 RESULTS = Path(__file__).parents[1] / "results" / "fold_quality.json"
 Row = dict[str, Any]
 
@@ -199,12 +201,21 @@ def _through_the_fold(judge: Judge, model: nn.Module) -> Iterator[Row]:
         folded = oftfx.fold(model.eval())
     else:
         start = time.perf_counter()
-        oftfx.fold_aware(model, "calibrate", calibration=task.calibration, distil=4)
+        oftfx.fold_aware(model, "calibrate", calibration=task.calibration, distil=DISTIL)
         folded = oftfx.fold(model)
     yield judge.of("fold-aware", folded.model.eval(), start, folded.report, aware_steps=task.aware_steps)
     del folded
     oftfx.fold_aware(model, None)
     yield judge.row("fold-aware, unfolded", task.outputs(model.eval()), {})
+
+
+def _sweeps(folder: Path) -> Iterator[Row]:
+    """What learning rates were chosen by."""
+    for task, by in ((Language, "log-likelihood"), (Encoder, "contrastive loss"), (Recogniser, "CTC loss")):
+        for path in sorted((folder / task.name).glob("*/sweep.json")):
+            found = json.loads(path.read_text())
+            rates = {k: v for k, v in found.items() if k != "base"}
+            yield {"model": task.name, "base": path.parent.name, "by": by, "none": found["base"], "rates": rates}
 
 
 def say(line: str) -> None:
@@ -237,7 +248,8 @@ def main() -> None:
             if isinstance(task, Encoder) and seed == 0 and not bench.updates:
                 bench.add([], measure_updates(task, say))
     if not args.quick:
-        RESULTS.write_text(bench.path.read_text())
+        found = {"sweeps": list(_sweeps(bench.folder)), "rows": _read(bench.path)[0], "updates": bench.updates}
+        write_whole(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
         say(f"written to {RESULTS.name}")
 
 

@@ -230,7 +230,7 @@ class Encoder(Task):
     """all-MiniLM-L6-v2 on sentences of Lee news: neighbours in an article are drawn together, others apart."""
 
     name, metric, unit = "MiniLM-L6", "cosine distance to the adapter unfolded", "sentences"
-    rates, aware_steps = (2.5e-4, 5e-4, 1e-3), 0
+    rates, aware_steps, sweep_on = (2.5e-4, 5e-4, 1e-3), 0, "NF4"
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__(seed)

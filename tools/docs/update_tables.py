@@ -131,35 +131,92 @@ POLICIES = ("requantize", "calibrate")
 FOLDS = {
     "none": "base, no adapter",
     "unfolded": "adapter, unfolded",
+    "keep": "`keep`",
+    "float": "`float`",
+    "requantize": "`requantize`",
     "PEFT": "PEFT's merge",
-    "base calibrated": "base, no adapter, calibrated",
-    "fold-aware": "trained on through the fold, folded",
+    "GPTQ after merging in float": "merged in floats, then GPTQ",
+    "calibrate": "`calibrate`",
+    "fold-aware": "`calibrate`, then scales trained",
     "fold-aware, unfolded": "the same adapter, unfolded",
+    "base calibrated": "base, no adapter, calibrated",
+    "reference": "`reference`",
+    "reference, calibrated": "`reference`, calibrated",
 }
+"""What policies are called, in the order of the rows."""
+
+
+def _fold_rows(model):
+    results = json.loads((ROOT / "tools/results/fold_quality.json").read_text())
+    return [r for r in results["rows"] if r["model"] == model]
 
 
 def fold_quality(model):
     """One row a policy, one column a base; adapters trained on that base, then those trained on floats."""
-    results = json.loads((ROOT / "tools/results/fold_quality.json").read_text())
-    rows = [r for r in results["rows"] if r["model"] == model]
+    rows = _fold_rows(model)
+    bases = list(dict.fromkeys(r["base"] for r in rows))
+    floats = any(r["trained_on"] == "float" for r in rows)
+    table = []
+    for on_floats in (False, True):
+        chosen = [r for r in rows if (r["trained_on"] == "float") == on_floats]
+        for policy, name in FOLDS.items():
+            found = {b: [r for r in chosen if (r["base"], r["policy"]) == (b, policy)] for b in bases}
+            if any(found.values()):
+                where = ["float model" if on_floats else "same base"] if floats else []
+                table.append((*where, name, *(_quality(found[b], model) for b in bases)))
+    return markdown((*(["adapter trained on"] if floats else []), "fold", *bases), table)
+
+
+def _quality(rows, model):
+    """Of the seeds, the mean; and for the share half the distance from the least to the greatest."""
+    if not rows:
+        return ""
+    if "refused" in rows[0]:
+        return "refuses"
+    score = sum(r["score"] for r in rows) / len(rows)
+    text = f"{score:.2f}" if model.startswith("Smol") else f"{score:.4f}"
+    if rows[0]["policy"] == "none":
+        return text
+    kept = [100 * r["kept"] for r in rows]
+    spread = f" ± {(max(kept) - min(kept)) / 2:.1f}" if len(kept) > 1 and max(kept) > min(kept) else ""
+    return f"{text} ({sum(kept) / len(kept):.1f}{spread} %)"
+
+
+def fold_seconds(model):
+    """How long folds took, on one core beside other work."""
+    rows = [r for r in _fold_rows(model) if "seconds" in r and r["trained_on"] != "float"]
     bases = list(dict.fromkeys(r["base"] for r in rows))
     table = []
-    for floats in (False, True):
-        chosen = [r for r in rows if (r["trained_on"] == "float") == floats]
-        for policy in dict.fromkeys(r["policy"] for r in chosen):
-            found = {r["base"]: r for r in chosen if r["policy"] == policy}
-            where = "float model" if floats else "same base"
-            table.append((where, FOLDS.get(policy, policy), *(_quality(found.get(b), model) for b in bases)))
-    return markdown(("adapter trained on", "fold", *bases), table)
+    for policy, name in FOLDS.items():
+        found = {b: [r["seconds"] for r in rows if (r["base"], r["policy"]) == (b, policy)] for b in bases}
+        if any(found.values()):
+            table.append((name, *(f"{min(s):.3g}" if (s := found[b]) else "" for b in bases)))
+    return markdown(("seconds", *bases), table)
 
 
-def _quality(row, model):
-    if row is None:
-        return ""
-    if "refused" in row:
-        return "refuses"
-    score = f"{row['score']:.2f}" if model.startswith("Smol") else f"{row['score']:.4f}"
-    return score if row["policy"] == "none" else f"{score} ({100 * row['kept']:.1f} %)"
+def fold_rates():
+    """The sweep of learning rates."""
+    rows = json.loads((ROOT / "tools/results/fold_quality.json").read_text())["sweeps"]
+    return markdown(
+        ("model", "base", "judged by", "no adapter", *("rate: unfolded",) * 3),
+        [
+            (r["model"], r["base"], r["by"], f"{r['none']:.4g}", *(f"{k}: {v:.4g}" for k, v in r["rates"].items()))
+            for r in rows
+        ],
+    )
+
+
+def few_tokens():
+    """A row a format: how far calibrating is below nearest rounding, by number of tokens."""
+    rows = json.loads((ROOT / "tools/results/few_tokens.json").read_text())["summary"]
+    tokens = list(dict.fromkeys(r["tokens"] for r in rows))
+    by = {(r["format"], r["tokens"]): r for r in rows}
+    table = []
+    for name in dict.fromkeys(r["format"] for r in rows):
+        found = [by[name, t] for t in tokens]
+        cells = [f"{r['median']:.2f} / {r['largest to the better of nearest and old']:.2f}" for r in found]
+        table.append((name, str(found[0]["layers"]), *cells))
+    return markdown(("format", "layers", *(f"{t:,} tokens" for t in tokens)), table)
 
 
 def updates():
@@ -228,6 +285,10 @@ def tables():
         "quickstart": quickstart(),
         "fold smollm2": fold_quality("SmolLM2-135M"),
         "fold minilm": fold_quality("MiniLM-L6"),
+        "fold ocr": fold_quality("english_g2"),
+        "fold seconds": fold_seconds("SmolLM2-135M"),
+        "fold rates": fold_rates(),
+        "few tokens": few_tokens(),
         "fold updates": updates(),
         "speed": speed(),
         "onnx": onnx(),
