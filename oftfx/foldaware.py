@@ -9,7 +9,7 @@ from typing import Any, Literal, Self
 
 import torch.nn as nn
 
-from oftfx.adapter.distilled import calibrated_codes, distil_scales
+from oftfx.adapter.distilled import calibrated_codes, distil_scales, folded_codes
 from oftfx.adapter.scales import saved_scales
 from oftfx.adapter.store import AdapterStore
 from oftfx.adapter.switch import switchable
@@ -17,6 +17,7 @@ from oftfx.errors import AdapterError, FoldError
 from oftfx.folding.aware import forget_all, make_all_aware, nearest, quantized_sites, scales
 from oftfx.folding.inputs import batches_of
 from oftfx.folding.reference import Reference, ReferenceWeights
+from oftfx.folds import FoldResult
 from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.placement.aware import Aware, forget_aware, make_aware
 from oftfx.placement.base import Placement
@@ -63,7 +64,7 @@ def fold_aware(
     how: Way | None,
     *,
     adapter: str | Sequence[str] | None = None,
-    calibration: Iterable[Any] | str | Path | None = None,
+    calibration: Iterable[Any] | str | Path | FoldResult | None = None,
     reference: Reference | None = None,
     distil: int = 0,
     progress: bool | Callable[[int, int], None] = False,
@@ -87,8 +88,9 @@ def fold_aware(
         model: a transformed model.
         how: None: rotations act again.
         adapter: which adapters, in the order they act; None for the active ones.
-        calibration: for ``"calibrate"``, as of `oftfx.fold`; or the directory in which `oftfx.save_adapter` has written
-            this adapter with its scales, to go on from there.
+        calibration: for ``"calibrate"``, as of `oftfx.fold`; or what a calibrated fold of this adapter has given, to
+            start from its codes; or the directory in which `oftfx.save_adapter` has written this adapter with its
+            scales, to go on from there.
         reference: for ``"reference"``, as of `oftfx.fold`.
         distil: for ``"calibrate"``, so many passes over ``calibration`` in which the scales learn the unfolded outputs,
             as of `oftfx.fold`; then no training of one's own is needed.
@@ -144,18 +146,18 @@ def _enter(
     store: AdapterStore,
     how: Way,
     names: tuple[str, ...],
-    calibration: Iterable[Any] | str | Path | None,
+    calibration: Iterable[Any] | str | Path | FoldResult | None,
     reference: Reference | None,
     passes: int,
     progress: bool | Callable[[int, int], None],
 ) -> None:
-    saved = Path(calibration) if isinstance(calibration, (str, Path)) else None
-    batches = [] if saved is not None else batches_of(calibration)
-    if how == "calibrate" and not batches and saved is None:
+    known = isinstance(calibration, (str, Path, FoldResult))
+    batches = [] if isinstance(calibration, (str, Path, FoldResult)) else batches_of(calibration)
+    if how == "calibrate" and not batches and not known:
         raise FoldError("fold_aware: 'calibrate' needs calibration=, an iterable of model inputs")
     if (how == "reference") != (reference is not None):
         raise FoldError(f"fold_aware: {how!r} and reference={reference!r} do not go together")
-    if passes and (how != "calibrate" or saved is not None):
+    if passes and (how != "calibrate" or known):
         raise FoldError("fold_aware: distil trains the scales of 'calibrate', on calibration inputs")
     sites = quantized_sites(root, names)
     if not sites:
@@ -163,13 +165,16 @@ def _enter(
     if how != "calibrate":
         result.sites = make_all_aware(sites, nearest(None if reference is None else ReferenceWeights(reference)))
         return
-    if saved is not None:
+    if isinstance(calibration, (str, Path)):
         if len(names) > 1:
             raise FoldError("fold_aware: save_adapter writes the scales of one adapter, and several are named")
-        result.sites = make_all_aware(sites, saved_scales(saved, root, names[0]))
+        result.sites = make_all_aware(sites, saved_scales(Path(calibration), root, names[0]))
         return
     fold = FoldRotations("calibrate", calibration=batches, progress=None if progress is True else progress or None)
-    if passes:
+    if isinstance(calibration, FoldResult):
+        codes = folded_codes(root, names, calibration.model, calibration.report)
+        result.sites = make_all_aware(sites, scales(codes))
+    elif passes:
         active = store.active
         store.activate(root, names)
         try:

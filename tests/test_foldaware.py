@@ -451,3 +451,27 @@ def test_an_identity_has_no_scales_to_train(distil):
     model = oftfx.transform(nn.Sequential(quantize(nn.Linear(64, 32))), {"*": OFT(16)})
     with pytest.raises(FoldError, match="exactly the identity"):
         oftfx.fold_aware(model, "calibrate", calibration=batches(), distil=distil)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_fold_that_is_there_is_where_scales_start(kind):
+    model = rotated(kind)
+    folded = oftfx.fold(model, quantized="calibrate", calibration=batches())
+    assert oftfx.fold_aware(model, "calibrate", calibration=folded).sites == 2
+    assert all(same(a, b) for a, b in zip(coded(model).values(), stored(folded.model).values(), strict=True))
+    other = rotated(kind)
+    oftfx.fold_aware(other, "calibrate", calibration=batches())
+    assert all(same(a, b) for a, b in zip(coded(model).values(), coded(other).values(), strict=True))
+    assert step(model) == step(other)
+    with pytest.raises(FoldError, match="distil"):
+        oftfx.fold_aware(model, "calibrate", calibration=folded, distil=2)
+    oftfx.fold_aware(model, None)
+    again = oftfx.fold(other)  # what was trained can be gone on from as well
+    assert oftfx.fold_aware(model, "calibrate", calibration=again).sites == 2
+    oftfx.fold_aware(model, None)
+    before = model(X).detach()
+    with torch.no_grad():
+        model[0].oft.default.skew.mul_(1.01)
+    with pytest.raises(FoldError, match="of other values, than default has now"):
+        oftfx.fold_aware(model, "calibrate", calibration=folded)
+    assert not torch.equal(model(X), before)  # the rotations act

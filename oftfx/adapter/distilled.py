@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch.nn as nn
 
 from oftfx.adapter.before_fold import own_copy
+from oftfx.adapter.fingerprint import fingerprint
 from oftfx.adapter.store import located
 from oftfx.errors import FoldError
 from oftfx.folding.aware import forget_all, make_all_aware, quantized_sites, scales
 from oftfx.folding.distil import distil
+from oftfx.folding.note import fold_notes
 from oftfx.folding.record import SiteFold
+from oftfx.formats.registry import format_of
 from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Codes
 from oftfx.passes.fold_rotations import FoldRotations
@@ -61,6 +64,32 @@ def calibrated_codes(
         if line.action in ROUNDED and isinstance(weight_format, ScalarFormat):
             codes[line.fqn], lines[line.fqn] = weight_format.codes(layer), line
     return codes, lines
+
+
+def folded_codes(
+    root: nn.Module, names: Sequence[str], model: nn.Module, report: Iterable[SiteFold]
+) -> dict[str, Codes]:
+    """The codes that a calibrated fold of these adapters has written into a model.
+
+    Raises:
+        FoldError: it was made for other values of the adapters.
+    """
+    wanted = {name: fingerprint(root, name) for name in names}
+    notes = [n for n in fold_notes(model) if not n["module"]]
+    if not notes or notes[-1]["adapters"] != wanted:
+        raise FoldError(
+            f"fold_aware: this fold was made of other adapters, or of other values, than {', '.join(names)} has now. "
+            "Fold again, or give calibration inputs"
+        )
+    found = dict[str, Codes]()
+    for line in report:
+        layer = model.get_submodule(line.fqn)
+        weight_format = format_of(layer)
+        if line.action.removesuffix(", distilled") in (*ROUNDED, "as trained") and isinstance(
+            weight_format, ScalarFormat
+        ):
+            found[line.fqn] = weight_format.codes(layer)
+    return found
 
 
 def distil_scales(

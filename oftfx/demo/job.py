@@ -24,23 +24,26 @@ from oftfx.model.structure import structural_copy
 from oftfx.terminal import render
 
 LENGTH, BATCH, RATE = 128, 4, 2.5e-4
-FOLDS = ("keep", "float", "requantize", "calibrate")
+TRAINED = "calibrate, scales trained"
+FOLDS = ("keep", "float", "requantize", "calibrate", TRAINED)
 REFERENCE = "float32 base"
 COLUMNS = ("model", "runs in", "weights", "MiB", "perplexity", "gain kept %", "time 1x128, ratio")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the job does: training steps, blocks of 128 tokens, held out and for calibration, and timed forwards."""
+    """How much the job does: steps of training and through the fold; blocks of 128 tokens, held out and for calibration;
+    timed forwards."""
 
     steps: int
+    aware_steps: int
     held_out: int
     calibration: int
     rounds: int
 
 
-FULL = Size(steps=60, held_out=40, calibration=64, rounds=11)
-QUICK = Size(steps=6, held_out=4, calibration=8, rounds=3)
+FULL = Size(steps=60, aware_steps=40, held_out=40, calibration=64, rounds=11)
+QUICK = Size(steps=6, aware_steps=4, held_out=4, calibration=8, rounds=3)
 
 
 @dataclass
@@ -60,6 +63,7 @@ class Job:
     bar: Callable[[str, int], Any]
     results: dict[str, Any] = field(default_factory=dict)
     _logits: dict[str, Callable[[], ppl.Logits]] = field(default_factory=dict)
+    _calibrated: oftfx.FoldResult | None = None
 
     def run(self) -> dict[str, Any]:
         """Do what is not done yet; returns all results, which are also in ``results.json``.
@@ -126,29 +130,54 @@ class Job:
 
     def _fold(self, model: nn.Module, policy: str, base: nn.Module, held_out: Tensor, data: Tensor) -> nn.Module:
         """A folded model; of a stage that was done before only the model is made again."""
-        done = self.results.setdefault("folds", {})
-        calibrated = self.folder / "calibrated.safetensors"
-        if policy in done and policy == "calibrate" and calibrated.exists():
-            return smollm.load_nf4(base, calibrated)
+        done, calibrates = self.results.setdefault("folds", {}), policy in ("calibrate", TRAINED)
+        name = policy.replace(", ", "_").replace(" ", "_")
+        file = self.folder / f"{name}.safetensors"
+        if policy in done and calibrates and file.exists():
+            return smollm.load_nf4(base, file)
         # Others only measure on these inputs; calibration learns from them, so it must not see what is held out.
-        chosen = data[: self.size.calibration].split(BATCH) if policy == "calibrate" else [held_out[:2]]
+        chosen = data[: self.size.calibration].split(BATCH) if calibrates else [held_out[:2]]
         inputs = [{"input_ids": i, "attention_mask": torch.ones_like(i), "use_cache": False} for i in chosen]
-        with self._timed(f"fold: {policy}"), self.bar(f"fold: {policy}", 210) as advance:
-            result = oftfx.fold(
-                model,
-                quantized=policy,
-                calibration=inputs if policy == "calibrate" or policy not in done else None,
-                progress=lambda count, _: advance(count, ""),
-            )
+        if policy == TRAINED:
+            result = self._train_through(model, inputs, data)
+        else:
+            with self._timed(f"fold: {policy}"), self.bar(f"fold: {policy}", 210) as advance:
+                result = oftfx.fold(
+                    model,
+                    quantized=policy,
+                    calibration=inputs if calibrates or policy not in done else None,
+                    progress=lambda count, _: advance(count, ""),
+                )
+        if policy == "calibrate":
+            self._calibrated = result
         if policy in done:
             return result.model
         self.say(str(result.report))
-        write_whole(self.folder / f"fold_{policy}.json", result.report.to_json().encode())
-        if policy == "calibrate":
-            smollm.save_nf4(result.model, calibrated)
+        write_whole(self.folder / f"fold_{name}.json", result.report.to_json().encode())
+        if calibrates:
+            smollm.save_nf4(result.model, file)
         done[policy] = {"survival": result.report.survival, "output_error": result.report.output_error}
         self._write()
         return result.model
+
+    def _train_through(self, model: nn.Module, inputs: list[dict[str, Any]], data: Tensor) -> oftfx.FoldResult:
+        """Fold with scales that have trained on; the rotations are what they were afterwards."""
+        title = f"fold: {TRAINED}"
+        with self._timed(title), self.bar(title, self.size.aware_steps) as advance:
+            with oftfx.fold_aware(model, "calibrate", calibration=self._calibrated or inputs):
+                train(
+                    model,
+                    data,
+                    steps=self.size.aware_steps,
+                    first=self.size.steps,
+                    size=BATCH,
+                    rate=RATE,
+                    folder=self.folder / "scales",
+                    report=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+                )
+                result = oftfx.fold(model, calibration=inputs)
+        self._calibrated = None
+        return result
 
     def _generate(self, model: nn.Module, folded: dict[str, Callable[[], nn.Module]], tokenizer: Any) -> None:
         if "same_tokens" in self.results:

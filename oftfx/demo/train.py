@@ -26,6 +26,7 @@ def train(
     rate: float,
     folder: Path,
     report: Callable[[int, float], None],
+    first: int = 0,
 ) -> list[float]:
     """Train the active adapter on next-token loss.
 
@@ -37,13 +38,14 @@ def train(
         rate: largest learning rate.
         folder: where checkpoints go.
         report: called with (steps done, loss) after every step.
+        first: batches that earlier training has had.
 
     Returns:
         The loss of every step.
     """
 
     def loss(step: int) -> Tensor:
-        ids = text.batch(data, step, size)
+        ids = text.batch(data, first + step, size)
         return model(input_ids=ids, attention_mask=torch.ones_like(ids), labels=ids, use_cache=False).loss
 
     model.train()

@@ -14,7 +14,7 @@ from tests.reference import rel
 
 pytestmark = pytest.mark.needs("transformers", "bitsandbytes", "onnx", "onnxruntime", "onnxscript", "rich")
 
-SIZE = Size(steps=2, held_out=4, calibration=3, rounds=1)
+SIZE = Size(steps=2, aware_steps=3, held_out=4, calibration=3, rounds=1)
 NAMES = [
     "float32 base",
     "NF4 base",
@@ -67,7 +67,7 @@ def world(tiny_llama, monkeypatch, tmp_path):
     counted(smollm, "load")
     counted(job.ppl, "perplexity")
     counted(oftfx, "export_onnx")
-    counted(oftfx, "fold", lambda model, *, quantized, calibration, **_: f"{quantized} {len(calibration or ())}")
+    counted(oftfx, "fold", lambda model, *, calibration, quantized="as trained", **_: f"{quantized} {len(calibration or ())}")
     return SimpleNamespace(
         calls=calls,
         models=models,
@@ -102,18 +102,18 @@ def check_sharing(models):
     assert len(floats["model.embed_tokens.weight"]) == 1
     linear = "model.layers.1.mlp.down_proj.weight"
     assert len(floats[linear]) == 2  # the float base and the float fold
-    assert len(codes[linear]) == 3  # the base (also adapted, and kept), requantized, calibrated
+    assert len(codes[linear]) == 3 + 1  # the base (also adapted, and kept), requantized, calibrated, trained on
 
 
 def test_an_interrupted_timing_finds_every_model_as_it_was(world, timed):
     with pytest.raises(Stop):
         world.job().run()
-    folds = ["fold keep 1", "fold float 1", "fold requantize 1", "fold calibrate 1"]
-    assert sorted(world.calls) == sorted(["load", *folds, *["perplexity"] * 9, *["export_onnx"] * 2])
+    folds = ["fold keep 1", "fold float 1", "fold requantize 1", "fold calibrate 1", "fold as trained 1"]
+    assert sorted(world.calls) == sorted(["load", *folds, *["perplexity"] * 10, *["export_onnx"] * 2])
     check_sharing(world.models)
     world.calls.clear()
     results = world.job().run()
-    # Three folds are made again, without measuring; the calibrated weights come from their file.
+    # Three folds are made again, without measuring; calibrated ones, also with scales that trained, come from their files.
     assert sorted(world.calls) == ["fold float 0", "fold keep 0", "fold requantize 0", "load"]
     first, second = timed
     assert list(first) == list(second) == list(results["rows"]) == NAMES
@@ -126,12 +126,13 @@ def test_an_interrupted_timing_finds_every_model_as_it_was(world, timed):
     for name in ("folded: keep", "folded: float", "ONNX folded (float)", "ONNX unfolded (NF4)"):
         assert rel(first[name], adapted) < 1e-5
     assert not torch.equal(first["folded: calibrate"], first["folded: requantize"])
+    assert 0 < rel(first[f"folded: {job.TRAINED}"], first["folded: calibrate"]) < 1e-2
 
     assert results["time_ratios"].keys() == set(NAMES)
     assert results["time_ratios"]["float32 base"] == 1.0
     assert min(results["time_ratios"].values()) > 0
     assert not any("ms" in row for row in results["rows"].values())
-    assert len(job.table_rows(results)) == 9
+    assert len(job.table_rows(results)) == 10
     world.calls.clear()
     assert world.job().run() == results
     assert world.calls == []
@@ -140,7 +141,7 @@ def test_an_interrupted_timing_finds_every_model_as_it_was(world, timed):
 def test_a_fold_that_was_interrupted_is_done_again_and_those_before_it_are_not(world, monkeypatch):
     fold = oftfx.fold
 
-    def interrupted(model, *, quantized, **settings):
+    def interrupted(model, *, quantized=None, **settings):
         if quantized == "calibrate":
             raise Stop
         return fold(model, quantized=quantized, **settings)
@@ -158,7 +159,7 @@ def test_a_fold_that_was_interrupted_is_done_again_and_those_before_it_are_not(w
     world.calls.clear()
     with pytest.raises(Stop):
         world.job().run()
-    assert world.calls == ["load", "fold calibrate 1", "perplexity"]
+    assert world.calls == ["load", "fold calibrate 1", "perplexity", "fold as trained 1", "perplexity"]
     assert all(f["output_error"] is not None for f in world.results()["folds"].values())
     stages = world.results()["stage_seconds"]
     assert {f"fold: {policy}" for policy in job.FOLDS} < stages.keys()
