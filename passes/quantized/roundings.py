@@ -12,7 +12,11 @@ from oftfx.folding.turned import Turned
 from oftfx.formats.base import WeightState
 from oftfx.passes.quantized.policy import rounded
 
-_RICH, _FEW = 4, 2  # tokens for each input feature
+_RICH, _FEW, _MEAGRE = 4, 2, 0.5  # tokens for each input feature
+_CLEARLY = 0.75
+"""Of the error: held-out tokens of the same few texts are like those that were learnt from, and flatter by a quarter. On
+SmolLM2 in NF4, 128 tokens, layers of 576 and 1,536 inputs: 13 of 80 were up to 27 % worse than nearest rounding on other
+text without this, none by more than a per cent with it."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class Way:
 
 NEAREST, KEEP = Way(), Way(keep=True)
 CALIBRATED = Way("as seen", 1.0)
-_CAREFUL = (Way("as seen", 0.5), Way("damped", 0.5), Way("shrunk", 0.5), Way("shrunk"), Way("diagonal"))
+DIAGONAL = Way("diagonal")
+_CAREFUL = (Way("as seen", 0.5), Way("damped", 0.5), Way("shrunk", 0.5), Way("shrunk"), DIAGONAL)
 
 
 @dataclass(frozen=True)
@@ -80,14 +85,23 @@ def best_rounding(site: Turned, shown: Shown) -> Best:
 
     Nearest rounding, or the old codes where they are better, is what another way has to beat by more than the standard
     error of the difference. Where there are plenty of inputs, only one other way is tried and taken as it is; else
-    several are, and the best is made anew from all.
+    several are, and the best is made anew from all. Where there are hardly any, what believes in correlations has to be
+    better by a quarter; else scales are only searched by the size of the inputs.
     """
     rich = shown.tokens >= _RICH * shown.width
     learn, judge = shown.parts if rich else shown.split()  # few are quickly looked at again by layers that share them
     ways = (CALIBRATED,) if rich else (CALIBRATED, *_CAREFUL)
     wanted = judge.outputs(site.target)
-    safe = min((_tried(site, way, learn, judge, wanted) for way in (NEAREST, KEEP)), key=lambda t: t.error)
-    best = min((_tried(site, way, learn, judge, wanted) for way in ways), key=lambda t: t.error)
+    if rich:
+        safe = min((_tried(site, way, learn, judge, wanted) for way in (NEAREST, KEEP)), key=lambda t: t.error)
+    else:  # they are made from no inputs, so all can judge them
+        every = shown.outputs(site.target)
+        safe_way = min((NEAREST, KEEP), key=lambda way: _tried(site, way, shown, shown, every).error)
+        safe = _tried(site, safe_way, learn, judge, wanted)
+    tried = (_tried(site, way, learn, judge, wanted) for way in ways)
+    if shown.tokens < _MEAGRE * shown.width:
+        tried = (t for t in tried if t.way == DIAGONAL or t.error < _CLEARLY**2 * safe.error)
+    best = min(tried, key=lambda t: t.error)
     gain = safe.errors - best.errors
     if not float(gain.mean()) > float(gain.std(correction=0)) / len(gain) ** 0.5:
         best = safe

@@ -67,6 +67,27 @@ def test_dependent_inputs(tokens):
         assert chosen.error == pytest.approx(best, rel=0.1)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_hardly_any_tokens_have_to_show_more(seed):
+    """Some correlations in a third as many tokens as inputs: those that judge are of the same text."""
+    site, generator = site_of(448, 96, 0.004, seed), torch.Generator().manual_seed(seed)
+    shared, size = torch.randn(12, 448, generator=generator), torch.logspace(0, -1, 448)
+
+    def text(count):
+        topic = torch.randn(8, 448, generator=generator)  # what a text is about
+        own = torch.randn(count, 8, generator=generator) @ topic + torch.randn(count, 12, generator=generator) @ shared
+        return (own + 6.0 * torch.randn(count, 448, generator=generator)) * size
+
+    shown, more = Shown([text(160)], [None]), Shown([text(80) for _ in range(30)], [None] * 30)
+    fresh = torch.cat([text(80) for _ in range(60)])
+    (best, nearest, _), chosen = errors_on(site, fresh, shown)
+    assert chosen.way.regular in (None, "diagonal")
+    assert best <= 1.01 * nearest
+    (better, _, _), chosen = errors_on(site, fresh, more)
+    assert chosen.way.regular == "as seen"
+    assert better < best
+
+
 def test_old_codes_are_kept_where_they_are_best_and_few_tokens_are_said():
     site = site_of(448, 96, 0.0005)
     shown = Shown([torch.randn(64, 448)], [None])
