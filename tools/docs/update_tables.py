@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 from oftfx.demo import ocr_job
-from oftfx.demo.job import COLUMNS, table_rows
+from oftfx.demo.job import COLUMNS, FULL, TRAINED, table_rows
+from oftfx.demo.job import FOLDS as FOLDS_OF_JOB
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "tools/docs/pages").rglob("*.md")))
@@ -64,7 +65,7 @@ FOLD_POLICIES = (
 def _gains():
     """The share of the quickstart's gain that each fold keeps, as text."""
     rows = {r[0]: dict(zip(COLUMNS, r, strict=True)) for r in table_rows(_quickstart_results())}
-    return {policy: rows[f"folded: {policy}"]["gain kept %"] for policy in ("keep", "float", "requantize", "calibrate")}
+    return {policy: rows[f"folded: {policy}"]["gain kept %"] for policy in FOLDS_OF_JOB}
 
 
 def policies():
@@ -79,7 +80,8 @@ def headline():
     return unbroken(
         f"In the quickstart (SmolLM2-135M on NF4, a well trained adapter), rounding the rotated weights to the nearest "
         f"codes (`requantize`) keeps\n{gains['requantize']} % of the adapter's gain, rounding by calibration "
-        f"(`calibrate`) {gains['calibrate']} %; `keep` and `float` keep {gains['keep']} %."
+        f"(`calibrate`) {gains['calibrate']} %, and {FULL.aware_steps} steps more in which the scales of those codes train\n"
+        f"(`fold_aware`) {gains[TRAINED]} %; `keep` and `float` keep {gains['keep']} %."
     )
 
 
