@@ -80,8 +80,8 @@ def headline():
     return unbroken(
         f"In the quickstart (SmolLM2-135M on NF4, a well trained adapter), rounding the rotated weights to the nearest "
         f"codes (`requantize`) keeps\n{gains['requantize']} % of the adapter's gain, rounding by calibration "
-        f"(`calibrate`) {gains['calibrate']} %, and {FULL.aware_steps} steps more in which the scales of those codes train\n"
-        f"(`fold_aware`) {gains[TRAINED]} %; `keep` and `float` keep {gains['keep']} %."
+        f"(`calibrate`) {gains['calibrate']} %,\nand {FULL.aware_steps} steps more in which the scales of those codes "
+        f"train (`fold_aware`) {gains[TRAINED]} %; `keep` and `float` keep {gains['keep']} %."
     )
 
 
@@ -170,13 +170,12 @@ def fold_quality(model):
 
 
 def _quality(rows, model):
-    """Of the seeds, the mean; and for the share half the distance from the least to the greatest."""
+    """The score of the first seed; of all the mean share, and half the distance from the least to the greatest."""
     if not rows:
         return ""
     if "refused" in rows[0]:
         return "refuses"
-    score = sum(r["score"] for r in rows) / len(rows)
-    text = f"{score:.2f}" if model.startswith("Smol") else f"{score:.4f}"
+    text = f"{rows[0]['score']:.2f}" if model.startswith("Smol") else f"{rows[0]['score']:.4f}"
     if rows[0]["policy"] == "none":
         return text
     kept = [100 * r["kept"] for r in rows]
