@@ -18,6 +18,7 @@ import oftfx
 from oftfx.demo import figures, smollm, text
 from oftfx.demo import perplexity as ppl
 from oftfx.demo.interleaved import ratios
+from oftfx.demo.job_table import COLUMNS, table_rows
 from oftfx.demo.train import train
 from oftfx.files import write_whole
 from oftfx.model.structure import structural_copy
@@ -27,13 +28,13 @@ LENGTH, BATCH, RATE = 128, 4, 2.5e-4
 TRAINED = "calibrate, scales trained"
 FOLDS = ("keep", "float", "requantize", "calibrate", TRAINED)
 REFERENCE = "float32 base"
-COLUMNS = ("model", "runs in", "weights", "MiB", "perplexity", "gain kept %", "time 1x128, ratio")
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much the job does: steps of training and through the fold; blocks of 128 tokens, held out and for calibration;
-    timed forwards."""
+    """How much the job does: steps, and steps through the fold; blocks of 128 tokens, held out and to calibrate by;
+    timed forwards.
+    """
 
     steps: int
     aware_steps: int
@@ -163,19 +164,22 @@ class Job:
     def _train_through(self, model: nn.Module, inputs: list[dict[str, Any]], data: Tensor) -> oftfx.FoldResult:
         """Fold with scales that have trained on; the rotations are what they were afterwards."""
         title = f"fold: {TRAINED}"
-        with self._timed(title), self.bar(title, self.size.aware_steps) as advance:
-            with oftfx.fold_aware(model, "calibrate", calibration=self._calibrated or inputs):
-                train(
-                    model,
-                    data,
-                    steps=self.size.aware_steps,
-                    first=self.size.steps,
-                    size=BATCH,
-                    rate=RATE,
-                    folder=self.folder / "scales",
-                    report=lambda step, loss: advance(step, f"loss {loss:.3f}"),
-                )
-                result = oftfx.fold(model, calibration=inputs)
+        with (
+            self._timed(title),
+            self.bar(title, self.size.aware_steps) as advance,
+            oftfx.fold_aware(model, "calibrate", calibration=self._calibrated or inputs),
+        ):
+            train(
+                model,
+                data,
+                steps=self.size.aware_steps,
+                first=self.size.steps,
+                size=BATCH,
+                rate=RATE,
+                folder=self.folder / "scales",
+                report=lambda step, loss: advance(step, f"loss {loss:.3f}"),
+            )
+            result = oftfx.fold(model, calibration=inputs)
         self._calibrated = None
         return result
 
@@ -271,33 +275,6 @@ class Job:
     def table(self) -> str:
         """The final table as text."""
         return render("SmolLM2-135M, held-out news text", COLUMNS, table_rows(self.results))
-
-
-def table_rows(results: dict[str, Any]) -> list[tuple[str, ...]]:
-    """Cells of the final table.
-
-    "Gain kept" is the share of the adapter's gain in log-likelihood, "time" the median of a forward as a ratio to the
-    float32 base's.
-    """
-    rows, times = results["rows"], results["time_ratios"]
-    base = torch.tensor(rows["NF4 base"]["perplexity"]).log()
-    best = torch.tensor(rows["NF4 + adapter"]["perplexity"]).log()
-    result: list[tuple[str, ...]] = []
-    for name, row in rows.items():
-        kept = float((base - torch.tensor(row["perplexity"]).log()) / (base - best))
-        shown = "" if name in ("float32 base", "NF4 base") else f"{100 * kept:.1f}"
-        kind = "float32" if "float" in name else "NF4"
-        cells = (
-            name,
-            row["runs_in"],
-            kind,
-            f"{row['mib']:.0f}",
-            f"{row['perplexity']:.2f}",
-            shown,
-            f"{times[name]:.2f}",
-        )
-        result.append(cells)
-    return result
 
 
 def _greedy(model: nn.Module, prompt: Any) -> Tensor:

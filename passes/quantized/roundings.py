@@ -14,9 +14,8 @@ from oftfx.passes.quantized.policy import rounded
 
 _RICH, _FEW, _MEAGRE = 4, 2, 0.5  # tokens for each input feature
 _CLEARLY = 0.75
-"""Of the error: held-out tokens of the same few texts are like those that were learnt from, and flatter by a quarter. On
-SmolLM2 in NF4, 128 tokens, layers of 576 and 1,536 inputs: 13 of 80 were up to 27 % worse than nearest rounding on other
-text without this, none by more than a per cent with it."""
+"""Of the error: held-out tokens of the same few texts are like those that were learnt from, and flatter by a quarter.
+SmolLM2 in NF4 by 128 tokens: without this 13 of 120 layers were up to 27 % worse than nearest rounding elsewhere."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ import torch
 import oftfx
 from oftfx import OFT
 from oftfx.demo import text
-from oftfx.demo.job import QUICK, Job, table_rows
+from oftfx.demo.job import QUICK, Job
+from oftfx.demo.job_table import table_rows
 from oftfx.demo.perplexity import in_torch, perplexity
 from oftfx.demo.train import train
 from oftfx.errors import OftfxError

@@ -9,6 +9,7 @@ import torch
 import oftfx
 from oftfx.demo import job, smollm
 from oftfx.demo.job import Job, Size
+from oftfx.demo.job_table import table_rows
 from oftfx.demo.ocr_job import silent
 from tests.reference import rel
 
@@ -67,7 +68,11 @@ def world(tiny_llama, monkeypatch, tmp_path):
     counted(smollm, "load")
     counted(job.ppl, "perplexity")
     counted(oftfx, "export_onnx")
-    counted(oftfx, "fold", lambda model, *, calibration, quantized="as trained", **_: f"{quantized} {len(calibration or ())}")
+    counted(
+        oftfx,
+        "fold",
+        lambda model, *, calibration, quantized="as trained", **_: f"{quantized} {len(calibration or ())}",
+    )
     return SimpleNamespace(
         calls=calls,
         models=models,
@@ -113,7 +118,7 @@ def test_an_interrupted_timing_finds_every_model_as_it_was(world, timed):
     check_sharing(world.models)
     world.calls.clear()
     results = world.job().run()
-    # Three folds are made again, without measuring; calibrated ones, also with scales that trained, come from their files.
+    # Three folds are made again, without measuring; calibrated ones come from their files.
     assert sorted(world.calls) == ["fold float 0", "fold keep 0", "fold requantize 0", "load"]
     first, second = timed
     assert list(first) == list(second) == list(results["rows"]) == NAMES
@@ -132,7 +137,7 @@ def test_an_interrupted_timing_finds_every_model_as_it_was(world, timed):
     assert results["time_ratios"]["float32 base"] == 1.0
     assert min(results["time_ratios"].values()) > 0
     assert not any("ms" in row for row in results["rows"].values())
-    assert len(job.table_rows(results)) == 10
+    assert len(table_rows(results)) == 10
     world.calls.clear()
     assert world.job().run() == results
     assert world.calls == []

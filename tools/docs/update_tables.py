@@ -9,8 +9,9 @@ import re
 from pathlib import Path
 
 from oftfx.demo import ocr_job
-from oftfx.demo.job import COLUMNS, FULL, TRAINED, table_rows
 from oftfx.demo.job import FOLDS as FOLDS_OF_JOB
+from oftfx.demo.job import FULL, TRAINED
+from oftfx.demo.job_table import COLUMNS, table_rows
 
 ROOT = Path(__file__).parents[2]
 PAGES = (ROOT / "README.md", *sorted((ROOT / "tools/docs/pages").rglob("*.md")))
