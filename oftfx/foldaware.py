@@ -172,7 +172,7 @@ def _enter(
         return
     fold = FoldRotations("calibrate", calibration=batches, progress=None if progress is True else progress or None)
     if isinstance(calibration, FoldResult):
-        codes = folded_codes(root, names, calibration.model, calibration.report)
+        codes = folded_codes(root, names, calibration._before, calibration.model, calibration.report)
         result.sites = make_all_aware(sites, scales(codes))
     elif passes:
         active = store.active

@@ -469,6 +469,14 @@ def test_a_fold_that_is_there_is_where_scales_start(kind):
     again = oftfx.fold(other)  # what was trained can be gone on from as well
     assert oftfx.fold_aware(model, "calibrate", calibration=again).sites == 2
     oftfx.fold_aware(model, None)
+    other = copy.deepcopy(model)
+    weight_format = format_of(other[2])
+    weight_format.write(other[2], weight_format.requantize(2 * weight_format.dequantize(other[2]), other[2]))
+    with pytest.raises(FoldError, match="2 has another weight than the model that was folded"):
+        oftfx.fold_aware(other, "calibrate", calibration=folded)
+    kept = oftfx.fold(model, quantized="calibrate", calibration=batches(), undo=False)
+    with pytest.raises(FoldError, match="kept nothing of the model before it"):
+        oftfx.fold_aware(model, "calibrate", calibration=kept)
     before = model(X).detach()
     with torch.no_grad():
         model[0].oft.default.skew.mul_(1.01)

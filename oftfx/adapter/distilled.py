@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 import torch.nn as nn
 
 from oftfx.adapter.before_fold import own_copy
@@ -67,13 +68,25 @@ def calibrated_codes(
 
 
 def folded_codes(
-    root: nn.Module, names: Sequence[str], model: nn.Module, report: Iterable[SiteFold]
+    root: nn.Module, names: Sequence[str], before: nn.Module | None, model: nn.Module, report: Iterable[SiteFold]
 ) -> dict[str, Codes]:
     """The codes that a calibrated fold of these adapters has written into a model.
 
+    Args:
+        root: rotated, with these adapters.
+        names: of the adapters.
+        before: what was folded, where it is known.
+        model: the folded model.
+        report: of the fold.
+
     Raises:
-        FoldError: it was made for other values of the adapters.
+        FoldError: it was made for other values of the adapters, or of another base.
     """
+    if before is None:
+        raise FoldError(
+            "fold_aware: this fold kept nothing of the model before it, so it cannot be told whether it is of this one. "
+            "Fold without inplace= and undo=, or give calibration inputs"
+        )
     wanted = {name: fingerprint(root, name) for name in names}
     notes = [n for n in fold_notes(model) if not n["module"]]
     if not notes or notes[-1]["adapters"] != wanted:
@@ -85,11 +98,24 @@ def folded_codes(
     for line in report:
         layer = model.get_submodule(line.fqn)
         weight_format = format_of(layer)
-        if line.action.removesuffix(", distilled") in (*ROUNDED, "as trained") and isinstance(
-            weight_format, ScalarFormat
-        ):
-            found[line.fqn] = weight_format.codes(layer)
+        is_new = line.action.removesuffix(", distilled") in (*ROUNDED, "as trained")
+        if not is_new or not isinstance(weight_format, ScalarFormat):
+            continue
+        if not _same_weight(root.get_submodule(line.fqn), before.get_submodule(line.fqn)):
+            raise FoldError(
+                f"fold_aware: {line.fqn} has another weight than the model that was folded. Fold this one, or give "
+                "calibration inputs"
+            )
+        found[line.fqn] = weight_format.codes(layer)
     return found
+
+
+def _same_weight(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two layers store the same values the same way."""
+    first, second = format_of(one), format_of(other)
+    if type(first) is not type(second) or not isinstance(first, ScalarFormat):
+        return False
+    return torch.equal(first.dequantize(one), first.dequantize(other))
 
 
 def distil_scales(

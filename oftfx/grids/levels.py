@@ -114,7 +114,8 @@ def _counted(values: Tensor, limits: Tensor) -> Tensor:
     the cell itself, if any, is compared. Exact, since falling into cells keeps the order, and ten times as fast.
     """
     few = values.numel() < 16 * _CELLS or len(limits) < 2
-    if few or values.device.type != "cpu" or torch.compiler.is_compiling():
+    # In another dtype values would fall into other cells than the limits.
+    if few or values.dtype != limits.dtype or values.device.type != "cpu" or torch.compiler.is_compiling():
         return torch.bucketize(values.contiguous(), limits, out_int32=True)
 
     def cell(of: Tensor) -> Tensor:  # no limit is in the last one
@@ -124,7 +125,7 @@ def _counted(values: Tensor, limits: Tensor) -> Tensor:
     homes = cell(limits)
     if len(homes.unique()) < len(limits):  # too near to each other
         return torch.bucketize(values.contiguous(), limits, out_int32=True)
-    below = torch.searchsorted(homes, torch.arange(_CELLS, dtype=torch.int32), out_int32=True)
+    below = torch.searchsorted(homes, torch.arange(_CELLS, dtype=torch.int32, device=values.device), out_int32=True)
     count = looked_up(below, cell(values))
     following = torch.cat([limits, limits.new_full((1,), torch.inf)])
     return count.add_(values > looked_up(following, count))

@@ -40,6 +40,18 @@ def test_counting_limits_is_a_search(kind):
     assert torch.equal(_counted(square, limits), torch.bucketize(square.contiguous(), limits, out_int32=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_values_of_another_dtype_and_another_default_device(dtype):
+    limits = (NF4[1:] + NF4[:-1]) / 2
+    above = limits.double() * (1 + 1e-12) if dtype == torch.float64 else limits  # a float64 between two float32
+    values = torch.cat([torch.linspace(-1.2, 1.2, MANY, dtype=torch.float64), above.double()]).to(dtype)
+    expected = (values.double().unsqueeze(1) > limits.double()).sum(1)
+    with torch.device("meta"):
+        assert torch.equal(_counted(values, limits).long(), expected)
+        narrow = values.float()
+        assert torch.equal(_counted(narrow, limits).long(), (narrow.unsqueeze(1) > limits).sum(1))
+
+
 @pytest.mark.parametrize("shuffled", [False, True])
 def test_a_table_gives_the_nearest_entry(shuffled):
     entries = NF4[torch.randperm(16, generator=torch.Generator().manual_seed(1))] if shuffled else NF4
