@@ -84,7 +84,7 @@ def folded_codes(
     """
     if before is None:
         raise FoldError(
-            "fold_aware: this fold kept nothing of the model before it, so it cannot be told whether it is of this one. "
+            "fold_aware: this fold kept nothing of the model before it, so nobody can tell whether it is of this one. "
             "Fold without inplace= and undo=, or give calibration inputs"
         )
     wanted = {name: fingerprint(root, name) for name in names}

@@ -1,18 +1,13 @@
-"""Random sequences of training through the fold among the other verbs; after every step the model is its dense twin.
-
-``OFTFX_MACHINE_RUNS`` as in `test_machine`.
-"""
+"""Random sequences of training through the fold among the other verbs; after every step the model is its dense twin."""
 
 import copy
 import io
-import os
 import tempfile
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -20,17 +15,15 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 import oftfx
 from oftfx import OFT
 from oftfx.errors import AdapterFileError, FoldError
+from tests.hostile.machines import run
 from tests.hostile.quantized_twin import WIDTHS, Model, Twin, X, read
-from tests.hostile.test_machine import RUNS
 
 pytestmark = pytest.mark.needs("bitsandbytes")
-STEPS = 30
 NAMES = ("p", "q")
 BLOCKS = [("a", 8), ("a", 32), ("b", 4), ("b", 16), ("c", 8)]
 SIZES = st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=4).map(dict)
@@ -309,14 +302,4 @@ class Machine(RuleBasedStateMachine):
 
 
 def test_random_sequences_of_training_through_the_fold():
-    run_state_machine_as_test(
-        Machine,
-        settings=settings(
-            max_examples=RUNS,
-            stateful_step_count=STEPS,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            derandomize="OFTFX_MACHINE_RUNS" not in os.environ,
-            print_blob=True,
-        ),
-    )
+    run(Machine)

@@ -1,18 +1,13 @@
-"""Random sequences of the public verbs; after every step the model is its dense twin, and so is everything kept.
-
-``OFTFX_MACHINE_RUNS`` sets how many sequences are tried, other ones every time; without it they are always the same.
-"""
+"""Random sequences of the public verbs; after every step the model is its dense twin, and so is everything kept."""
 
 import copy
 import io
-import os
 import tempfile
 import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -20,16 +15,14 @@ from hypothesis.stateful import (
     invariant,
     precondition,
     rule,
-    run_state_machine_as_test,
 )
 
 import oftfx
 from oftfx import OFT
 from oftfx.errors import AdapterError, FoldError
+from tests.hostile.machines import run
 from tests.hostile.twin import IDS, SITES, Model, Twin
 
-RUNS = int(os.environ.get("OFTFX_MACHINE_RUNS", "20"))
-STEPS = 30
 NAMES = st.sampled_from(["p", "q", "r"])
 BLOCKS = [("e", 2), ("e", 3), ("a", 1), ("a", 6), ("c", 3), ("c", 4), ("h.b", 4), ("h.b", 8)]
 SIZES = st.lists(st.sampled_from(BLOCKS), min_size=1, max_size=6).map(dict)
@@ -332,14 +325,4 @@ class Machine(RuleBasedStateMachine):
 
 
 def test_random_sequences_of_public_verbs():
-    run_state_machine_as_test(
-        Machine,
-        settings=settings(
-            max_examples=RUNS,
-            stateful_step_count=STEPS,
-            deadline=None,
-            suppress_health_check=list(HealthCheck),
-            derandomize="OFTFX_MACHINE_RUNS" not in os.environ,
-            print_blob=True,
-        ),
-    )
+    run(Machine)

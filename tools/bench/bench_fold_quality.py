@@ -209,6 +209,11 @@ def _through_the_fold(judge: Judge, model: nn.Module) -> Iterator[Row]:
     yield judge.row("fold-aware, unfolded", task.outputs(model.eval()), {})
 
 
+def _place(row: Row) -> tuple[int, ...]:
+    models = [task.name for task in (Language, Encoder, Recogniser)]
+    return models.index(row["model"]), (*FORMATS, INT8).index(row["base"]), row["seed"]
+
+
 def _sweeps(folder: Path) -> Iterator[Row]:
     """What learning rates were chosen by."""
     for task, by in ((Language, "log-likelihood"), (Encoder, "contrastive loss"), (Recogniser, "CTC loss")):
@@ -248,7 +253,8 @@ def main() -> None:
             if isinstance(task, Encoder) and seed == 0 and not bench.updates:
                 bench.add([], measure_updates(task, say))
     if not args.quick:
-        found = {"sweeps": list(_sweeps(bench.folder)), "rows": _read(bench.path)[0], "updates": bench.updates}
+        rows = sorted(_read(bench.path)[0], key=_place)  # processes that ran side by side have mixed them
+        found = {"sweeps": list(_sweeps(bench.folder)), "rows": rows, "updates": bench.updates}
         write_whole(RESULTS, (json.dumps(found, indent=1) + "\n").encode())
         say(f"written to {RESULTS.name}")
 
