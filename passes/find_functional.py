@@ -103,9 +103,11 @@ class FindFunctional(Pass):
                 continue
             sites[name] = site
             changes.append(Change(site.fqn, f"read by {site.called or 'the model itself'}"))
+        if not changes:
+            return PassResult(program, False)
         found = tuple(sites.values())
         result = program.with_(sites=_in_order(found, program.index), refused=refused)
-        return PassResult(result, bool(changes), tuple(changes))
+        return PassResult(result, True, tuple(changes))
 
 
 def _path(name: str) -> str:

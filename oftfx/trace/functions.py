@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from types import FunctionType
 from typing import Any
+
+import torch
 
 OPERATORS = {
     f"__{name}__": getattr(operator, alias)
@@ -16,6 +19,13 @@ OPERATORS = {
     if hasattr(operator, alias)
 }
 """Tensor methods that are written as operators; a graph reads better with the operator."""
+
+METHODS = {
+    function: name
+    for name, function in vars(torch.Tensor).items()
+    if isinstance(function, FunctionType) and function.__name__ != name and function.__module__ == "torch._tensor"
+}
+"""Tensor methods in Python that do not know their own name: ``x ** 2`` calls ``__pow__``, which says it is ``pow``."""
 
 DATA_DEPENDENT = frozenset(
     [

@@ -10,7 +10,8 @@ import torch.nn as nn
 
 from oftfx.formats.registry import format_of
 from oftfx.placement.find import placements_on
-from oftfx.trace.torch_private import CALL, device_of, without_modes
+from oftfx.trace.molds import Mold
+from oftfx.trace.torch_private import CALL, FakeTensors, device_of, without_modes
 
 _SCALARS = (type(None), bool, int, float, str, torch.dtype)
 _OF_EVERY_MODULE = {*vars(nn.Module()), CALL}
@@ -19,9 +20,10 @@ _OF_EVERY_MODULE = {*vars(nn.Module()), CALL}
 class KnownShapes:
     """What layers make of fake tensors, without running them; what one made is learned for the others of its kind."""
 
-    def __init__(self) -> None:
+    def __init__(self, fakes: FakeTensors | None = None) -> None:
+        self._fakes = fakes
         self._learned: dict[Any, tuple[tuple[int, ...], torch.dtype, bool]] = {}
-        self._prototypes: dict[Any, torch.Tensor] = {}
+        self._molds: dict[Any, Mold] = {}
 
     def result(self, module: nn.Module, x: torch.Tensor, run: Callable[[], Any], *, alone: bool) -> Any:
         """What the layer makes of ``x``, or a tensor like it.
@@ -53,13 +55,13 @@ class KnownShapes:
         return out
 
     def _like(self, x: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype, differentiable: bool) -> torch.Tensor:
-        """A copy of one made for all of its kind: no leaf where it has gradients, so that it can be written to."""
-        if not all(type(size) is int for size in shape):  # symbolic: no key
+        """A new one: no leaf where it has gradients, so that it can be written to."""
+        if self._fakes is None or not all(type(size) is int for size in shape):  # symbolic: no key
             return x.new_empty(shape, dtype=dtype).requires_grad_(differentiable).clone()
         key = shape, dtype, differentiable, device_of(x)
-        if key not in self._prototypes:
-            self._prototypes[key] = x.new_empty(shape, dtype=dtype).requires_grad_(differentiable)
-        return self._prototypes[key].clone()
+        if key not in self._molds:
+            self._molds[key] = Mold.shaped(shape, None, dtype, device_of(x), differentiable)
+        return self._molds[key].cast(self._fakes, [x])
 
 
 def is_bare_linear(module: nn.Module, x: torch.Tensor) -> bool:

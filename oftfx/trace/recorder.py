@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,11 +26,13 @@ from oftfx.placement.input import RotateInput
 from oftfx.placement.output import RotateOutput
 from oftfx.rotation.caching import no_cache
 from oftfx.trace.foreign import foreign, is_ours
-from oftfx.trace.functions import DATA_DEPENDENT, OPERATORS, QUESTIONS
+from oftfx.trace.functions import DATA_DEPENDENT, METHODS, OPERATORS, QUESTIONS
 from oftfx.trace.known_shapes import KnownShapes
+from oftfx.trace.repeated import Repeated
 from oftfx.trace.shared import Shared
 from oftfx.trace.torch_private import (
     CALL,
+    FakeTensors,
     call_of,
     in_checkpoint,
     inside_functorch,
@@ -72,6 +75,7 @@ class Recorder(TorchFunctionMode):
         self._names = {m: n for n, m in root.named_modules()}
         self._on = True
         self._known = KnownShapes()
+        self._repeated: Repeated | None = None
         self._autocast = {d: torch.is_autocast_enabled(d) for d in ("cpu", "cuda")}
 
     @property
@@ -97,7 +101,7 @@ class Recorder(TorchFunctionMode):
     def release(self) -> None:
         """Let go of every tensor: what the nodes keep of theirs is a `Value`."""
         self.values.release()
-        self._known = KnownShapes()
+        self._known, self._repeated = KnownShapes(), None
 
     # -- functions ------------------------------------------------------------------------------
 
@@ -126,7 +130,11 @@ class Recorder(TorchFunctionMode):
                 return None  # the graph computes what is checkpointed once, with its gradients
             self.graph.call_function(func, args)
             return foreign(func, *args, **kwargs)
-        out = foreign(func, *args, **kwargs)
+        out = (
+            foreign(func, *args, **kwargs)
+            if self._repeated is None
+            else self._repeated.result(func, name, args, kwargs)
+        )
         if name in DATA_DEPENDENT:
             self.data_dependent.append((name, self.where))
         if name != "__setitem__" and not has_tensor(out):
@@ -142,6 +150,7 @@ class Recorder(TorchFunctionMode):
     def _emit(self, func: Callable[..., Any], name: str, args: Any, kwargs: Any) -> fx.Node:
         if name == "__get__":  # x.mT, x.real, ...
             return self.graph.call_function(getattr, (args[0], func.__self__.__name__))  # type: ignore[attr-defined]
+        name = METHODS.get(func, name) if isinstance(func, FunctionType) else name
         is_method = getattr(torch.Tensor, name, None) is func
         if is_method and name in OPERATORS:
             return self.graph.call_function(OPERATORS[name], args, kwargs)
@@ -165,6 +174,9 @@ class Recorder(TorchFunctionMode):
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Record everything that runs inside: torch functions and calls of the root's modules."""
+        if self.fake:
+            fakes = FakeTensors()
+            self._known, self._repeated = KnownShapes(fakes), Repeated(fakes)
         for module, name in self._names.items():
             vars(module)[CALL] = partial(self._call, name, module)
         try:
@@ -223,5 +235,8 @@ def _distinct(out: Any, inputs: Any) -> Any:
 
     Otherwise a residual connection around it would be recorded as if it read the leaf's output.
     """
+    args, kwargs = inputs
+    if isinstance(out, torch.Tensor) and not kwargs and len(args) == 1 and out is not args[0]:
+        return out  # nearly always
     known = {id(t) for t in pytree.tree_leaves(inputs) if isinstance(t, torch.Tensor)}
     return pytree.tree_map_only(torch.Tensor, lambda t: t.view_as(t) if id(t) in known else t, out)

@@ -17,6 +17,11 @@ _WRITING = {"__setitem__"} | {
 _NOT_WRITING = {"requires_grad_", "detach_", "share_memory_", "rename_"}
 
 
+def writes(name: str) -> bool:
+    """Whether a torch function of that name writes into its first argument."""
+    return name in _WRITING or (name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITING)
+
+
 class Shared:
     """The memory of a model's parameters, and of those of its buffers that the copy has as well.
 
@@ -30,7 +35,7 @@ class Shared:
 
     def written(self, name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.Tensor | None:
         """What a torch function of that name would write into, if that is shared; fake tensors have no memory."""
-        if name in _WRITING or (name.endswith("_") and not name.endswith("__") and name not in _NOT_WRITING):
+        if writes(name):
             target = args[0]
         elif name in ("embedding", "embedding_bag") and kwargs.get("max_norm") is not None and not is_fake(args[0]):
             # Rows are scaled first; those that fake numbers choose are fake.

@@ -130,6 +130,52 @@ def fake_tensors(values: list[Any], *, dynamic: bool) -> Iterator[tuple[Any, lis
         yield mode.shape_env, replaced
 
 
+class FakeTensors:
+    """Makes fake tensors of the mode that is active now, without asking torch what they are like.
+
+    Attributes:
+        kind: their class.
+    """
+
+    def __init__(self) -> None:
+        from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+        from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+        self.kind = FakeTensor
+        self._mode = next(m for m in reversed(_get_current_dispatch_mode_stack()) if isinstance(m, FakeTensorMode))
+
+    def new(self, element: torch.Tensor, device: torch.device) -> torch.Tensor:
+        """One like a tensor on the meta device."""
+        return self.kind(self._mode, element, device, requires_grad=False)
+
+    def plain(self, tensor: Any) -> bool:
+        """Whether shape, strides, dtype, device and gradients are all there is to a fake tensor."""
+        return (
+            tensor.constant is None
+            and tensor.fake_mode is self._mode
+            and tensor.layout is torch.strided
+            and not tensor.dtype.is_complex  # may be lazily conjugated
+            and not tensor._has_symbolic_sizes_strides
+        )
+
+    @staticmethod
+    def none() -> AbstractContextManager[Any]:
+        """Tensors made inside are not fake."""
+        from torch._subclasses.fake_tensor import unset_fake_temporarily
+
+        return unset_fake_temporarily()
+
+
+def kernels_allowed() -> tuple[bool, ...]:
+    """Which implementations of attention torch may choose between, which decides the strides of the result."""
+    return (
+        torch._C._get_flash_sdp_enabled(),
+        torch._C._get_mem_efficient_sdp_enabled(),
+        torch._C._get_math_sdp_enabled(),
+        torch._C._get_cudnn_sdp_enabled(),
+    )
+
+
 def is_fake(value: torch.Tensor) -> bool:
     """Whether a tensor has no numbers."""
     return hasattr(value, "fake_mode")

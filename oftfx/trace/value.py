@@ -30,4 +30,8 @@ class Value:
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Value:
         """What there is to say of a tensor."""
-        return cls(tuple(tensor.shape), tensor.dtype, device_of(tensor), tensor.requires_grad, tensor.is_leaf)
+        try:
+            is_leaf = tensor.is_leaf
+        except RuntimeError:  # a view without gradients of what was written to since: autograd does not say
+            is_leaf = False
+        return cls(tuple(tensor.shape), tensor.dtype, device_of(tensor), tensor.requires_grad, is_leaf)

@@ -17,6 +17,7 @@ from oftfx.trace.torch_private import is_fake, pytree
 from oftfx.trace.value import Value
 
 _SCALARS = (int, float, str, bool, complex, torch.dtype, torch.device, torch.memory_format, torch.layout)
+_WITHOUT = (torch.Size, torch.dtype, torch.device, int, bool, type(None))  # what is asked of tensors all the time
 
 
 class ValueNodes:
@@ -142,7 +143,9 @@ class ValueNodes:
 
 def has_tensor(value: Any) -> bool:
     """Whether a value is or holds a tensor."""
-    return isinstance(value, torch.Tensor) or any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value))
+    if isinstance(value, torch.Tensor) or type(value) in _WITHOUT:
+        return isinstance(value, torch.Tensor)
+    return any(isinstance(v, torch.Tensor) for v in pytree.tree_leaves(value))
 
 
 def _names_by_id(module: nn.Module) -> dict[int, str]:
