@@ -188,11 +188,11 @@ class Plain(Checkpoint):
             )
         state = load_file(directory / self._FILE)
         layers = quantized_layers(model)
-        parts = {
-            name: {k.removeprefix(f"{name}."): state.pop(k) for k in [*state] if k.startswith(f"{name}.")}
-            for name in layers
-        }
-        self._check(model, state, layers, directory)
+        parts = {name: _taken(state, name) for name in layers}
+        apart = {path: _taken(state, path) for path in self._apart(facts, model)}
+        self._check_apart(model, apart, facts, directory)
+        self._check(model, state, [*layers, *apart], directory)
+        self._fill(model, apart, facts, directory)
         model.load_state_dict(state, strict=False)
         try:
             for name, layer in layers.items():
@@ -211,12 +211,22 @@ class Plain(Checkpoint):
             raise AdapterFileError(f"{directory}: {name} does not take what was saved of it: {error}") from None
         return model
 
-    def _check(
-        self, model: nn.Module, state: dict[str, Tensor], layers: Mapping[str, nn.Module], directory: Path
+    def _apart(self, facts: Facts, model: nn.Module) -> tuple[str, ...]:  # noqa: ARG002
+        """Paths of parameters that are not filled by ``load_state_dict``."""
+        return ()
+
+    def _check_apart(
+        self, model: nn.Module, parts: Mapping[str, dict[str, Tensor]], facts: Facts, directory: Path
     ) -> None:
-        """Names, shapes and dtypes of all but quantized layers, before anything changes."""
-        apart = tuple(f"{name}." for name in layers)
-        here = {k: v for k, v in model.state_dict().items() if not k.startswith(apart)}
+        """Whether the model takes them, before anything changes."""
+
+    def _fill(self, model: nn.Module, parts: Mapping[str, dict[str, Tensor]], facts: Facts, directory: Path) -> None:
+        """Put them in."""
+
+    def _check(self, model: nn.Module, state: dict[str, Tensor], apart: list[str], directory: Path) -> None:
+        """Names, shapes and dtypes of all the others, before anything changes."""
+        inside = tuple(f"{name}." for name in apart)
+        here = {k: v for k, v in model.state_dict().items() if k not in apart and not k.startswith(inside)}
         if odd := sorted(set(here) ^ set(state)):
             side = "the model" if odd[0] in here else "the file"
             raise AdapterFileError(f"{directory}: {odd[0]} is only in {side}; is it another model?")
@@ -228,7 +238,10 @@ class Plain(Checkpoint):
                 )
 
 
-CHECKPOINTS: tuple[type[Checkpoint], ...] = (Hqq, Transformers, Plain)
+def _taken(state: dict[str, Tensor], path: str) -> dict[str, Tensor]:
+    """What a state_dict has of a module or parameter, taken out; a parameter's own value under the empty name."""
+    own = [k for k in state if k == path or k.startswith(f"{path}.")]
+    return {k[len(path) + 1 :]: state.pop(k) for k in own}
 
 
 _WITHOUT_REVERSE = {"save_original_format": False}

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch.nn as nn
 
-from oftfx.adapter.checkpoints import CHECKPOINTS, read_json
+from oftfx.adapter.checkpoints import Checkpoint, Hqq, Plain, Transformers, read_json
+from oftfx.adapter.four_bit_state import FourBitState
 from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.adapter.kept import load_rotations, multiply_right, save_rotations
 from oftfx.errors import AdapterFileError, FoldError
@@ -17,7 +18,6 @@ from oftfx.files import landing, of_version, remains, write
 from oftfx.folding.checkpoint import checkpoint_digest
 from oftfx.folding.note import fold_notes, note_again
 from oftfx.folding.report import FoldReport
-from oftfx.formats.bnb4_experts import four_bit_parameters
 from oftfx.model.compressed import keep_compressed
 from oftfx.placement.find import rotated_sites
 from oftfx.version import __version__
@@ -25,6 +25,7 @@ from oftfx.version import __version__
 NOTE = "oftfx_fold.json"
 _VERSION = 1
 _CONFIG = "config.json"
+_WAYS: tuple[type[Checkpoint], ...] = (FourBitState, Hqq, Transformers, Plain)
 
 
 def save_folded(model: nn.Module, report: FoldReport, directory: str | Path) -> Path:
@@ -32,14 +33,9 @@ def save_folded(model: nn.Module, report: FoldReport, directory: str | Path) -> 
     from safetensors import SafetensorError
 
     directory = Path(directory)
-    if (path := next(four_bit_parameters(model), None)) is not None:
-        raise FoldError(
-            f"{path} is a parameter in 4 bits, which neither from_pretrained nor load_state_dict reads back; fold with "
-            "quantized='float', or save the state_dict and load it with bitsandbytes.nn.parametrize"
-        )
     stale = _own_files(directory)
-    way = next(c for c in CHECKPOINTS if c.takes(model))()
-    head = NOTE if way.name == "state_dict" else _CONFIG
+    way = next(c for c in _WAYS if c.takes(model))()
+    head = NOTE if isinstance(way, Plain) else _CONFIG
     with landing(directory, head, FoldError, stale=stale) as made:
         try:
             facts = way.write(model, report, made)
@@ -93,7 +89,7 @@ def load_folded(directory: str | Path, model: nn.Module | None = None, **options
     """
     directory = Path(directory)
     note = _read_note(directory)
-    way = next(c for c in CHECKPOINTS if c.name == note["way"])()
+    way = next(c for c in _WAYS if c.name == note["way"])()
     loaded = way.read(directory, note["facts"], model, options)
     modules = dict(loaded.named_modules())
     keep_compressed(loaded)

@@ -18,6 +18,7 @@ from oftfx.folding.checkpoint import checkpoint_digest
 from oftfx.formats.exact import choose_kernel, use_exact
 from oftfx.formats.registry import format_of
 from oftfx.model.compressed import keep_compressed
+from oftfx.model.site import Site
 from oftfx.model.sites import weight_device
 from oftfx.placement.attach import attach
 from oftfx.placement.find import rotated_sites
@@ -108,13 +109,13 @@ def load_rotations(model: M, path: str | Path) -> M:
     known, modules = {s.fqn: s for s in program.sites}, program.index.modules
     rotated = {fqn for fqn, _ in rotated_sites(program.index)}
     for fqn, keys in sites.items():
-        if fqn not in known or not known[fqn].is_layer:
+        if fqn not in known:
             raise AdapterFileError(f"{path}: it rotates {fqn}, which {type(model).__name__} does not have as a layer")
         if fqn in rotated:
             raise AdapterFileError(f"{path}: {fqn} has rotations already")
         for key in keys:
             count, size = tensors[key].shape[:2]
-            if count * size != known[fqn].in_features:
+            if count * size not in _widths(known[fqn]):
                 raise AdapterFileError(
                     f"{path}: {fqn} has in_features {known[fqn].in_features}, the saved rotation {count * size}"
                 )
@@ -123,7 +124,9 @@ def load_rotations(model: M, path: str | Path) -> M:
     made: dict[str, FrozenRotation] = {}
     for fqn, keys in sites.items():
         module = modules[known[fqn].module]
-        placement = attach(modules, known[fqn], "activation")
+        site, blocks = known[fqn], tensors[keys[0]]
+        each = len(blocks) * blocks.shape[-1] != site.in_features
+        placement = attach(modules, site, "activation" if site.is_layer else "weight", each=each)
         for index, key in enumerate(keys):
             first = key not in made
             rotation = made.setdefault(key, FrozenRotation(tensors[key].to(weight_device(module))))
@@ -133,6 +136,11 @@ def load_rotations(model: M, path: str | Path) -> M:
     forget_compiled()
     guard_saving(model)
     return model
+
+
+def _widths(site: Site) -> tuple[int, ...]:
+    """Over how many numbers a rotation may go: of experts either one for all of them, or one for each."""
+    return site.in_features, site.in_features * max(site.experts, 1)
 
 
 def multiply_right(layers: Mapping[str, nn.Module]) -> None:

@@ -33,6 +33,50 @@ def four_bit_parameters(model: nn.Module) -> Iterator[str]:
             yield path.replace("parametrizations.", "")
 
 
+def stored_codes(computes: Any) -> tuple[Grid, Codes, Tensor]:
+    """Of what computes a parameter: grid, codes and values, the first two axes of the parameter as one."""
+    state, shape = computes[0].quant_state, computes[0].quant_state.shape
+    flat = shape[0] * shape[1], shape[2]
+    grid, codes = flat_grid(flat, state, rounded=state.dtype), flat_codes(computes.original, flat, state)
+    return grid, codes, grid.values(codes)
+
+
+def shape_of_state(part: dict[str, Tensor]) -> tuple[int, ...]:
+    """The shape of a parameter by what a state_dict has of it."""
+    return tuple(_quant_state(part, torch.device("cpu")).shape)
+
+
+def fill_four_bits(module: nn.Module, name: str, part: dict[str, Tensor]) -> None:
+    """Give a parameter, one in 4 bits or a plain one, the bytes and scales of a state_dict.
+
+    Args:
+        module: what holds it.
+        name: its name there.
+        part: the bytes under the empty name, and bitsandbytes' entries of the scales.
+    """
+    computes: Any = parametrization_of(module, name)
+    device = (module._parameters[name] if computes is None else computes.original).device
+    raw = nn.Parameter(part[""].to(device), requires_grad=False)
+    if computes is not None:
+        computes._parameters["original"] = raw
+        computes[0].quant_state = _quant_state(part, device)
+        return
+    try:
+        from bitsandbytes.nn.parametrize import replace_parameter_4bit_prequantized
+    except ImportError as error:
+        raise MissingExtraError("bitsandbytes", "bnb", "Reading 4-bit experts") from error
+    module._parameters[name] = raw
+    replace_parameter_4bit_prequantized(module, name, {k: v for k, v in part.items() if k}, device)
+
+
+def _quant_state(part: dict[str, Tensor], device: torch.device) -> Any:
+    try:
+        from bitsandbytes.functional import QuantState
+    except ImportError as error:
+        raise MissingExtraError("bitsandbytes", "bnb", "Reading 4-bit experts") from error
+    return QuantState.from_dict({k: v for k, v in part.items() if k}, device=device)
+
+
 def _is_four_bits(computes: ParametrizationList) -> bool:
     first = type(computes[0]) if len(computes) else object
     return first.__name__ == _KIND and first.__module__.startswith("bitsandbytes.")
@@ -84,13 +128,14 @@ class Bnb4Experts(WeightFormat):
 
     def dequantize(self, module: nn.Module) -> Tensor:
         """As readers get it, as matrix."""
-        values = self._grid(module).values(self._codes(module)).view(self._shape(module))
+        values = stored_codes(self._list(module))[2].view(self._shape(module))
         return self._layout.matrix(values).contiguous()
 
     def requantize(self, weight: Tensor, like: nn.Module) -> WeightState:
         """Nearest codes; with double quantization all scales are chosen anew, unless nothing has changed."""
         stored = self._layout.restore(weight.float(), self._shape(like)).flatten(0, 1).contiguous()
-        coded = self._grid(like).nearest(stored, self._codes(like))
+        grid, codes, _ = stored_codes(self._list(like))
+        coded = grid.nearest(stored, codes)
         old, state = self._list(like).original, copy.copy(self._state(like))
         raw = packed_bytes(coded, state).view(old.dtype).reshape(old.shape)
         return {**self.read(like), "original": nn.Parameter(raw, requires_grad=False), "state": state}
@@ -153,12 +198,3 @@ class Bnb4Experts(WeightFormat):
 
     def _shape(self, module: nn.Module) -> tuple[int, ...]:
         return tuple(self._state(module).shape)
-
-    def _grid(self, module: nn.Module) -> Grid:
-        """Of the stored tensor, its first two axes as one."""
-        state = self._state(module)
-        return flat_grid((state.shape[0] * state.shape[1], state.shape[2]), state, rounded=state.dtype)
-
-    def _codes(self, module: nn.Module) -> Codes:
-        state = self._state(module)
-        return flat_codes(self._list(module).original, (state.shape[0] * state.shape[1], state.shape[2]), state)

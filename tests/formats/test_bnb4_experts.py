@@ -9,7 +9,7 @@ import torch.nn as nn
 
 import oftfx
 from oftfx import OFT
-from oftfx.errors import ExportError, FoldError, OftfxWarning, RuleError
+from oftfx.errors import AdapterFileError, FoldError, OftfxWarning, RuleError
 from oftfx.formats.bnb4_experts import Bnb4Experts, four_bit_parameters
 from oftfx.formats.layout import Layout
 from oftfx.placement.find import rotated_sites
@@ -35,10 +35,17 @@ def build(family, **sizes):
     return GptOssForCausalLM(GptOssConfig(**small, layer_types=kinds)).eval().requires_grad_(False)
 
 
+def cast(model, dtype):
+    """As a model is loaded: its buffers (frequencies) stay what they are."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    return model
+
+
 def quantized(family="mixtral", *, double=False, kind="nf4", dtype=torch.float32, **sizes):
     from bitsandbytes.nn.parametrize import replace_parameter_4bit
 
-    model = build(family, **sizes).to(dtype)
+    model = cast(build(family, **sizes), dtype)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.2)
     for layer in model.model.layers:
@@ -205,12 +212,47 @@ def test_one_site_as_floats_and_the_other_in_bits(ids):
         assert torch.equal(logits(copy.deepcopy(result.model), ids()), logits(result.model, ids()))
 
 
-@pytest.mark.filterwarnings("ignore::oftfx.errors.OftfxWarning")
-def test_what_is_refused_by_name(ids, tmp_path):
+def only_down(site):
+    return "float" if "down" in site.fqn else "requantize"
+
+
+@pytest.mark.parametrize("given", ["nothing", "floats", "bits"])
+@pytest.mark.parametrize("policy", ["keep", "requantize", only_down])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_folded_model_is_saved_and_read(family, policy, given, ids, tmp_path):
+    double = policy == "requantize"
+    rules = {"*.gate_up_proj": OFT(16, experts="each"), "*.experts.down_proj": OFT(16)}
+    model = randomize(oftfx.transform(quantized(family, double=double, dtype=torch.bfloat16), rules), std=0.2)
+    result = oftfx.fold(model, quantized=policy)
+    result.save(tmp_path / "folded")
+    into = {
+        "nothing": lambda: None,
+        "floats": lambda: cast(build(family), torch.bfloat16),
+        "bits": lambda: quantized(family, double=double, kind="fp4", dtype=torch.bfloat16),
+    }[given]()
+    loaded = oftfx.load_folded(tmp_path / "folded", into)
+    assert into is None or loaded is into
+    assert type(loaded) is type(result.model)
+    assert torch.equal(logits(loaded, ids()), logits(result.model, ids()))
+    assert [*four_bit_parameters(loaded)] == [*four_bit_parameters(result.model)]
+    again = oftfx.transform(loaded, rules)  # the bytes are the file's, as of any other base
+    assert torch.equal(logits(again, ids()), logits(loaded, ids()))
+
+
+def test_a_state_of_other_experts_is_refused_before_anything_changes(ids, tmp_path):
     model = randomize(oftfx.transform(quantized(), RULES), std=0.2)
-    folded = oftfx.fold(model, quantized="requantize")
-    with pytest.raises(FoldError, match=r"experts\.gate_up_proj is a parameter in 4 bits"):
-        folded.save(tmp_path / "folded")
+    oftfx.fold(model, quantized="requantize").save(tmp_path / "folded")
+    other = quantized(intermediate_size=128)
+    before = logits(other, ids())
+    with pytest.raises(AdapterFileError, match=r"gate_up_proj is \(3, 128, 64\) in the file, \(3, 256, 64\)"):
+        oftfx.load_folded(tmp_path / "folded", other)
+    assert torch.equal(logits(other, ids()), before)
+    with pytest.raises(AdapterFileError, match=r"Sequential has no parameter model\.layers\.0"):
+        oftfx.load_folded(tmp_path / "folded", nn.Sequential(nn.Linear(4, 4)))
+
+
+@pytest.mark.filterwarnings("ignore::oftfx.errors.OftfxWarning")
+def test_what_is_refused_by_name():
     with pytest.raises(RuleError, match="blocks that cross rows"):
         oftfx.plan(quantized(intermediate_size=32), {"*.experts.down_proj": OFT(16)})
     assert len(oftfx.plan(quantized(intermediate_size=32), {"*.experts.gate_up_proj": OFT(16)})) == 2
@@ -240,10 +282,21 @@ def test_a_reference_is_a_function(ids):
 
 
 @pytest.mark.needs("onnx", "onnxruntime", "onnxscript")
-def test_export(ids, tmp_path):
-    model = randomize(oftfx.transform(quantized(), RULES), std=0.2)
-    with pytest.raises(ExportError, match=r"4 bits.*quantized='float'"):
-        oftfx.export_onnx(oftfx.fold(model, quantized="requantize").model, tmp_path / "m.onnx", ids())
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("policy", ["keep", "requantize", "float"])
+def test_export(family, policy, ids, tmp_path):
+    """ONNX Runtime's logits are torch's; experts that stay in 4 bits take a byte for two numbers in the file."""
+    model = randomize(oftfx.transform(quantized(family, double=True), RULES), std=0.2)
+    folded = oftfx.fold(model, quantized=policy).model
+    result = oftfx.export_onnx(folded, tmp_path / "m.onnx", ids())
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(result.path, providers=["CPUExecutionProvider"])
+    got = session.run(["logits"], {k: v.numpy() for k, v in ids().items()})[0]
+    assert rel(torch.from_numpy(got), logits(folded, ids())) < 1e-5
+    numbers = sum(p.numel() for n, p in build(family).named_parameters() if n.endswith(NAMES))
+    size = sum(f.stat().st_size for f in tmp_path.iterdir())
+    assert (size > 4 * numbers) == (policy == "float")
 
 
 @pytest.mark.parametrize("name", ["FP8Experts", "Mxfp4GptOssExperts"])

@@ -11,12 +11,12 @@ from torch import Tensor
 from oftfx.errors import ExportError, FormatError
 from oftfx.formats.aqlm import Aqlm
 from oftfx.formats.base import WeightFormat
-from oftfx.formats.bnb4_experts import four_bit_parameters
 from oftfx.formats.registry import format_of
 from oftfx.formats.scalar import ScalarFormat
 from oftfx.model.names import CHILD
 from oftfx.model.structure import HOOKS, replace_module
 from oftfx.onnx.lower.additive import AdditiveCodebooks, sums_deviation
+from oftfx.onnx.lower.computed import lower_parameters
 from oftfx.onnx.lower.dequantize_linear import DequantizeLinear
 from oftfx.onnx.lower.look_up import LookUp, WholeValues
 from oftfx.onnx.lower.matmul_bnb4 import MatMulBnb4
@@ -63,8 +63,7 @@ def lower_quantized(model: nn.Module, dialect: str) -> Lowered:
     Raises:
         ExportError: a layer that no operator of the dialect computes right.
     """
-    if (path := next(four_bit_parameters(model), None)) is not None:
-        raise ExportError(f"{path} is a parameter in 4 bits, which has no operator; fold with quantized='float' first")
+    lower_parameters(model, dialect)
     opset, needs, largest = 0, "", 0.0
     for fqn, module in list(model.named_modules()):
         weight_format = format_of(module)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from oftfx.errors import ExportError
 from oftfx.formats.scalar import ScalarFormat
-from oftfx.grids import Float8, Integers, Levels, Partition
+from oftfx.grids import Codes, Float8, Grid, Integers, Levels, Partition
 from oftfx.grids.shifted import Shifted
 from oftfx.precision import relative_error
 
@@ -80,7 +80,15 @@ def weight_of(module: nn.Module, weight_format: ScalarFormat) -> Weight:
         ExportError: what is stored, multiplied, is not the weight of the layer; a fault of the format.
         FormatError: the format cannot read it.
     """
-    grid, coded, own = weight_format.grid(module), weight_format.codes(module), weight_format.dequantize(module)
+    return weight_from(weight_format.grid(module), weight_format.codes(module), weight_format.dequantize(module))
+
+
+def weight_from(grid: Grid, coded: Codes, own: Tensor) -> Weight:
+    """The same of what a format reads: grid, codes, and the weight that they are.
+
+    Raises:
+        ExportError: they are another one.
+    """
     plain = replace(grid, product=torch.float32, rounded=torch.float32).values(coded)
     deviation = relative_error(plain, own) if own.any() else float((plain - own).abs().max())
     rounded = None
