@@ -21,6 +21,7 @@ from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned, untouched
 from oftfx.folding.workbench import Workbench
 from oftfx.formats.base import WeightFormat
+from oftfx.formats.mxfp4_experts import born_in_mxfp4
 from oftfx.model.running import Inputs
 from oftfx.model.site import Site
 from oftfx.model.structure import structural_copy
@@ -43,6 +44,7 @@ _POLICIES: Mapping[str, type[QuantizedPolicy]] = {
     "requantize": Requantize,
     "calibrate": Calibrate,
 }
+_ROUNDING = ("requantize", "calibrate", "reference")
 _NEVER_RAN = (
     "this layer has never been called while others have, so its rotation may not be part of what the model computed "
     "(its weight may be used by other code); compare folded and unfolded outputs, or exclude it by a rule"
@@ -157,7 +159,7 @@ class FoldRotations(Pass):
 
     def _todo(self, program: Program) -> list[_Todo]:
         sites = {s.fqn: s for s in program.sites}
-        todo = [_Todo(fqn, p, _format(fqn, p), self._policy(sites, fqn)) for fqn, p in rotated_sites(program.model)]
+        todo = [_todo(fqn, p, self._policy(sites, fqn)) for fqn, p in rotated_sites(program.model)]
         for one in todo:  # before anything changes
             self._check(one)
         return todo
@@ -257,11 +259,13 @@ class _Todo:
         return self.placement.fold_in_effect() is not None
 
 
-def _format(fqn: str, placement: Placement) -> WeightFormat:
+def _todo(fqn: str, placement: Placement, policy: str | Budget) -> _Todo:
     found = placement.weight_format()
     if found is None:
         raise FoldError(_unreadable(fqn, placement))
-    return found
+    if found.lossless and any(p in _ROUNDING for p in choices(policy)):
+        found = born_in_mxfp4(found, placement.module) or found
+    return _Todo(fqn, placement, found, policy)
 
 
 def _unreadable(fqn: str, placement: Placement) -> str:

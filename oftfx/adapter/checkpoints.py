@@ -17,6 +17,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.adapter.kept import SavesRotations
+from oftfx.adapter.mxfp4_state import as_mxfp4, on_grid
 from oftfx.errors import AdapterFileError, FoldError, MissingExtraError
 from oftfx.folding.checkpoint import ROTATION
 from oftfx.folding.report import FoldReport
@@ -112,6 +113,10 @@ class Transformers(Checkpoint):
             )
         own = vars(model).get("save_pretrained")
         save: Any = own.write if isinstance(own, SavesRotations) else model.save_pretrained
+        if on_grid(report):
+            with as_mxfp4(model) as state:
+                save(str(directory), state_dict=state, **_WITHOUT_REVERSE)
+            return {"class": type(model).__name__}
         try:
             save(str(directory), **_WITHOUT_REVERSE if config is None and _was_dequantized(model) else {})
         except NotImplementedError:

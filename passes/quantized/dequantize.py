@@ -15,6 +15,7 @@ from oftfx.folding.workbench import Workbench
 from oftfx.formats.base import WeightFormat
 from oftfx.formats.bnb4_experts import Bnb4Experts
 from oftfx.formats.dense import FLOATS, DenseParameter
+from oftfx.formats.mxfp4_experts import Mxfp4Experts
 from oftfx.formats.registry import format_of
 from oftfx.model.names import CHILD
 from oftfx.passes.quantized.policy import QuantizedPolicy
@@ -41,7 +42,7 @@ class Dequantize(QuantizedPolicy):
     def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold:  # noqa: ARG002
         """Make the layer."""
         dtype = _activation_dtype(bench.model, site.module, site.format)
-        if isinstance(site.format, Bnb4Experts):
+        if isinstance(site.format, (Bnb4Experts, Mxfp4Experts)):
             return self._plain_parameter(site, site.format, dtype)
         new = site.format.float_module(site.module, site.target.to(dtype))
         bench.replace(site.placement, new)
@@ -52,7 +53,7 @@ class Dequantize(QuantizedPolicy):
         site.check_finite(got, now.dtype(new))
         return site.line("dequantized", now.nbytes(new), got)
 
-    def _plain_parameter(self, site: Turned, stored: Bnb4Experts, dtype: torch.dtype) -> SiteFold:
+    def _plain_parameter(self, site: Turned, stored: Bnb4Experts | Mxfp4Experts, dtype: torch.dtype) -> SiteFold:
         """A parameter of a module that has others: it becomes a plain one, and the module stays."""
         module, placement = site.module, site.placement
         shape = stored.geometry(module)

@@ -8,9 +8,12 @@ from safetensors.torch import load_file, save_file
 
 import oftfx
 from oftfx import OFT
+from oftfx.errors import FoldError
+from oftfx.formats.mxfp4_experts import codes_of
 from oftfx.formats.packing.float4_codes import from_exponents, from_nibbles, to_exponents, to_nibbles
 from oftfx.grids import Float4, Grid, Partition
-from tests.reference import randomize, rel
+from oftfx.placement.find import rotated_sites
+from tests.reference import dense_rotation, randomize, rel
 
 pytestmark = [pytest.mark.needs("transformers", "accelerate"), pytest.mark.filterwarnings("ignore:.*kernels.*")]
 
@@ -78,3 +81,99 @@ def test_read_as_floats_folded_and_written(written, ids, tmp_path):
         again = oftfx.load_folded(result.save(tmp_path / "folded"), dtype=torch.float32)
         assert torch.equal(again(**ids()).logits, result.model(**ids()).logits)
     assert not any(n.endswith(("_blocks", "_scales")) for n in load_file(tmp_path / "folded" / "model.safetensors"))
+
+
+def tensors_of(path):
+    return load_file(path / "model.safetensors")
+
+
+def read(path, **options):
+    from transformers import GptOssForCausalLM, Mxfp4Config
+
+    known = {"dtype": torch.bfloat16, "quantization_config": Mxfp4Config(dequantize=True), **options}
+    return GptOssForCausalLM.from_pretrained(path, **known).eval()
+
+
+@pytest.mark.parametrize("rules", [{"*.experts.*_proj": OFT(16)}, {"*.down_proj": OFT(16, experts="each")}], ids=str)
+def test_rounded_to_mxfp4_and_written_as_it_was(rules, written, ids, tmp_path):
+    """Every number of the file is that of a fold in float64 to half a step; transformers reads what was folded."""
+    path, values = written
+    model = randomize(oftfx.transform(read(path), {**rules, "*.q_proj": OFT(16)}), std=0.05)
+    result = oftfx.fold(model, quantized="requantize")
+    formats = {s.fqn.rpartition(".")[2]: (s.format, s.action) for s in result.report}
+    assert formats.pop("q_proj") == ("dense", "folded")
+    assert set(formats.values()) == {("mxfp4", "requantized")}
+    assert all(0.03 < s.relative_error < 0.2 for s in result.report if s.format == "mxfp4")
+    result.save(tmp_path / "folded")
+    base, folded = tensors_of(path), tensors_of(tmp_path / "folded")
+    assert {k: (v.shape, v.dtype) for k, v in folded.items() if "experts" in k and "bias" not in k} == {
+        k: (v.shape, v.dtype) for k, v in base.items() if "experts" in k and "bias" not in k
+    }
+    sites = dict(rotated_sites(model))
+    for name, weight in values.items():
+        found = decoded(folded, name)
+        if name not in sites:
+            assert torch.equal(found, weight)
+            continue
+        skew = sites[name].rotations["default"].skew.detach()
+        each = skew.view(len(weight), -1, skew.shape[1]) if sites[name].each else [skew] * len(weight)
+        wanted = torch.stack([w.double() @ dense_rotation(s, 16).T for w, s in zip(weight, each, strict=True)])
+        assert rel(found, wanted) < 0.15
+        largest = wanted.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True)
+        missed = (found - wanted).unflatten(-1, (-1, 32)).abs()
+        assert bool((missed <= largest / 3).all())  # the widest step is a third of the largest level
+    with torch.no_grad():
+        expected = result.model(**ids()).logits
+        assert torch.equal(read(tmp_path / "folded")(**ids()).logits, expected)
+        assert torch.equal(oftfx.load_folded(tmp_path / "folded", dtype=torch.bfloat16)(**ids()).logits, expected)
+    assert getattr(result.model.config, "quantization_config", None) is None
+
+
+def decoded(tensors, name):
+    """By the published layout: the low four bits first, scales by powers of two."""
+    levels = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+    blocks, scales = tensors[f"{name}_blocks"].long(), tensors[f"{name}_scales"].double()
+    values = torch.stack([levels[blocks % 16], levels[blocks // 16]], -1).flatten(-2)
+    return (values * 2.0 ** (scales - 127).unsqueeze(-1)).flatten(2)
+
+
+def test_what_is_not_turned_is_written_with_the_same_values(written, tmp_path):
+    path, values = written
+    model = oftfx.transform(read(path), {"*.experts.*_proj": OFT(16)})  # the identity
+    result = oftfx.fold(model, quantized="requantize")
+    assert {s.action for s in result.report} == {"untouched"}
+    result.save(tmp_path / "folded")
+    assert all(torch.equal(decoded(tensors_of(tmp_path / "folded"), n), v.double()) for n, v in values.items())
+
+
+def test_experts_of_two_kinds_have_no_place(written, tmp_path):
+    path, _ = written
+    model = randomize(oftfx.transform(read(path), {"*.experts.*_proj": OFT(16)}), std=0.05)
+    result = oftfx.fold(model, quantized=lambda site: "requantize" if "down" in site.fqn else "float")
+    with pytest.raises(FoldError, match=r"gate_up_proj has values that MXFP4 does not"):
+        result.save(tmp_path / "folded")
+    assert not (tmp_path / "folded").exists()
+
+
+def test_floats_that_nobody_rounded_stay_floats(written):
+    path, _ = written
+    base = read(path)
+    with torch.no_grad():
+        base.model.layers[0].mlp.experts.down_proj[1, 7, 5] *= 1.01
+    model = randomize(oftfx.transform(base, {"*.experts.*_proj": OFT(16)}), std=0.05)
+    result = oftfx.fold(model, quantized="requantize")
+    assert [(s.format, s.action) for s in result.report] == [("mxfp4", "requantized"), ("dense", "folded")]
+
+
+def test_codes_are_found_again():
+    torch.manual_seed(0)
+    scale = 2.0 ** torch.randint(-20, 4, (40, 3))
+    codes = torch.randint(0, 16, (40, 3, 32), dtype=torch.uint8)
+    codes[0] = 0
+    weight = (Float4().decode(codes) * scale.unsqueeze(-1)).flatten(1)
+    found = codes_of(weight)
+    assert torch.equal(
+        Float4().decode(found.codes).view(40, 3, 32) * found.scale.view(40, 3, 1), weight.view(40, 3, 32)
+    )
+    assert codes_of(weight * 1.1) is None
+    assert codes_of(weight[:, :40]) is None
