@@ -36,6 +36,8 @@ from oftfx.passes.quantized.requantize import Requantize
 from oftfx.placement.base import Placement
 from oftfx.placement.find import rotated_sites
 from oftfx.planning.program import Program
+from oftfx.rotation.accelerate import is_offloaded
+from oftfx.rotation.ieee import ieee_products
 from oftfx.rotation.module import Rotation
 
 _POLICIES: Mapping[str, type[QuantizedPolicy]] = {
@@ -116,6 +118,10 @@ class FoldRotations(Pass):
             FoldError: an unknown policy, or one without what it needs; a weight that is not finite; a layer that does
                 not compute ``x @ W^T``.
         """
+        with ieee_products():
+            return self._run(program)
+
+    def _run(self, program: Program) -> PassResult:
         model, todo = program.model, self._todo(program)
         bench = Workbench(program.index, self.journal)
         program.index.clear()  # else it would keep what the fold replaces
@@ -263,6 +269,11 @@ def _todo(fqn: str, placement: Placement, policy: str | Budget) -> _Todo:
     found = placement.weight_format()
     if found is None:
         raise FoldError(_unreadable(fqn, placement))
+    if is_offloaded(placement.module):
+        raise FoldError(
+            f"{fqn}: accelerate has offloaded this weight, and would read the old one again. Load the model without "
+            "offloading (device_map='cpu'), put the adapter in with oftfx.load_adapter, and fold that"
+        )
     if found.lossless and any(p in _ROUNDING for p in choices(policy)):
         found = born_in_mxfp4(found, placement.module) or found
     return _Todo(fqn, placement, found, policy)

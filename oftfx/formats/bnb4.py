@@ -194,9 +194,14 @@ def make_linear4bit(
 
 
 def scale_fault(state: Any, device: torch.device) -> str | None:
-    """Why the package dequantizes a weight wrong there; None where it does not."""
+    """Why the package dequantizes a weight wrong there; None where it does not.
+
+    Only its kernel for AVX-512 takes sixteen elements at a time.
+    """
     columns = state.shape[-1]
     if device.type != "cpu" or columns % state.blocksize == 0 or columns % _CPU_STEP:
+        return None
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
     return "bitsandbytes' CPU kernel takes wrong scales for blocks that cross rows"
 

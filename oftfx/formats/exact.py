@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from oftfx.errors import FormatError
 from oftfx.formats.base import WeightFormat
 from oftfx.formats.registry import format_of
+from oftfx.rotation.accelerate import FORWARD, place_of_forward
 
 
 class ExactForward:
@@ -28,7 +29,7 @@ class ExactForward:
 
     def __init__(self, module: nn.Module, weight_format: WeightFormat) -> None:
         self.module, self.format = module, weight_format
-        self.native = module.__dict__.get("forward")  # some packages keep theirs in the instance
+        self.native = module.__dict__.get(place_of_forward(module))  # some packages keep theirs in the instance
 
     def __call__(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
         """``x (..., in)`` to ``(..., out)``; given by position or by either name that forwards have for it."""
@@ -90,7 +91,7 @@ def choose_kernel(module: nn.Module, asked: str) -> tuple[str, str]:
 
 def is_exact(module: nn.Module) -> bool:
     """Whether a layer multiplies by its dequantized weight."""
-    forward = module.__dict__.get("forward")
+    forward = module.__dict__.get(place_of_forward(module))
     return isinstance(getattr(forward, "beneath", forward), ExactForward)  # or something of ours stands over it
 
 
@@ -100,13 +101,14 @@ def use_exact(module: nn.Module) -> None:
     if weight_format is None:
         raise FormatError(f"no known format reads this {type(module).__name__}, so it cannot multiply exactly")
     if not is_exact(module):
-        module.__dict__["forward"] = ExactForward(module, weight_format)
+        module.__dict__[place_of_forward(module)] = ExactForward(module, weight_format)
 
 
 def use_native(module: nn.Module) -> None:
     """Give a layer its own forward back, unless that cannot be relied on here."""
-    exact = module.__dict__.get("forward")
+    place = place_of_forward(module)
+    exact = module.__dict__.get(place)
     if isinstance(exact, ExactForward) and exact.format.native_fault(module) is None:
-        del module.__dict__["forward"]
-        if exact.native is not None:
-            module.__dict__["forward"] = exact.native
+        del module.__dict__[place]
+        if exact.native is not None or place == FORWARD:  # which accelerate calls by this name
+            module.__dict__[place] = exact.native or type(module).forward.__get__(module)

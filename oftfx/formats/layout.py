@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from oftfx.rotation.autocast import without_autocast
+from oftfx.rotation.ieee import ieee_products
 from oftfx.rotation.rotate import rotate_weight
 
 Stored = Literal["rows", "columns", "transposed", "experts", "experts_columns"]
@@ -118,7 +119,7 @@ class Layout:
         count, size, _ = blocks.shape
         blocks = blocks.to(matrix.dtype)
         given, made = (t.view(-1, count, size).transpose(0, 1) for t in (matrix.contiguous(), out))
-        with without_autocast(matrix.device):
+        with without_autocast(matrix.device), ieee_products():
             torch.bmm(given, blocks.transpose(1, 2) if self.side == "input" else blocks, out=made)
         return out
 

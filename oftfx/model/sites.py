@@ -20,6 +20,7 @@ from oftfx.model.index import ModelIndex
 from oftfx.model.names import join
 from oftfx.model.site import Site
 from oftfx.model.structure import is_own_module
+from oftfx.rotation.accelerate import runs_on
 from oftfx.rotation.spec import OFT
 
 EXPERT_PARAMETERS = ("gate_up_proj", "up_proj", "down_proj")
@@ -184,7 +185,9 @@ def output_head(model: nn.Module) -> nn.Module | None:
 
 
 def weight_device(module: nn.Module) -> torch.device:
-    """Where a layer lives: the device of its first parameter or buffer."""
+    """Where a layer runs: where accelerate brings its inputs, else the device of its first parameter or buffer."""
+    if (device := runs_on(module)) is not None:
+        return device
     for group in (module._parameters, module._buffers):
         for tensor in group.values():
             if tensor is not None:

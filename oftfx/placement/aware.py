@@ -26,6 +26,7 @@ from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Codes
 from oftfx.model.running import input_name
 from oftfx.placement.open import Open, opened
+from oftfx.rotation.accelerate import FORWARD, place_of_forward
 
 CHILD = "_fold"
 """Name under which they stand beside a site's rotations; no adapter's name begins so."""
@@ -175,7 +176,7 @@ class AwareForward:
 
     def __init__(self, placement: RotatedSite) -> None:
         self.placement = placement
-        self.beneath = placement.module.__dict__.get("forward")
+        self.beneath = placement.module.__dict__.get(place_of_forward(placement.module))
         # Whoever is called by keyword asks a forward what its first argument is called.
         self.__signature__ = inspect.signature(placement.module.forward)
 
@@ -204,9 +205,9 @@ def make_aware(placement: RotatedSite, aware: Aware) -> None:
     if holder is not None:
         holder._modules[CHILD].add_module("+".join(aware.names), aware.train(placement.module.training))  # type: ignore[union-attr]
     placement.through[aware.names] = aware
-    module = placement.module
-    if not isinstance(module.__dict__.get("forward"), AwareForward):
-        module.__dict__["forward"] = AwareForward(placement)
+    module, place = placement.module, place_of_forward(placement.module)
+    if not isinstance(module.__dict__.get(place), AwareForward):
+        module.__dict__[place] = AwareForward(placement)
     placement.forget()
 
 
@@ -232,9 +233,10 @@ def forget_aware(placement: RotatedSite, adapter: str | None = None, exactly: tu
         holder._modules.pop(CHILD, None)
         if not holder._modules:
             del placement.module._modules[placement.child]
-    instead = placement.module.__dict__.get("forward")
+    module, place = placement.module, place_of_forward(placement.module)
+    instead = module.__dict__.get(place)
     if isinstance(instead, AwareForward):
-        del placement.module.__dict__["forward"]
-        if instead.beneath is not None:
-            placement.module.__dict__["forward"] = instead.beneath
+        del module.__dict__[place]
+        if instead.beneath is not None or place == FORWARD:  # which accelerate calls by this name
+            module.__dict__[place] = instead.beneath or type(module).forward.__get__(module)
     placement.forget()

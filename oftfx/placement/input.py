@@ -12,6 +12,7 @@ from oftfx.model.running import input_name
 from oftfx.placement.base import Placement
 from oftfx.placement.group import InputGroup
 from oftfx.placement.rows import OPEN, rows_of
+from oftfx.rotation.accelerate import HOOK
 from oftfx.rotation.rotate import in_format_of
 
 
@@ -49,10 +50,17 @@ class RotateInput(Placement):
             return None  # without keywords: taken away by a hook that ran before this one, in the same call
         if self.through and self.fold_in_effect() is not None:
             return None  # the weight that the layer multiplies by is rotated
-        if args:
-            return (self.rotate(args[0]), *args[1:]), kwargs
-        name = input_name(module, kwargs)
-        return args, {**kwargs, name: self.rotate(kwargs[name])}
+        name = None if args else input_name(module, kwargs)
+        x = args[0] if name is None else kwargs[name]
+        if HOOK in module.__dict__:  # accelerate moves inputs later, in the forward
+            x = self._moved(x)
+        y = self.rotate(x)
+        return ((y, *args[1:]), kwargs) if name is None else (args, {**kwargs, name: y})
+
+    def _moved(self, x: torch.Tensor) -> torch.Tensor:
+        """To where the rotations are."""
+        device = next((r.device for r in self.in_effect()), x.device)
+        return x if x.device == device or device.type == "meta" else x.to(device)
 
     def join(self, group: InputGroup) -> None:
         """Rotate together with the sites of a group."""

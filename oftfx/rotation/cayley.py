@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from oftfx.rotation.autocast import without_autocast
+from oftfx.rotation.ieee import ieee_products
 from oftfx.rotation.skew import skew_matrix
 
 Parameterization = Literal["cayley_neumann", "cayley", "cayley_neumann_016"]
@@ -59,14 +60,15 @@ def cayley(
         )
     wide = torch.promote_types(skew.dtype, torch.float32)
     # Autocast would run the small products in half precision.
-    with without_autocast(skew.device):
+    with without_autocast(skew.device), ieee_products():
         q = skew_matrix(skew.to(wide), block_size)
         if coft_eps is not None:
             q = project(q, coft_eps)
         eye = torch.eye(block_size, dtype=wide, device=skew.device).expand_as(q)
         if parameterization == "cayley":
             # (I - Q) and (I + Q)^-1 commute, so the left solve is the same matrix.
-            return torch.linalg.solve(eye + q, eye - q)
+            # I + Q is never singular, so nobody has to wait for the device to say so.
+            return torch.linalg.solve_ex(eye + q, eye - q, check_errors=False)[0]
         if parameterization == "cayley_neumann":
             return _neumann(q, eye, *_powers(terms))
         if parameterization == "cayley_neumann_016":

@@ -27,6 +27,7 @@ class FrozenRotation(nn.Module):
         super().__init__()
         self._identity = Identity()
         self._glimpse = Glimpse()
+        self._cached: tuple[Any, Tensor] | None = None
         self.register_buffer("blocks", blocks)
 
     @property
@@ -56,7 +57,28 @@ class FrozenRotation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""
-        return rotate(x, self.blocks)
+        blocks = self.blocks
+        return rotate(x, blocks if blocks.dtype == x.dtype else self._in(x.dtype))
+
+    def _in(self, dtype: torch.dtype) -> Tensor:
+        """The blocks in the dtype of activations, kept: casting them costs as much as the product for one token."""
+        state = self.state()
+        if state is None:
+            return self.blocks.to(dtype)
+        key, cached = (*state, dtype), self._cached
+        if cached is None or cached[0] != key:
+            with torch.inference_mode(False), torch.no_grad():
+                cached = (key, self.blocks.to(dtype))
+            if type(cached[1]) is Tensor:  # neither fake nor functional
+                self._cached = cached
+        return cached[1]
+
+    def _apply(self, fn: Any, recurse: bool = True) -> FrozenRotation:
+        self._cached = None
+        return super()._apply(fn, recurse)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cached": None}
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks.shape[0]}, block_size={self.blocks.shape[1]}"

@@ -26,10 +26,15 @@ class Glimpse:
         None for tensors on an accelerator, which would have to be waited for, and for those without memory of their
         own or with gaps in it.
         """
+        return self.at(tensor)[1]
+
+    def at(self, tensor: Tensor) -> tuple[int, bytes]:
+        """The same, and the address."""
         place = tensor.data_ptr(), tensor.untyped_storage().nbytes()
         if place != self._place:
             self._view, self._place = _looks(tensor, place[0]), place
-        return b"" if self._view is None else self._view.tobytes()
+        view = self._view  # read once: another thread may look at another tensor
+        return place[0], b"" if view is None else view.tobytes()
 
     def forget(self) -> None:
         """The tensor may go."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn as nn
 from torch import Tensor
 
+from oftfx.rotation.accelerate import HOOK, keep_here
 from oftfx.rotation.caching import caching, count_steps, steps
 from oftfx.rotation.cayley import cayley
 from oftfx.rotation.cayley import project as project_norm
@@ -16,7 +18,7 @@ from oftfx.rotation.frozen import FrozenRotation
 from oftfx.rotation.glimpse import Glimpse
 from oftfx.rotation.identity import Identity
 from oftfx.rotation.rotate import rotate
-from oftfx.rotation.skew import skew_matrix, skew_size, skew_vector
+from oftfx.rotation.skew import remembered, skew_matrix, skew_size, skew_vector
 from oftfx.rotation.spec import OFT
 
 
@@ -151,7 +153,7 @@ class Rotation(nn.Module):
         if self.spec.block_share:
             tail = (-1,) * (rows.dim() - 1)
             return rows.unsqueeze(1).expand(-1, self.blocks // self.copies, *tail).flatten(0, 1)
-        return rows[list(self.tied)]
+        return rows.index_select(0, remembered(_rows, self.tied, rows.device))
 
     def every_skew(self) -> Tensor:
         """``skew`` as files hold it: a row a block, also of tied ones; one row with ``block_share``."""
@@ -191,10 +193,13 @@ class Rotation(nn.Module):
 
     def state(self) -> tuple[Any, ...] | None:
         """What the blocks depend on, where they may be kept for the next forward; None where they may not."""
-        skew = self.skew
-        if not self._cacheable(skew):
+        if self.training:
             return None
-        return self._identity.of(skew), skew._version, skew.data_ptr(), self._glimpse.of(skew), skew.device, steps()
+        skew = self._parameters.get("skew")  # quicker than by the attribute, and this is asked for every token
+        if skew is None or not self._cacheable(skew):
+            return None
+        # The glimpse starts with the address.
+        return self._identity.of(skew), skew._version, self._glimpse.at(skew), skew.device, steps()
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""
@@ -213,9 +218,7 @@ class Rotation(nn.Module):
         return rotate(x, cached[1])
 
     def _cacheable(self, skew: Tensor) -> bool:
-        if self.training or not caching():
-            return False
-        if torch.is_grad_enabled() and skew.requires_grad:
+        if (torch.is_grad_enabled() and skew.requires_grad) or not caching():
             return False
         # No plain parameter: `functional_call` has put a tensor in its place, or FSDP a shard.
         return type(skew) is nn.Parameter and not skew.is_meta and not skew.is_inference()
@@ -234,6 +237,8 @@ class Rotation(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Forget with a new parameter; FSDP, for one, puts gathered values into an object that was there before."""
         super().__setattr__(name, value)
+        if name == HOOK:
+            keep_here(self, value)
         if name == "skew" and "_cached" in self.__dict__:
             self.forget()
 
@@ -257,6 +262,11 @@ class Rotation(nn.Module):
     def extra_repr(self) -> str:
         spec = self.spec
         return f"{self.in_features}, blocks={self.blocks}, block_size={self.block_size}, {spec.parameterization}"
+
+
+@lru_cache(maxsize=256)
+def _rows(tied: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(tied, device=device)
 
 
 def skew_rows(spec: OFT, blocks: int, copies: int = 1, tied: tuple[int, ...] = ()) -> int:

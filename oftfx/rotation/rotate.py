@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from oftfx.rotation.autocast import without_autocast
+from oftfx.rotation.ieee import ieee_products
 
 
 def rotate(x: Tensor, blocks: Tensor) -> Tensor:
@@ -28,8 +29,12 @@ def rotate(x: Tensor, blocks: Tensor) -> Tensor:
     if x.is_nested:  # the encoder of torch.nn packs padded batches so; such tensors cannot be split into blocks
         return F.linear(x, torch.block_diag(*blocks.to(x.dtype)).T)
     count, size, _ = blocks.shape
+    if blocks.dtype != x.dtype:
+        blocks = blocks.to(x.dtype)
+    if not torch.compiler.is_compiling() and x.numel() == count * size:  # one token: nothing to transpose
+        return torch.bmm(x.reshape(count, 1, size), blocks).reshape(x.shape)
     split = x.reshape(-1, count, size).transpose(0, 1)
-    turned = torch.bmm(split, blocks.to(x.dtype))
+    turned = torch.bmm(split, blocks)
     return turned.transpose(0, 1).reshape(x.shape)
 
 
@@ -76,5 +81,5 @@ def rotate_weight(weight: Tensor, blocks: Tensor) -> Tensor:
     Source: OFTv2 eq. 2, arXiv 2506.19847.
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
-    with without_autocast(weight.device):
+    with without_autocast(weight.device), ieee_products():
         return rotate(weight.to(wide), blocks.to(wide).transpose(1, 2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,20 +46,21 @@ def skew_matrix(skew: Tensor, block_size: int) -> Tensor:
         raise ValueError(
             f"a block of size {block_size} has {skew_size(block_size)} skew entries, got {tuple(skew.shape)}"
         )
-    # Inside a fake, meta or inference-mode call the index must not be remembered: it would be of that kind too.
-    with torch.inference_mode(False):
-        index = _index(block_size, skew.device)
+    index = remembered(_gather_index, block_size, skew.device)
     zero = skew.new_zeros(skew.shape[0], 1)
     return torch.cat([skew, -skew, zero], dim=1).index_select(1, index).unflatten(1, (block_size, block_size))
 
 
-def _index(block_size: int, device: torch.device) -> Tensor:
+def remembered(make: Any, what: Any, device: torch.device) -> Tensor:
+    """An index of a cached function, on a device: inside a fake, meta or compiled call it would be of that kind too."""
     if device.type == "meta" or torch.compiler.is_compiling():
-        return _gather_index.__wrapped__(block_size, device)
-    index = _gather_index(block_size, device)
-    if type(index) is not Tensor:  # made under FakeTensorMode
-        _gather_index.cache_clear()
-    return index
+        found: Tensor = make.__wrapped__(what, device)
+        return found
+    with torch.inference_mode(False):
+        found = make(what, device)
+    if type(found) is not Tensor:  # made under FakeTensorMode
+        make.cache_clear()
+    return found
 
 
 def skew_vector(matrix: Tensor) -> Tensor:

@@ -252,7 +252,8 @@ def test_a_state_of_other_experts_is_refused_before_anything_changes(ids, tmp_pa
 
 
 @pytest.mark.filterwarnings("ignore::oftfx.errors.OftfxWarning")
-def test_what_is_refused_by_name():
+def test_what_is_refused_by_name(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")  # whose kernel misreads these
     with pytest.raises(RuleError, match="blocks that cross rows"):
         oftfx.plan(quantized(intermediate_size=32), {"*.experts.down_proj": OFT(16)})
     assert len(oftfx.plan(quantized(intermediate_size=32), {"*.experts.gate_up_proj": OFT(16)})) == 2
