@@ -51,5 +51,11 @@ def no_cache() -> Iterator[None]:
 
 
 def caching() -> bool:
-    """Whether results may be kept from one forward to the next."""
-    return not torch.compiler.is_compiling() and _caching.get() and not torch.jit.is_tracing()
+    """Whether results may be kept from one forward to the next.
+
+    Not in a CUDA graph that is being captured: its replays would read what was kept then, whatever has been learnt.
+    """
+    return not torch.compiler.is_compiling() and _caching.get() and not torch.jit.is_tracing() and not _capturing()
+
+
+_capturing = torch.cuda.is_current_stream_capturing if torch.backends.cuda.is_built() else bool
