@@ -26,6 +26,7 @@ from oftfx.folding.policies import Policy
 from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.reference import Reference, ReferenceWeights
 from oftfx.folding.report import FoldReport
+from oftfx.formats.sharded import is_sharded, reshard
 from oftfx.model.huggingface import note_float_layers
 from oftfx.model.running import Inputs
 from oftfx.passes.check_readers import CheckReaders
@@ -139,7 +140,8 @@ def fold(
             inputs in which the scales of the rounded weights learn to give the unfolded model's outputs, end to end. A
             pass takes what training on these inputs takes, in time and memory. One input in eight is held out, and the
             scales are kept only as far as they are better there.
-        inplace: change ``model`` itself; otherwise the result shares every frozen weight that is not replaced.
+        inplace: change ``model`` itself; otherwise the result shares every frozen weight that is not replaced. Weights
+            that FSDP2 has sharded are only folded so: all processes call this, and each turns the rows it has.
         undo: keep what `unfold` needs. By default that of a fold in place is not kept, for it is the old weights: the
             memory of the whole model again. Interrupted, a fold in place then stays where it is: each site is folded or
             still rotates, so the model computes what the folded adapters did (up to the rounding asked for), and
@@ -173,6 +175,9 @@ def fold(
         raise FoldError(f"into: got {into!r}, expected 'site' or 'producer'")
     if into == "producer" and quantized is None:
         check_unaware(root, "a fold into producers")
+    sharded = reshard(root) and any(is_sharded(p.module._parameters.get(p.parameter)) for _, p in rotated_sites(root))
+    if sharded and (not inplace or into == "producer"):
+        raise FoldError("weights that FSDP has sharded are folded where they are: inplace=True, into='site'")
     hashes = {name: fingerprint(root, name) for name in names}
     batches = batches_of(calibration)
     original = None if reference is None else ReferenceWeights(reference)

@@ -11,17 +11,19 @@ import torch
 import torch.nn as nn
 
 from oftfx.errors import FoldError, OftfxError, PassError, warn
-from oftfx.folding.float_weight import fold_float
+from oftfx.folding.float_weight import fold_float, no_rows
 from oftfx.folding.hooks import hooks_remark
 from oftfx.folding.journal import Journal
 from oftfx.folding.policies import Budget, Policy, check_policy, choices
 from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.reference import ReferenceWeights
+from oftfx.folding.shards import of_all_rows, together
 from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned, untouched
 from oftfx.folding.workbench import Workbench
 from oftfx.formats.base import WeightFormat
 from oftfx.formats.mxfp4_experts import born_in_mxfp4
+from oftfx.formats.sharded import ShardedRows, groups_of, is_sharded, reshard
 from oftfx.model.running import Inputs
 from oftfx.model.site import Site
 from oftfx.model.structure import structural_copy
@@ -35,6 +37,7 @@ from oftfx.passes.quantized.policy import QuantizedPolicy
 from oftfx.passes.quantized.requantize import Requantize
 from oftfx.placement.base import Placement
 from oftfx.placement.find import rotated_sites
+from oftfx.placement.frozen import product_of
 from oftfx.planning.program import Program
 from oftfx.rotation.accelerate import is_offloaded
 from oftfx.rotation.ieee import ieee_products
@@ -118,11 +121,18 @@ class FoldRotations(Pass):
             FoldError: an unknown policy, or one without what it needs; a weight that is not finite; a layer that does
                 not compute ``x @ W^T``.
         """
-        with ieee_products():
-            return self._run(program)
+        reshard(program.model)  # what a forward has left whole would be written to in vain
+        todo = self._todo(program)
+        todo = [t.with_chain() if isinstance(t.format, ShardedRows) else t for t in todo]
+        cut = {t.fqn: groups_of(t.placement.module) for t in todo if isinstance(t.format, ShardedRows)}
+        with ieee_products(), together([g for groups in cut.values() for g in groups]):
+            lines = self._folded(program, todo)
+        lines = tuple(of_all_rows(s, cut.get(s.fqn, ())) for s in lines)
+        changes = tuple(Change(s.fqn, s.action, s.note) for s in lines)
+        return PassResult(program.renewed(), bool(lines), changes, Folds(lines))
 
-    def _run(self, program: Program) -> PassResult:
-        model, todo = program.model, self._todo(program)
+    def _folded(self, program: Program, todo: list[_Todo]) -> tuple[SiteFold, ...]:
+        model = program.model
         bench = Workbench(program.index, self.journal)
         program.index.clear()  # else it would keep what the fold replaces
         some_ran = any(t.placement.ran for t in todo)
@@ -159,9 +169,7 @@ class FoldRotations(Pass):
             unfolded,
         )
         bench.finish()
-        lines = tuple(done[fqn] for fqn in order)
-        changes = tuple(Change(s.fqn, s.action, s.note) for s in lines)
-        return PassResult(program.renewed(), bool(order), changes, Folds(lines))
+        return tuple(done[fqn] for fqn in order)
 
     def _todo(self, program: Program) -> list[_Todo]:
         sites = {s.fqn: s for s in program.sites}
@@ -187,8 +195,10 @@ class FoldRotations(Pass):
             return None
 
     def _fold(self, one: _Todo, bench: Workbench, shown: Shown | None) -> SiteFold:
+        if isinstance(one.format, ShardedRows) and one.format.is_empty(one.placement.module):
+            return no_rows(one.fqn, one.placement, one.format, one.chain or [])
         if one.format.lossless:
-            return fold_float(one.fqn, one.placement, one.format, bench)
+            return fold_float(one.fqn, one.placement, one.format, bench, one.chain)
         # What scales have learnt is not lost where the rotation is the identity.
         site = Turned.of(one.fqn, one.placement, one.format, bench.remark(one.placement), always=one.as_trained)
         if site is None:
@@ -258,6 +268,11 @@ class _Todo:
     placement: Placement
     format: WeightFormat
     policy: str | Budget
+    chain: list[torch.Tensor] | None = None
+
+    def with_chain(self) -> _Todo:
+        """With its blocks, in whose making all processes take part: none may fail between two of them."""
+        return replace(self, chain=product_of(self.placement.in_effect()))
 
     @property
     def as_trained(self) -> bool:
@@ -267,6 +282,8 @@ class _Todo:
 
 def _todo(fqn: str, placement: Placement, policy: str | Budget) -> _Todo:
     found = placement.weight_format()
+    if found is None and placement.format is None and (rows := ShardedRows()).matches(placement.module):
+        found = rows
     if found is None:
         raise FoldError(_unreadable(fqn, placement))
     if is_offloaded(placement.module):
@@ -281,9 +298,9 @@ def _todo(fqn: str, placement: Placement, policy: str | Budget) -> _Todo:
 
 def _unreadable(fqn: str, placement: Placement) -> str:
     kind = type(placement.module).__name__
-    if hasattr(placement.module._parameters.get(placement.parameter), "full_tensor"):
+    if is_sharded(placement.module._parameters.get(placement.parameter)):
         return (
-            f"{fqn}: the weight of this {kind} is sharded by FSDP. Gather it first: load "
+            f"{fqn}: the weight of this {kind} is sharded along what its rotation turns. Gather it first: load "
             "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)) into a model of one process "
             "that was transformed by the same rules, and fold that"
         )

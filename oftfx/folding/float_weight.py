@@ -24,13 +24,22 @@ _NOT_PROBED = "its class has a forward of its own that could not be tried alone;
 
 
 @torch.no_grad()
-def fold_float(fqn: str, placement: Placement, weight_format: WeightFormat, bench: Workbench) -> SiteFold:
+def fold_float(
+    fqn: str, placement: Placement, weight_format: WeightFormat, bench: Workbench, chain: list[Tensor] | None = None
+) -> SiteFold:
     """Write the rotated weight where the float one was, rounded once; one pass over memory.
+
+    Args:
+        fqn: path of the site.
+        placement: its rotations.
+        weight_format: how it is stored.
+        bench: what the folds of this model share.
+        chain: blocks of what acts there, where they have been made already.
 
     Raises:
         FoldError: the layer does not compute ``x @ W^T``, the rotated weight is not finite, or overflows its dtype.
     """
-    module, chain = placement.module, product_of(placement.in_effect())
+    module, chain = placement.module, product_of(placement.in_effect()) if chain is None else chain
     if all(map(is_identity, chain)):
         return untouched(fqn, placement, weight_format)
     notes, before = [bench.remark(placement)], weight_format.nbytes(module)
@@ -62,6 +71,12 @@ def fold_float(fqn: str, placement: Placement, weight_format: WeightFormat, benc
         bytes_after=weight_format.nbytes(module),
         note="; ".join(n for n in notes if n),
     )
+
+
+def no_rows(fqn: str, placement: Placement, weight_format: WeightFormat, chain: list[Tensor]) -> SiteFold:
+    """The line of a site whose rows are all in other processes; the rotation goes here as well."""
+    placement.drop()
+    return SiteFold(fqn, weight_format.name, "untouched" if all(map(is_identity, chain)) else "folded")
 
 
 @dataclass(frozen=True)

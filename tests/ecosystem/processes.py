@@ -24,16 +24,19 @@ from tests.reference import randomize
 WORLD = 2
 TIMEOUT = 60
 STEPS = 3
+FOLDER = "OFTFX_TEST_CHECKPOINT"
 WAYS = ("requantize", "calibrate")
+DTYPES = ("float64", "bfloat16")
 
 
-def run(names, folder):
-    """Run jobs, one after the other, in two gloo processes; ``{name: result or the text of its error}``."""
+def run(names, folder, world=WORLD):
+    """Run jobs, one after the other, in gloo processes; ``{name: result or the text of its error}``."""
     context = torch.multiprocessing.get_context("spawn")
     root = str(Path(__file__).parents[2])
     if root not in sys.path:
         sys.path.append(root)  # spawned processes get this list
-    processes = [context.Process(target=_work, args=(rank, names, str(folder)), daemon=True) for rank in range(WORLD)]
+    made = [(rank, world, names, str(folder)) for rank in range(world)]
+    processes = [context.Process(target=_work, args=each, daemon=True) for each in made]
     for process in processes:
         process.start()
     deadline = time.monotonic() + TIMEOUT * 2
@@ -46,28 +49,28 @@ def run(names, folder):
     return {n: torch.load(f, weights_only=False) if (f := Path(folder) / n).exists() else "no result" for n in names}
 
 
-def _work(rank, names, folder):
+def _work(rank, world, names, folder):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     # A file and no port: nothing to be taken by somebody else in between.
     dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD,
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world,
         timeout=datetime.timedelta(seconds=TIMEOUT),
     )  # fmt: skip
     for name in names:
-        result = _result(name, rank)
-        everyone = [None] * WORLD
+        result = _result(name, rank, world)
+        everyone = [None] * world
         dist.all_gather_object(everyone, result if isinstance(result, str) else "")
         if rank == 0:
             torch.save(next((e for e in everyone if e), result), Path(folder) / name)
     dist.destroy_process_group()
 
 
-def _result(name, rank):
+def _result(name, rank, world):
     import traceback
 
     try:
-        return {**JOBS, **AWARE}[name](rank, WORLD)
+        return {**JOBS, **AWARE, **RESUMED}[name](rank, world)
     except Exception:
         return f"rank {rank}: {traceback.format_exc()}"
 
@@ -245,19 +248,133 @@ def fsdp2_api(rank, world):
     return {"silent": silent, "after": after, "active": oftfx.active_adapters(model), "kinds": kinds}
 
 
-def fsdp2_folds(rank, world):
-    """A fold of the sharded model itself, after it has trained: refused, and the model is as before."""
+def fsdp2_folds(units, dtype):
+    """A fold of the sharded model itself, right after it has trained and run, against that of the gathered one."""
+
+    def job(rank, world):
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+        from torch.distributed.fsdp import fully_shard
+
+        model = transformed(True).to(dtype)
+        for unit in {"blocks": model.blocks, "layers": [m for m in model.modules() if isinstance(m, nn.Linear)]}[units]:
+            fully_shard(unit)
+        fully_shard(model)
+        train(model, rank, world, data=partial(data, dtype=dtype))
+        x = data(7, dtype=dtype)[0]
+        with torch.no_grad():
+            before = model(x)  # leaves whole weights behind
+        whole = transformed(True).to(dtype)
+        set_model_state_dict(whole, full(model), options=StateDictOptions(full_state_dict=True))
+        gathered = oftfx.fold(whole)
+        result = oftfx.fold(model, inplace=True)
+        with torch.no_grad():
+            after, again = model(x), model(x)
+        lines = [
+            [(s.fqn, s.action, s.update, s.energy, s.relative_error, s.survival, s.bytes_before) for s in r.report]
+            for r in (result, gathered)
+        ]
+        return {"before": before, "after": after, "again": again, "lines": lines, "state": full(model),
+                "gathered": gathered.model.state_dict()}  # fmt: skip
+
+    return job
+
+
+def fsdp2_folds_few_rows(rank, world):
+    """Fewer rows than processes in one layer, an odd number in another, and no rotation that turns in a third."""
+    from torch.distributed.fsdp import fully_shard
+
+    torch.manual_seed(3)
+    base = nn.Sequential(nn.Linear(16, 5), nn.Linear(5, 1), nn.Linear(1, 6), nn.Embedding(7, 6))
+    rules = {"0": oftfx.OFT(8), "1": oftfx.OFT(5), "2": oftfx.OFT(1), "3": oftfx.OFT(3)}
+    model = randomize(oftfx.transform(base, rules), std=0.3)
+    whole = oftfx.fold(model)
+    fully_shard(model)
+    result = oftfx.fold(model, inplace=True)
+    lines = [[(s.fqn, s.action) for s in r.report] for r in (result, whole)]
+    return {"state": full(model), "whole": whole.model.state_dict(), "lines": lines}
+
+
+def fsdp2_saves(rank, world):
+    """Trains two steps and writes a distributed checkpoint of the model and the optimiser."""
+    import torch.distributed.checkpoint as dcp
+
+    model, optimizer = _resumable(rank, world, 0, 2)
+    dcp.save(_states(model, optimizer), checkpoint_id=os.environ[FOLDER])
+    return {}
+
+
+def fsdp2_resumes(rank, world):
+    """Reads it with any number of processes, and trains a step more."""
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.state_dict import set_state_dict
+
+    model, optimizer = _resumable(rank, world, 7, 1)  # on other data: all of it is replaced
+    states = _states(model, optimizer)
+    dcp.load(states, checkpoint_id=os.environ[FOLDER])
+    set_state_dict(model, optimizer, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    _steps(model, optimizer, rank, world, 2, 1)
+    return {"skews": {n: p for n, p in full(model).items() if ".oft." in n}}
+
+
+def _resumable(rank, world, first, steps):
     model = sharded(True, "blocks")
-    train(model, rank, world)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    _steps(model, optimizer, rank, world, first, steps)
+    return model, optimizer
+
+
+def _steps(model, optimizer, rank, world, first, steps):
+    for step in range(first, first + steps):
+        x, y = (t.chunk(world)[rank] for t in data(step))
+        optimizer.zero_grad()
+        nn.functional.mse_loss(model(x), y).backward()
+        optimizer.step()
+
+
+def _states(model, optimizer):
+    from torch.distributed.checkpoint.state_dict import get_state_dict
+
+    of_model, of_optimizer = get_state_dict(model, optimizer)
+    return {"model": of_model, "optimizer": of_optimizer}
+
+
+def fsdp2_fold_is_undone(rank, world):
+    """With ``undo=True``; and what a copy would need is refused."""
+    model = sharded(True, "blocks")
+    x, state = data(7)[0], {n: p.clone() for n, p in full(model).items()}
+    messages = []
+    for options in ({}, {"inplace": True, "into": "producer"}):
+        try:
+            oftfx.fold(model, **options)
+        except oftfx.errors.FoldError as error:
+            messages.append(str(error))
     with torch.no_grad():
-        before = model(data(7)[0])
-    model.reshard()
+        before = model(x)
+        result = oftfx.fold(model, inplace=True, undo=True)
+        oftfx.unfold(result)
+        after = model(x)
+    now = full(model)
+    return {
+        "messages": messages,
+        "before": before,
+        "after": after,
+        "same": all(torch.equal(now[n], p) for n, p in state.items()),
+    }
+
+
+def fsdp2_fold_fails_together(rank, world):
+    """Rows that are not finite in one process only."""
+    model = sharded(False, "blocks")
+    local = model.blocks[1].k.weight.to_local()
+    if rank == 1:
+        with torch.no_grad():
+            local[0, 0] = torch.nan
     try:
         oftfx.fold(model, inplace=True)
     except oftfx.errors.FoldError as error:
-        message = str(error)
-    with torch.no_grad():
-        return {"message": message, "before": before, "after": model(data(7)[0])}
+        texts = [None] * world
+        dist.all_gather_object(texts, str(error))
+        return {"texts": texts}
 
 
 def aware(how, wrap=lambda model: model, rank=0, world=1):
@@ -325,7 +442,11 @@ JOBS = {
     "fsdp2-loads": fsdp2_loads,
     "fsdp2-narrow": fsdp2_narrow,
     "fsdp2-api": fsdp2_api,
-    "fsdp2-folds": fsdp2_folds,
+    **{f"fsdp2-folds-{u}-{d}": fsdp2_folds(u, getattr(torch, d)) for u in ("blocks", "layers") for d in DTYPES},
+    "fsdp2-folds-few-rows": fsdp2_folds_few_rows,
+    "fsdp2-fold-is-undone": fsdp2_fold_is_undone,
+    "fsdp2-fold-fails-together": fsdp2_fold_fails_together,
     "fsdp1": fsdp1,
 }
+RESUMED = {"fsdp2-saves": fsdp2_saves, "fsdp2-resumes": fsdp2_resumes}
 AWARE = {f"{kind}-{how}": job(how) for kind, job in (("ddp", ddp_aware), ("fsdp2", fsdp2_aware)) for how in WAYS}

@@ -119,11 +119,62 @@ def test_fsdp2_switches_adapters(result):
     assert set(got["kinds"]) == {"DTensor"}
 
 
-def test_fsdp2_refuses_to_fold_shards_and_says_how(result):
-    got = result("fsdp2-folds")
-    assert "sharded by FSDP" in got["message"]
-    assert "full_state_dict=True" in got["message"]
+@pytest.mark.parametrize("dtype", processes.DTYPES)
+@pytest.mark.parametrize("units", ["blocks", "layers"])
+def test_fsdp2_folds_its_rows_where_they_are(result, units, dtype):
+    """Byte for byte the fold of the gathered model, and its report."""
+    got = result(f"fsdp2-folds-{units}-{dtype}")
+    assert got["state"].keys() == got["gathered"].keys()
+    assert all(torch.equal(got["state"][n], w) for n, w in got["gathered"].items())
+    for mine, theirs in zip(*got["lines"], strict=True):
+        assert mine[:2] == theirs[:2]
+        assert mine[2:] == pytest.approx(theirs[2:], rel=1e-3, abs=1e-9)
+    assert rel(got["after"], got["before"]) < (1e-10 if dtype == "float64" else 2e-2)
+    assert torch.equal(got["after"], got["again"])
+
+
+def test_fsdp2_folds_where_some_processes_have_no_rows(result):
+    got = result("fsdp2-folds-few-rows")
+    assert all(torch.equal(got["state"][n], w) for n, w in got["whole"].items())
+    assert got["lines"][0] == got["lines"][1]
+    assert {a for _, a in got["lines"][0]} == {"folded", "untouched"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A distributed checkpoint that two processes have written."""
+    folder = tmp_path_factory.mktemp("saved")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(processes.FOLDER, str(folder / "checkpoint"))
+        assert processes.run(["fsdp2-saves"], folder) == {"fsdp2-saves": {}}
+    return folder / "checkpoint"
+
+
+@pytest.mark.parametrize("world", [1, 4])
+def test_a_distributed_checkpoint_goes_on_with_any_number_of_processes(world, saved, tmp_path, monkeypatch):
+    monkeypatch.setenv(processes.FOLDER, str(saved))
+    found = processes.run(["fsdp2-resumes"], tmp_path, world)["fsdp2-resumes"]
+    assert not isinstance(found, str), found
+    model = network.transformed(True)
+    processes.train(model, steps=3)  # in one process, without a break
+    wanted = {n: p for n, p in model.named_parameters() if ".oft." in n}
+    assert found["skews"].keys() == wanted.keys()
+    assert all(rel(found["skews"][n], p) < 1e-9 for n, p in wanted.items())
+
+
+def test_a_fold_of_shards_is_undone(result):
+    got = result("fsdp2-fold-is-undone")
+    assert len(got["messages"]) == 2
+    assert all("inplace=True" in m for m in got["messages"])
+    assert got["same"]
     assert torch.equal(got["before"], got["after"])
+
+
+def test_a_fold_of_shards_fails_in_all_processes_at_once(result):
+    mine, its = result("fsdp2-fold-fails-together")["texts"]
+    assert "another process could not fold its rows" in mine
+    assert "blocks.1.k" in its
+    assert "not finite" in its
 
 
 @pytest.fixture(scope="module")
