@@ -41,6 +41,7 @@ _HOME = {
     "fold": "oftfx.folds",
     "unfold": "oftfx.folds",
     "fold_aware": "oftfx.foldaware",
+    "fold_checkpoint": "oftfx.streaming.directory_fold",
     "Budget": "oftfx.folding.policies",
     "save_rotations": "oftfx.adapter.kept",
     "load_rotations": "oftfx.adapter.kept",
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
     from oftfx.planning.rules import Rule
     from oftfx.rotation.module import Rotation
     from oftfx.rotation.spec import OFT
+    from oftfx.streaming.directory_fold import fold_checkpoint
     from oftfx.surgery import add_adapter, plan, transform
     from oftfx.trace.graphs import graph
 

@@ -158,11 +158,11 @@ def _land(directory: Path, made: Path, head: str, stale: list[str], error: type[
     try:
         for source, target in moves:
             if target == directory / head:
-                _sync(directory)
+                sync(directory)
             rename(source, target)
             if source == directory / head:
-                _sync(directory)
-        _sync(directory)
+                sync(directory)
+        sync(directory)
     except BaseException:
         for source, target in reversed(moves):
             if os.path.lexists(target) and not os.path.lexists(source):
@@ -173,10 +173,10 @@ def _land(directory: Path, made: Path, head: str, stale: list[str], error: type[
 
 def _replace(place: Path, new: Path, error: type[OftfxError]) -> None:
     """Put one file in the place of another by a rename, which is never taken back: the old file is gone with it."""
-    _sync(place.parent)
+    sync(place.parent)
     rename(new, place)
     try:
-        _sync(place.parent)
+        sync(place.parent)
     except OSError as cause:
         why = cause.strerror or str(cause)
         raise error(f"{place}: is the new file, but the disk did not confirm its name: {why}; save again") from cause
@@ -185,7 +185,7 @@ def _replace(place: Path, new: Path, error: type[OftfxError]) -> None:
 def settle(directory: Path) -> None:
     """Let all that is in a directory reach the disk."""
     for path in (*directory.rglob("*"), directory):
-        _sync(path)
+        sync(path)
 
 
 def rename(source: Path, target: Path) -> None:
@@ -193,7 +193,7 @@ def rename(source: Path, target: Path) -> None:
     os.replace(source, target)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Let a file's bytes, or a directory's names, reach the disk."""
     if path.is_dir() and os.name == "nt":  # has no handle for a directory
         return
@@ -208,11 +208,11 @@ def _hidden(directory: Path, name: str) -> tuple[Path, int]:
     """A new hidden directory, and the handle that says that its process lives."""
     while True:
         made = Path(tempfile.mkdtemp(prefix=f"{_HIDDEN}{name}-", dir=directory))
-        lock = _lock(made)
+        handle = lock(made)
         if made.exists():  # nobody took it for a dead one's in between
-            return made, -1 if lock is None else lock
-        if lock is not None:
-            os.close(lock)
+            return made, -1 if handle is None else handle
+        if handle is not None:
+            os.close(handle)
 
 
 def _hidden_ones(directory: Path, name: str) -> list[Path]:
@@ -223,11 +223,11 @@ def _hidden_ones(directory: Path, name: str) -> list[Path]:
 def _sweep(directory: Path, name: str, *, begun: bool) -> None:
     """Remove hidden directories of processes that are no more; with ``begun`` also such with files of an old set."""
     for made in _hidden_ones(directory, name):
-        lock = _lock(made)
-        if lock is not None:
+        handle = lock(made)
+        if handle is not None:
             if begun or not (made / _OLD).is_dir():
                 shutil.rmtree(made, ignore_errors=True)
-            os.close(lock)
+            os.close(handle)
 
 
 def _holds(directory: Path) -> bool:
@@ -237,15 +237,15 @@ def _holds(directory: Path) -> bool:
 @contextmanager
 def _alone(directory: Path) -> Iterator[None]:
     """One process after the other: two sets that land at once would be mixed."""
-    lock = _lock(directory, wait=True)
+    handle = lock(directory, wait=True)
     try:
         yield
     finally:
-        if lock is not None:
-            os.close(lock)
+        if handle is not None:
+            os.close(handle)
 
 
-def _lock(directory: Path, *, wait: bool = False) -> int | None:
+def lock(directory: Path, *, wait: bool = False) -> int | None:
     """A handle that no other process has until this one closes it or ends; None where another has, or nothing locks."""
     if fcntl is None:
         return None

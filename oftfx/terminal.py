@@ -63,3 +63,22 @@ def bar(title: str) -> Iterator[Advance]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def byte_bar(title: str) -> Iterator[Advance]:
+    """The same for bytes, with their rate and the time left.
+
+    Raises:
+        MissingExtraError: `rich` is not installed.
+    """
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+    except ImportError as error:
+        raise MissingExtraError("rich", "report", "A progress bar") from error
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), Remaining())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task(title, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -70,7 +70,7 @@ class InsertRotations(Pass):
             placement = known.get(entry.fqn) or attach(modules, entry.site, entry.placement, each=entry.each)
             rotation = owned.get(entry.owner)
             if rotation is None:
-                rotation = _make(entry, weight_device(module))
+                rotation = rotation_for(entry, weight_device(module))
                 rotation.train(module.training)
                 placement.hold(self.adapter, rotation)
                 owned[entry.owner] = rotation
@@ -115,7 +115,8 @@ def _group(entry: SitePlan, known: dict[str, Placement]) -> None:
     mine.join(group or InputGroup(entry.fqn, local=entry.local_input))
 
 
-def _make(entry: SitePlan, device: torch.device) -> Rotation:
+def rotation_for(entry: SitePlan, device: torch.device) -> Rotation:
+    """The rotation of one site, at the identity or as its spec begins."""
     site = entry.site
     wide = torch.float64 if site.dtype == "float64" else torch.float32
     return Rotation(

@@ -39,7 +39,7 @@ class Steps:
 
     def __init__(self, monkeypatch, stop):
         self.stop, self.count, self.at = stop, 0, None
-        for name in ("put", "rename", "_sync"):
+        for name in ("put", "rename", "sync"):
             monkeypatch.setattr(files, name, self.counted(name, getattr(files, name)))
 
     def counted(self, name, function):

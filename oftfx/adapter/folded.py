@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch.nn as nn
 
-from oftfx.adapter.checkpoints import Checkpoint, Hqq, Plain, Transformers, read_json
+from oftfx.adapter.checkpoints import Checkpoint, Facts, Hqq, Plain, Transformers, read_json
 from oftfx.adapter.four_bit_state import FourBitState
 from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.adapter.kept import load_rotations, multiply_right, save_rotations
@@ -33,7 +34,7 @@ def save_folded(model: nn.Module, report: FoldReport, directory: str | Path) -> 
     from safetensors import SafetensorError
 
     directory = Path(directory)
-    stale = _own_files(directory)
+    stale = own_files(directory)
     way = next(c for c in _WAYS if c.takes(model))()
     head = NOTE if isinstance(way, Plain) else _CONFIG
     with landing(directory, head, FoldError, stale=stale) as made:
@@ -47,20 +48,39 @@ def save_folded(model: nn.Module, report: FoldReport, directory: str | Path) -> 
         except (ValueError, NotImplementedError) as error:
             raise FoldError(f"{directory}: {way.name} cannot write this {type(model).__name__}: {error}") from error
         rotated = any(p.fixed for _, p in rotated_sites(model))
-        rotations = _sha256(save_rotations(model, made)) if rotated else None
-        note = {
-            "oftfx_fold": _VERSION,
-            "oftfx": __version__,
-            "way": way.name,
-            "facts": facts,
-            "files": sorted([*(p.name for p in made.iterdir()), NOTE]),
-            "checkpoint": checkpoint_digest(made),
-            "rotations": rotations,
-            "folds": fold_notes(model),
-            "report": json.loads(report.to_json()),
-        }
-        write(made / NOTE, (json.dumps(note, indent=1) + "\n").encode())
+        if rotated:
+            save_rotations(model, made)
+        write(made / NOTE, note_of(made, report, way.name, facts, fold_notes(model)))
     return directory
+
+
+def note_of(
+    made: Path, report: FoldReport, way: str, facts: Facts, folds: Sequence[Mapping[str, Any]], **more: Any
+) -> bytes:
+    """The note for the files that are in a directory.
+
+    Args:
+        made: where all of them are but the note.
+        report: of the fold.
+        way: which `Checkpoint` reads them.
+        facts: what it has to know.
+        folds: see `fold_notes`.
+        **more: further entries, which no reader needs.
+    """
+    rotations = made / ROTATIONS
+    note = {
+        "oftfx_fold": _VERSION,
+        "oftfx": __version__,
+        "way": way,
+        "facts": facts,
+        "files": sorted([*(p.name for p in made.iterdir()), NOTE]),
+        "checkpoint": checkpoint_digest(made),
+        "rotations": _sha256(rotations) if rotations.exists() else None,
+        "folds": [*folds],
+        **more,
+        "report": json.loads(report.to_json()),
+    }
+    return (json.dumps(note, indent=1) + "\n").encode()
 
 
 def load_folded(directory: str | Path, model: nn.Module | None = None, **options: Any) -> nn.Module:
@@ -88,7 +108,7 @@ def load_folded(directory: str | Path, model: nn.Module | None = None, **options
         True
     """
     directory = Path(directory)
-    note = _read_note(directory)
+    note = read_note(directory)
     way = next(c for c in _WAYS if c.name == note["way"])()
     loaded = way.read(directory, note["facts"], model, options)
     modules = dict(loaded.named_modules())
@@ -100,7 +120,7 @@ def load_folded(directory: str | Path, model: nn.Module | None = None, **options
     return loaded
 
 
-def _read_note(directory: Path) -> dict[str, Any]:
+def read_note(directory: Path) -> dict[str, Any]:
     """The note, once all that it names is there and is what was saved."""
     if advice := remains(directory, _CONFIG, NOTE):
         raise AdapterFileError(f"{directory}: {advice}")
@@ -130,7 +150,7 @@ def _read_note(directory: Path) -> dict[str, Any]:
     return note
 
 
-def _own_files(directory: Path) -> list[str]:
+def own_files(directory: Path) -> list[str]:
     """What an earlier save of ours left there, to be replaced; what others left there must not be."""
     if (directory / NOTE).is_file():
         return [str(n) for n in read_json(directory / NOTE).get("files", ()) if Path(str(n)).name == str(n)]

@@ -72,7 +72,16 @@ def save_rotations(model: nn.Module, path: str | Path) -> Path:
             sites.setdefault(fqn, []).append(key)
     if not sites:
         raise FoldError("this model has no fixed rotations: fold(quantized='keep') leaves them, at quantized layers")
-    file = Path(path) / FILE
+    return write_rotations(Path(path), sites, tensors)
+
+
+def write_rotations(directory: Path, sites: Mapping[str, list[str]], tensors: dict[str, Tensor]) -> Path:
+    """Write such a file: for each site the keys of its blocks, in the order in which they act.
+
+    Raises:
+        AdapterFileError: it cannot be written.
+    """
+    file = directory / FILE
     notes = {"oftfx_rotations": str(_VERSION), "sites": json.dumps(sites)}
     if digest := checkpoint_digest(file.parent):
         notes["checkpoint"] = digest

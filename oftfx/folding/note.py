@@ -21,14 +21,18 @@ def note_fold(model: nn.Module, report: FoldReport, hashes: Mapping[str, str]) -
         report: of the fold.
         hashes: `fingerprint` of each folded adapter.
     """
-    note = {
+    vars(model)[_ATTRIBUTE] = [*vars(model).get(_ATTRIBUTE, ()), noted(report, hashes)]
+
+
+def noted(report: FoldReport, hashes: Mapping[str, str]) -> dict[str, Any]:
+    """What is remembered."""
+    return {
         "adapters": dict(hashes),
         "sites": dict(Counter(f"{s.format}: {s.action}" for s in report)),
         "survival": report.survival,
         "worst_relative_error": max((s.relative_error for s in report), default=0.0),
         "output_error": report.output_error,
     }
-    vars(model)[_ATTRIBUTE] = [*vars(model).get(_ATTRIBUTE, ()), note]
 
 
 def fold_notes(model: nn.Module) -> list[dict[str, Any]]:

@@ -12,7 +12,6 @@ from oftfx.folding.record import SiteFold
 from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned
 from oftfx.folding.workbench import Workbench
-from oftfx.formats.base import WeightFormat
 from oftfx.formats.bnb4_experts import Bnb4Experts
 from oftfx.formats.dense import FLOATS, DenseParameter
 from oftfx.formats.mxfp4_experts import Mxfp4Experts
@@ -41,7 +40,7 @@ class Dequantize(QuantizedPolicy):
 
     def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold:  # noqa: ARG002
         """Make the layer."""
-        dtype = _activation_dtype(bench.model, site.module, site.format)
+        dtype = activation_dtype(bench.model, site.format.dtype(site.module))
         if isinstance(site.format, (Bnb4Experts, Mxfp4Experts)):
             return self._plain_parameter(site, site.format, dtype)
         new = site.format.float_module(site.module, site.target.to(dtype))
@@ -66,7 +65,7 @@ class Dequantize(QuantizedPolicy):
         return site.line("dequantized", now.nbytes(module), got)
 
 
-def _activation_dtype(model: nn.Module, module: nn.Module, weight_format: WeightFormat) -> torch.dtype:
+def activation_dtype(model: nn.Module, otherwise: torch.dtype) -> torch.dtype:
     """Dtype of the float parameters around a quantized layer: what its inputs have.
 
     The layer itself casts, so the dtype its weight once had (bfloat16, say) need not be that of its inputs. Codes may
@@ -77,4 +76,4 @@ def _activation_dtype(model: nn.Module, module: nn.Module, weight_format: Weight
         for n, p in model.named_parameters()
         if type(p) is nn.Parameter and p.dtype in FLOATS and n.endswith(("weight", "bias")) and f".{CHILD}." not in n
     )
-    return counts.most_common(1)[0][0] if counts else weight_format.dtype(module)
+    return counts.most_common(1)[0][0] if counts else otherwise

@@ -1,0 +1,1 @@
+"""Fold checkpoint directories into checkpoint directories, without the model in memory."""

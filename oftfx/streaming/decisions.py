@@ -1,0 +1,163 @@
+"""What is to become of every rotated weight, decided before any is read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from oftfx.adapter.from_file import AdapterFiles, plan_of_file
+from oftfx.errors import FoldError
+from oftfx.folding.turned import is_identity
+from oftfx.formats.registry import format_of
+from oftfx.model.huggingface import can_except
+from oftfx.model.site import Site
+from oftfx.model.sites import format_at
+from oftfx.passes.insert_rotations import rotation_for
+from oftfx.placement.frozen import product_of
+from oftfx.planning.plans import Plan
+from oftfx.planning.program import Program
+from oftfx.planning.site_plan import SitePlan
+from oftfx.rotation.module import Rotation
+from oftfx.streaming.skeleton import Skeleton
+from oftfx.streaming.transformers_loader import ties
+
+Action = Literal["folded", "keep", "float", "requantize", "reference", "untouched"]
+Choice = str | Callable[[Site], str]
+_POLICIES = ("keep", "float", "requantize", "reference")
+_SHARED = "its weight was shared with another module and is now its own"
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One site.
+
+    Attributes:
+        entry: of the plan.
+        action: what is done.
+        remark: for the report.
+        bytes: of its weight now.
+        format: how it is stored.
+    """
+
+    entry: SitePlan
+    action: Action
+    remark: str
+    bytes: int
+    format: str
+
+    @property
+    def changes(self) -> bool:
+        """Whether its weight is written anew."""
+        return self.action in ("folded", "float", "requantize", "reference")
+
+
+@dataclass(frozen=True)
+class Decisions:
+    """All sites of an adapter.
+
+    Attributes:
+        plan: of the adapter.
+        sites: in the order of the report.
+        kept: blocks of the rotations that stay, by the path of the site that holds them.
+        whole: what the adapter trained whole, by its name in the model.
+        untied: names of weights that are their own from now on, because one of them is rotated.
+    """
+
+    plan: Plan
+    sites: tuple[Decision, ...]
+    kept: Mapping[str, list[Tensor]]
+    whole: Mapping[str, Tensor]
+    untied: frozenset[str]
+
+    @classmethod
+    def of(cls, skeleton: Skeleton, files: AdapterFiles, quantized: Choice | None, reference: bool) -> Decisions:
+        """Decide.
+
+        Raises:
+            AdapterError: the adapter is of another model.
+            FoldError: a policy that is not there, or that a site cannot take.
+        """
+        if isinstance(quantized, str):
+            _check_policy(quantized, "quantized", reference)
+        program = Program.of(skeleton.model)
+        plan = plan_of_file(program, files, None)
+        sites, kept = list[Decision](), dict[str, list[Tensor]]()
+        order = {path: index for index, path in enumerate(program.index.modules)}
+        for entry in sorted(plan, key=lambda e: order[e.site.called]):  # as a fold in memory finds them
+            blocks = blocks_of_file(entry, files.skews[entry.fqn])
+            layer = skeleton.model.get_submodule(entry.site.module)
+            found = format_of(layer) if entry.site.is_layer else format_at(layer, entry.site, each=entry.each)
+            if found is None:
+                raise FoldError(f"{entry.fqn}: no known weight format reads this {type(layer).__name__}")
+            action: Action = "folded" if found.lossless else _policy(quantized, entry.site, reference)
+            action = "untouched" if all(map(is_identity, blocks)) else action
+            if action == "keep":
+                kept.setdefault(entry.owner, blocks)
+            shared = bool(skeleton.tied(entry.site.weight_name)) and action != "untouched"
+            sites.append(Decision(entry, action, _SHARED if shared else "", found.nbytes(layer), found.name))
+        names = {*plan.train, *plan.brought, *plan.train_buffers}
+        whole = {n: t for n, t in files.others.items() if n in names}
+        _check_floats(skeleton, sites)
+        return cls(plan, tuple(sites), kept, whole, _untied(skeleton, sites))
+
+
+def blocks_of_file(entry: SitePlan, skew: Tensor) -> list[Tensor]:
+    """The blocks of a site's rotation."""
+    return product_of([filled(entry, skew)])
+
+
+def filled(entry: SitePlan, skew: Tensor) -> Rotation:
+    """The rotation of a site with the numbers of a file."""
+    rotation = rotation_for(entry, torch.device("cpu")).eval()
+    with torch.no_grad():
+        rotation.set_every_skew(skew)
+    return rotation
+
+
+def _policy(quantized: Choice | None, site: Site, reference: bool) -> Any:
+    found = "keep" if quantized is None else quantized(site) if callable(quantized) else quantized
+    _check_policy(found, site.fqn, reference)
+    return found
+
+
+def _check_policy(policy: object, where: str, reference: bool) -> None:
+    if policy not in _POLICIES:
+        raise FoldError(
+            f"{where}: a fold of files has the policies {', '.join(_POLICIES)}, got {policy!r}. Load the model and use "
+            "oftfx.fold for 'calibrate', a Budget and distil"
+        )
+    if policy == "reference" and not reference:
+        raise FoldError(f"{where}: policy 'reference' needs reference=, the directory of the original float model")
+
+
+def _check_floats(skeleton: Skeleton, sites: list[Decision]) -> None:
+    """Float layers among quantized ones have to be named in the configuration."""
+    floats = [s.entry.fqn for s in sites if s.action == "float"]
+    if not floats or not stays_quantized(skeleton, floats):
+        return
+    config = skeleton.model.config.quantization_config
+    if not can_except(config):
+        raise FoldError(
+            f"{floats[0]} became a float layer among quantized ones, which a {type(config).__name__} cannot say, "
+            "so from_pretrained would not find its weight. Fold all layers with quantized='float', or none"
+        )
+
+
+def stays_quantized(skeleton: Skeleton, floats: list[str]) -> bool:
+    """Whether a layer is still quantized when these are floats."""
+    made = set(floats)
+    known = ((n, format_of(m)) for n, m in skeleton.model.named_modules())
+    return any(f is not None and not f.lossless and n not in made for n, f in known)
+
+
+def _untied(skeleton: Skeleton, sites: list[Decision]) -> frozenset[str]:
+    tied = ties(skeleton.model)
+    names = {*tied, *tied.values()}
+    folded = {s.entry.site.weight_name for s in sites if s.action == "folded"}
+    if not folded & names:
+        return frozenset(folded)
+    return frozenset(folded | names if getattr(skeleton.model.config, "tie_word_embeddings", False) else folded)

@@ -1,0 +1,106 @@
+"""Fold an adapter directory into a checkpoint directory."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
+
+from oftfx.adapter.store import check_name
+from oftfx.errors import FoldError, warn
+from oftfx.folding.report import FoldReport
+from oftfx.model.site import Site
+from oftfx.streaming.job import Job
+from oftfx.terminal import byte_bar
+
+
+def fold_checkpoint(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    quantized: str | Callable[[Site], str] | None = None,
+    reference: str | Path | None = None,
+    name: str = "default",
+    overwrite: bool = False,
+    progress: bool | Callable[[int, int], None] = False,
+) -> FoldReport:
+    """Fold an adapter into a checkpoint, from files to files: the model is never in memory.
+
+    What comes out is what `oftfx.load_adapter`, `oftfx.fold` and `FoldResult.save` give, tensor for tensor and to the
+    bit; `oftfx.load_folded` reads it, and so does ``from_pretrained`` where no rotation stays. Tensors that do not
+    change are copied byte for byte, shards and their order stay, and other files of the base are copied (weights of
+    other kinds and folders are not, which a warning says).
+
+    All is checked before a byte is written: names, shapes, formats, the adapter, room on the disk. Then layer after
+    layer is read through a memory map, folded and written. Memory: of a float layer twice its weight, of a quantized
+    one that is rounded anew six times its weight in float32, besides the adapter and what waits to be written (four
+    layers at most).
+
+    A run that ends early, for whatever reason, is gone on with by the next one of the same arguments; what it has made
+    is in a hidden directory in ``out`` until all is there. Bytes do not depend on how often that happens. Checksums of
+    all tensors and files are in ``oftfx_sha256.json``.
+
+    Args:
+        base: directory with ``config.json`` and ``model.safetensors`` or shards with their index, of a model that
+            transformers has a class for.
+        adapter: directory that `save_adapter` or PEFT wrote.
+        out: directory for the result; made where it is not there.
+        quantized: as in `oftfx.fold`: ``"keep"`` (and None), ``"requantize"``, ``"float"``, ``"reference"``, or a
+            function from `Site` to one of these. For ``"calibrate"`` the model has to run: use `oftfx.fold`.
+        reference: directory of the original float checkpoint, for ``"reference"``.
+        name: of the adapter, for the report.
+        overwrite: replace an earlier result of ours in ``out``; the old files go when the new ones are there.
+        progress: True for a progress bar (needs the ``report`` extra), or a function of (bytes done, all bytes).
+
+    Returns:
+        What was done to each site. How far a rotation that stays would have moved its weight is not in it: such a
+        weight is copied, and not read as numbers.
+
+    Raises:
+        FoldError: the checkpoint is not complete, a policy cannot be, the disk is full (run the same again once there
+            is room), or another process folds into ``out``.
+        AdapterError: the adapter does not fit the model.
+        MissingExtraError: transformers, or the quantization's package, is not installed.
+
+    Examples:
+        >>> import oftfx, torch, transformers
+        >>> config = transformers.LlamaConfig(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        ...     num_attention_heads=2)
+        >>> base = transformers.LlamaForCausalLM(config).eval()
+        >>> base.save_pretrained("base")
+        >>> model = oftfx.transform(base, {"*.q_proj": oftfx.OFT(4, init="normal")})
+        >>> adapter = oftfx.save_adapter(model, "adapter")
+        >>> report = oftfx.fold_checkpoint("base", adapter, "folded")
+        >>> [(site.fqn, site.action) for site in report]
+        [('model.layers.0.self_attn.q_proj', 'folded')]
+        >>> ids = torch.arange(8).unsqueeze(0)
+        >>> torch.allclose(oftfx.load_folded("folded")(ids).logits, model(ids).logits, atol=1e-5)
+        True
+    """
+    check_name(name)
+    job = Job.of(
+        Path(base),
+        Path(adapter),
+        Path(out),
+        quantized,
+        None if reference is None else Path(reference),
+        overwrite=overwrite,
+    )
+    if job.base.left:
+        warn(f"{base}: not copied: {', '.join(job.base.left)}")
+    try:
+        with byte_bar("fold") if progress is True else nullcontext(progress or _nothing) as report_progress:
+            return job.run(name, report_progress)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise FoldError(job.no_room(job.missing())) from error
+        raise FoldError(
+            f"{out}: cannot be written to: {error.strerror or error}; what was there is as it was, and what was made "
+            "stays for the next run"
+        ) from error
+
+
+def _nothing(done: int, total: int) -> None:
+    """No progress."""

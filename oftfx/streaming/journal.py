@@ -1,0 +1,119 @@
+"""What a run has done, line by line, so that the next one goes on."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from oftfx.files import put, sync
+from oftfx.folding.record import SiteFold
+
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a unit of the work has given.
+
+    Attributes:
+        digests: SHA-256 of its tensors, by name.
+        lines: of the report.
+        tails: bytes of those that come last in their file.
+    """
+
+    digests: Mapping[str, str] = field(default_factory=dict)
+    lines: tuple[SiteFold, ...] = ()
+    tails: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass
+class Journal:
+    """Units that are done, on the disk after their bytes.
+
+    Attributes:
+        path: the file.
+        done: by their place in the work.
+    """
+
+    path: Path
+    done: dict[int, Done] = field(default_factory=dict)
+    _waiting: list[bytes] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path, key: str) -> Journal | None:
+        """What an earlier run with the same input has done; None where it had another one, or there was none."""
+        if not path.is_file():
+            return None
+        first, *lines = path.read_bytes().split(b"\n")
+        if _parsed(first) != {"oftfx_fold_checkpoint": _VERSION, "key": key}:
+            return None
+        result = cls(path)
+        for line in lines[:-1]:  # what is behind the last line's end was cut off
+            entry = _parsed(line)
+            if entry is None:
+                break
+            result.done[entry["unit"]] = Done(
+                entry["digests"],
+                tuple(SiteFold(**s) for s in entry["lines"]),
+                {n: base64.b64decode(t) for n, t in entry["tails"].items()},
+            )
+        return result
+
+    @classmethod
+    def begin(cls, path: Path, key: str) -> Journal:
+        """A new one."""
+        result = cls(path)
+        result._waiting.append(_line({"oftfx_fold_checkpoint": _VERSION, "key": key}))
+        result.flush()
+        return result
+
+    def add(self, unit: int, done: Done) -> None:
+        """Note a unit, from the next `flush` on."""
+        self.done[unit] = done
+        entry = {
+            "unit": unit,
+            "digests": dict(done.digests),
+            "lines": [asdict(s) for s in done.lines],
+            "tails": {n: base64.b64encode(t).decode() for n, t in done.tails.items()},
+        }
+        self._waiting.append(_line(entry))
+
+    def flush(self) -> None:
+        """Write what was noted; the bytes that it speaks of are on the disk already."""
+        if not self._waiting:
+            return
+        new = not self.path.exists()
+        file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            self._cut(file)
+            put(file, b"".join(self._waiting))
+            os.fsync(file)
+        finally:
+            os.close(file)
+        self._waiting.clear()
+        if new:
+            sync(self.path.parent)
+
+    def _cut(self, file: int) -> None:
+        """Go to the end of the last whole line."""
+        size = os.fstat(file).st_size
+        whole = self.path.read_bytes().rfind(b"\n") + 1 if size else 0
+        if whole != size:
+            os.ftruncate(file, whole)
+        os.lseek(file, whole, os.SEEK_SET)
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    return json.dumps(entry, separators=(",", ":")).encode() + b"\n"
+
+
+def _parsed(line: bytes) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
