@@ -13,6 +13,7 @@ except ImportError as _error:
     sys.exit(str(MissingExtraError(_error.name or "typer", "cli", "The command line")))
 
 from oftfx.cli.demo import demo, ocr
+from oftfx.cli.fold import fold
 from oftfx.cli.plan import plan
 from oftfx.cli.repository import repository
 from oftfx.version import __version__
@@ -23,7 +24,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
 )
-for _command in (repository, demo, ocr, plan):
+for _command in (fold, repository, demo, ocr, plan):
     app.command()(_command)
 
 

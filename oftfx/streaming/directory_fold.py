@@ -80,14 +80,7 @@ def fold_checkpoint(
         True
     """
     check_name(name)
-    job = Job.of(
-        Path(base),
-        Path(adapter),
-        Path(out),
-        quantized,
-        None if reference is None else Path(reference),
-        overwrite=overwrite,
-    )
+    job = check_fold(base, adapter, out, quantized=quantized, reference=reference, overwrite=overwrite)
     if job.base.left:
         warn(f"{base}: not copied: {', '.join(job.base.left)}")
     try:
@@ -100,6 +93,20 @@ def fold_checkpoint(
             f"{out}: cannot be written to: {error.strerror or error}; what was there is as it was, and what was made "
             "stays for the next run"
         ) from error
+
+
+def check_fold(
+    base: str | Path,
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    quantized: str | Callable[[Site], str] | None = None,
+    reference: str | Path | None = None,
+    overwrite: bool = False,
+) -> Job:
+    """All checks of `fold_checkpoint` and its list of work; nothing is written."""
+    original = None if reference is None else Path(reference)
+    return Job.of(Path(base), Path(adapter), Path(out), quantized, original, overwrite=overwrite)
 
 
 def _nothing(done: int, total: int) -> None:

@@ -66,6 +66,9 @@ class Finish:
 
     def write(self, new: Path) -> FoldReport:
         """Write all but the weights, which are in the directory."""
+        weights = {f.file for f in self.work.files}
+        for left in [p for p in new.iterdir() if p.name not in weights]:  # by a run that ended right here
+            left.unlink()
         for name in self.base.others:
             if name not in OURS:
                 shutil.copyfile(self.base.path / name, new / name)

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -108,6 +109,19 @@ class Job:
         others = sum((self.base.path / n).stat().st_size for n in self.base.others)
         kept = sum(b.numel() * b.element_size() for blocks in self.decisions.kept.values() for b in blocks)
         return self.work.nbytes + others + kept + 2**20
+
+    def summary(self) -> str:
+        """What would be done, in words."""
+        actions = Counter(f"{s.format}: {s.action}" for s in self.decisions.sites)
+        changed = sum(u.nbytes for u in self.work.units if not isinstance(u, Copy))
+        kind, files = type(self.skeleton.model).__name__, len(self.work.files)
+        return "\n".join(
+            [
+                f"{kind} in {files} files, {len(self.decisions.sites)} sites",
+                *(f"  {count} of {what}" for what, count in sorted(actions.items())),
+                f"{self.nbytes:,} bytes to write, {changed:,} of them made anew, the others copied",
+            ]
+        )
 
     def check_room(self) -> None:
         """Raise `FoldError` where the disk has less room than is missing."""

@@ -87,8 +87,7 @@ class Skeleton:
         made = cls(model, bare, quantizer, dtype, naming, stored)
         for path, own in stored.items():
             layer = model.get_submodule(path)
-            known = format_of(layer)
-            if any(naming.how[t.name] == "format" for t in own) and (known is None or known.lossless):
+            if any(naming.how[t.name] == "format" for t in own):
                 bare[path] = shell(layer)
                 made.fill(Holder(model, {path: layer}), own, maps)
         return made

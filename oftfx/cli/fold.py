@@ -1,0 +1,52 @@
+"""The command ``oftfx fold``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def fold(
+    base: Annotated[Path, typer.Argument(help="Checkpoint: config.json with model.safetensors, or shards and index.")],
+    adapter: Annotated[Path, typer.Argument(help="Adapter directory of oftfx or PEFT (OFT).")],
+    out: Annotated[Path, typer.Argument(help="Directory for the result.")],
+    quantized: Annotated[
+        str | None, typer.Option(help="Quantized layers: keep (default), requantize, float or reference.")
+    ] = None,
+    reference: Annotated[Path | None, typer.Option(help="The original float checkpoint, for 'reference'.")] = None,
+    name: Annotated[str, typer.Option(help="Of the adapter, for the report.")] = "default",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in OUT.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and no progress.")] = False,
+) -> None:
+    """Fold an adapter into a checkpoint, without the model in memory.
+
+    Prints what was done to each layer. Interrupted, killed or out of room, the same command goes on where it was.
+
+    Exit status: 0 when all files are in OUT; 1 after an error, which is named; 2 for wrong arguments; 130 when
+    interrupted.
+    """
+    from oftfx.streaming.directory_fold import check_fold, fold_checkpoint
+
+    if dry_run:
+        job = check_fold(base, adapter, out, quantized=quantized, reference=reference, overwrite=overwrite)
+        job.check_room()
+        typer.echo(job.summary())
+        return
+    try:
+        report = fold_checkpoint(
+            base,
+            adapter,
+            out,
+            quantized=quantized,
+            reference=reference,
+            name=name,
+            overwrite=overwrite,
+            progress=not json,
+        )
+    except KeyboardInterrupt:  # which typer itself would call an abort
+        typer.echo("interrupted; start the same command again to continue")
+        raise typer.Exit(130) from None
+    typer.echo(report.to_json() if json else report.table(), nl=json)
