@@ -6,8 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,6 +23,7 @@ from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.adapter.save import PLAN_FILE
 from oftfx.errors import FoldError, warn
 from oftfx.folding.checkpoint import checkpoint_digest
+from oftfx.folding.record import SiteFold
 from oftfx.folding.reference import ReferenceWeights
 from oftfx.folding.report import FoldReport
 from oftfx.streaming.decisions import Choice, Decisions
@@ -32,11 +34,15 @@ from oftfx.streaming.journal import Done, Journal
 from oftfx.streaming.maps import NAMES, Maps
 from oftfx.streaming.skeleton import Skeleton
 from oftfx.streaming.staging import Staging
+from oftfx.streaming.transformers_loader import quiet
 from oftfx.streaming.work import Copy, Fold, Replace, Target, Work
 from oftfx.streaming.writer import Writer
 from oftfx.version import __version__
 
 Progress = Callable[[int, int], None]
+Folded = tuple[tuple[SiteFold, ...], dict[str, torch.Tensor]]
+_FOLDS = 2
+"""Layers that are folded at the same time."""
 
 
 @dataclass(frozen=True)
@@ -176,27 +182,39 @@ class Job:
         done(0)
         folder = Folder(self.skeleton, self.maps, self.files.skews, self.decisions.whole, self.reference)
         writer = Writer(staging.new, journal, done, tuple(f.file for f in self.work.files))
+        threads = torch.get_num_threads()
+        side_by_side = min(_FOLDS, threads)
         try:
-            for index, unit in units:
-                if index in journal.done:
-                    continue
-                if isinstance(unit, Copy):
-                    writer.copy(index, unit, self.maps)
-                elif isinstance(unit, Replace):
-                    values = ((t, self._brought(name, t)) for t, name in unit.values)
-                    writer.write(index, [(t, _bytes(v)) for t, v in values], (), {})
-                else:
-                    lines, tensors = folder.fold(unit.path, unit.sites, unit.stored)
-                    parts, tails = _parts(unit, tensors)
-                    for stored in unit.stored:
-                        self.maps.forget(stored.file, stored.begin, stored.end)
-                    writer.write(index, parts, lines, tails)
-                    del tensors, parts
+            torch.set_num_threads(threads // side_by_side)  # layers side by side do not wait for each other's threads
+            with quiet(), ThreadPoolExecutor(side_by_side, "oftfx-fold") as pool:
+                folding = deque[tuple[int, Fold, Future[Folded]]]()
+                for index, unit in units:
+                    if index in journal.done:
+                        continue
+                    if isinstance(unit, Copy):
+                        writer.copy(index, unit, self.maps)
+                    elif isinstance(unit, Replace):
+                        values = ((t, self._brought(name, t)) for t, name in unit.values)
+                        writer.write(index, [(t, _bytes(v)) for t, v in values], (), {})
+                    else:
+                        if len(folding) == side_by_side:
+                            self._write(writer, *folding.popleft())
+                        folding.append((index, unit, pool.submit(folder.fold, unit.path, unit.sites, unit.stored)))
+                while folding:
+                    self._write(writer, *folding.popleft())
             writer.finish()
             _headers(writer, self.work, journal.done)
             writer.sync()
         finally:
+            torch.set_num_threads(threads)
             writer.close()
+
+    def _write(self, writer: Writer, index: int, unit: Fold, future: Future[Folded]) -> None:
+        lines, tensors = future.result()
+        parts, tails = _parts(unit, tensors)
+        writer.write(index, parts, lines, tails)
+        for stored in unit.stored:
+            self.maps.forget(stored.file, stored.begin, stored.end)
 
     def _brought(self, name: str, target: Target) -> torch.Tensor:
         dtype = next(d for d, n in NAMES.items() if n == target.dtype)

@@ -47,8 +47,8 @@ def peak(what="VmHWM"):
 before = peak("VmRSS")
 began = time.perf_counter()
 report = oftfx.fold_checkpoint(*sys.argv[1:4], quantized=sys.argv[4] or None)
-print(json.dumps({"seconds": time.perf_counter() - began, "before": before, "peak": peak(), "anonymous": peak("RssAnon"),
-    "actions": sorted({s.action for s in report})}))
+seconds, actions = time.perf_counter() - began, sorted({s.action for s in report})
+print(json.dumps({"seconds": seconds, "before": before, "peak": peak(), "actions": actions}))
 """
 
 
