@@ -46,9 +46,11 @@ def peak(what="VmHWM"):
     return next(int(l.split()[1]) * 1024 for l in open("/proc/self/status") if l.startswith(what))
 before = peak("VmRSS")
 began = time.perf_counter()
-report = oftfx.fold_checkpoint(*sys.argv[1:4], quantized=sys.argv[4] or None)
+checked = []
+report = oftfx.fold_checkpoint(*sys.argv[1:4], quantized=sys.argv[4] or None,
+    progress=lambda done, total: checked or checked.append(time.perf_counter() - began))
 seconds, actions = time.perf_counter() - began, sorted({s.action for s in report})
-print(json.dumps({"seconds": seconds, "before": before, "peak": peak(), "actions": actions}))
+print(json.dumps({"seconds": seconds, "before": before, "peak": peak(), "actions": actions, "checks": checked[0]}))
 """
 
 
@@ -80,7 +82,7 @@ def main() -> None:
 def measure(base: Path, adapter: Path, policy: str | None, options: argparse.Namespace) -> dict:
     """Both, by turns."""
     size = sum(p.stat().st_size for p in base.iterdir())
-    copies, folds, peaks, actions = [], [], [], []
+    copies, folds, checks, peaks, actions = [], [], [], [], []
     for _ in range(options.rounds):
         out = options.folder / "out"
         shutil.rmtree(out, ignore_errors=True)
@@ -95,6 +97,7 @@ def measure(base: Path, adapter: Path, policy: str | None, options: argparse.Nam
         done = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
         said = json.loads(done.stdout.splitlines()[-1])
         folds.append(said["seconds"])
+        checks.append(said["checks"])
         peaks.append(said["peak"] - said["before"])
         actions = said["actions"]
         shutil.rmtree(out)
@@ -103,7 +106,7 @@ def measure(base: Path, adapter: Path, policy: str | None, options: argparse.Nam
         "bytes": size, "actions": actions, "cp_seconds": [round(s, 2) for s in copies],
         "fold_seconds": [round(s, 2) for s in folds], "fold_mb_per_second": round(size / slow / 1e6),
         "cp_mb_per_second": round(size / fast / 1e6), "share_of_cp": round(fast / slow, 3),
-        "peak_mb_over_interpreter": round(max(peaks) / 1e6),
+        "check_seconds": round(statistics.median(checks), 2), "peak_mb_over_interpreter": round(max(peaks) / 1e6),
     }  # fmt: skip
 
 
