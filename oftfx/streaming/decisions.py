@@ -27,6 +27,7 @@ from oftfx.streaming.transformers_loader import ties
 
 Action = Literal["folded", "keep", "float", "requantize", "reference", "untouched"]
 Choice = str | Callable[[Site], str]
+_SEEN = 1e-4
 _POLICIES = ("keep", "float", "requantize", "reference")
 _SHARED = "its weight was shared with another module and is now its own"
 
@@ -88,21 +89,28 @@ class Decisions:
         sites, kept = list[Decision](), dict[str, list[Tensor]]()
         order = {path: index for index, path in enumerate(program.index.modules)}
         for entry in sorted(plan, key=lambda e: order[e.site.called]):  # as a fold in memory finds them
-            blocks = blocks_of_file(entry, files.skews[entry.fqn])
             layer = skeleton.model.get_submodule(entry.site.module)
             found = format_of(layer) if entry.site.is_layer else format_at(layer, entry.site, each=entry.each)
             if found is None:
                 raise FoldError(f"{entry.fqn}: no known weight format reads this {type(layer).__name__}")
             action: Action = "folded" if found.lossless else _policy(quantized, entry.site, reference)
-            action = "untouched" if all(map(is_identity, blocks)) else action
-            if action == "keep":
-                kept.setdefault(entry.owner, blocks)
+            skew = files.skews[entry.fqn]
+            if action == "keep" or not _surely_turns(entry, skew):
+                blocks = blocks_of_file(entry, skew)
+                action = "untouched" if all(map(is_identity, blocks)) else action
+                if action == "keep":
+                    kept.setdefault(entry.owner, blocks)
             shared = bool(skeleton.tied(entry.site.weight_name)) and action != "untouched"
             sites.append(Decision(entry, action, _SHARED if shared else "", found.nbytes(layer), found.name))
         names = {*plan.train, *plan.brought, *plan.train_buffers}
         whole = {n: t for n, t in files.others.items() if n in names}
         _check_floats(skeleton, sites)
         return cls(plan, tuple(sites), kept, whole, _untied(skeleton, sites))
+
+
+def _surely_turns(entry: SitePlan, skew: Tensor) -> bool:
+    """Whether a rotation cannot be the identity, known without computing it: ``R = I + 2 A`` and smaller terms."""
+    return entry.spec.coft_eps is None and float(skew.abs().max()) > _SEEN
 
 
 def blocks_of_file(entry: SitePlan, skew: Tensor) -> list[Tensor]:
