@@ -13,7 +13,7 @@ from oftfx.errors import FoldError
 from oftfx.folding.checkpoint import ROTATION
 from oftfx.folding.report import FoldReport
 from oftfx.formats.by_name import class_named
-from oftfx.formats.mxfp4_experts import PROJECTIONS, Mxfp4Experts, packed_experts
+from oftfx.formats.mxfp4_experts import BLOCKS, PROJECTIONS, SCALES, Mxfp4Experts, packed_experts
 
 _FLOATS = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
@@ -60,5 +60,5 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
                     f"{key} has values that MXFP4 does not, while others were rounded to it, and a checkpoint has all "
                     "experts in MXFP4 or none. Fold all of them with quantized='requantize', or with 'float'"
                 )
-            state[f"{key}_blocks"], state[f"{key}_scales"] = found
+            state[key + BLOCKS], state[key + SCALES] = found
     return state

@@ -21,6 +21,8 @@ from oftfx.grids import Codes, Float4, Grid, Partition
 
 _GROUP, _EXPONENT = 32, 2  # of the largest level, 6 = 1.5 * 2^2
 PROJECTIONS = ("gate_up_proj", "down_proj")
+BLOCKS, SCALES = "_blocks", "_scales"
+"""Behind the name of a parameter, what a checkpoint has of it."""
 
 
 class Mxfp4Experts(DenseParameter):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from oftfx.errors import FoldError
+from oftfx.formats.mxfp4_experts import Mxfp4Experts
 from oftfx.passes.quantized.dequantize import activation_dtype
 from oftfx.streaming.decisions import Decision, Decisions
 from oftfx.streaming.directory import Stored
@@ -60,7 +61,7 @@ class Changes:
                 layers.setdefault(site.entry.site.module, []).append(site)
         for path, sites in layers.items():
             stored = skeleton.stored.get(path, ())
-            if sites[0].action == "folded":
+            if sites[0].action == "folded" or sites[0].format == Mxfp4Experts.name:
                 stored, names = _dense(skeleton, sites, stored, made)
             else:
                 names = tuple(t.name for t in stored if not _is_bias(skeleton, t))

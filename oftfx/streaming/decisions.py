@@ -12,6 +12,7 @@ from torch import Tensor
 from oftfx.adapter.from_file import AdapterFiles, plan_of_file
 from oftfx.errors import FoldError
 from oftfx.folding.turned import is_identity
+from oftfx.formats.mxfp4_experts import BLOCKS, Mxfp4Experts
 from oftfx.formats.registry import format_of
 from oftfx.model.huggingface import can_except
 from oftfx.model.site import Site
@@ -93,7 +94,10 @@ class Decisions:
             found = format_of(layer) if entry.site.is_layer else format_at(layer, entry.site, each=entry.each)
             if found is None:
                 raise FoldError(f"{entry.fqn}: no known weight format reads this {type(layer).__name__}")
+            stored_as = Mxfp4Experts.name if _in_mxfp4(skeleton, entry.site) else found.name
             action: Action = "folded" if found.lossless else _policy(quantized, entry.site, reference)
+            if stored_as == Mxfp4Experts.name:
+                action = _rounding(quantized, entry.site, reference)
             skew = files.skews[entry.fqn]
             if action == "keep" or not _surely_turns(entry, skew):
                 blocks = blocks_of_file(entry, skew)
@@ -101,7 +105,7 @@ class Decisions:
                 if action == "keep":
                     kept.setdefault(entry.owner, blocks)
             shared = bool(skeleton.tied(entry.site.weight_name)) and action != "untouched"
-            sites.append(Decision(entry, action, _SHARED if shared else "", found.nbytes(layer), found.name))
+            sites.append(Decision(entry, action, _SHARED if shared else "", found.nbytes(layer), stored_as))
         names = {*plan.train, *plan.brought, *plan.train_buffers}
         whole = {n: t for n, t in files.others.items() if n in names}
         _check_floats(skeleton, sites)
@@ -129,6 +133,21 @@ def filled(entry: SitePlan, skew: Tensor) -> Rotation:
 def _policy(quantized: Choice | None, site: Site, reference: bool) -> Any:
     found = "keep" if quantized is None else quantized(site) if callable(quantized) else quantized
     _check_policy(found, site.fqn, reference)
+    return found
+
+
+def _in_mxfp4(skeleton: Skeleton, site: Site) -> bool:
+    """Whether the file has codes of what the loader makes floats of: the experts of gpt-oss."""
+    return any(t.name.endswith(f"{site.parameter}{BLOCKS}") for t in skeleton.sources(site.weight_name))
+
+
+def _rounding(quantized: Choice | None, site: Site, reference: bool) -> Any:
+    found = _policy(quantized, site, reference)
+    if found not in ("requantize", "reference"):
+        raise FoldError(
+            f"{site.fqn}: the checkpoint has these experts in MXFP4, which a fold of files rounds to again: "
+            "quantized='requantize' or 'reference'. For floats load the model, use oftfx.fold and FoldResult.save"
+        )
     return found
 
 

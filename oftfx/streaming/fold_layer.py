@@ -13,6 +13,7 @@ from oftfx.errors import FoldError
 from oftfx.folding.checkpoint import ROTATION
 from oftfx.folding.record import SiteFold
 from oftfx.folding.reference import ReferenceWeights
+from oftfx.formats.mxfp4_experts import BLOCKS, SCALES, Mxfp4Experts, packed_experts
 from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.passes.insert_rotations import InsertRotations
 from oftfx.passes.quantized.dequantize import activation_dtype
@@ -80,7 +81,7 @@ class Folder:
             zeros.restore(holder.get_submodule(path))
         remarks = {s.entry.fqn: s.remark for s in sites}
         lines = tuple(replace(d, note="; ".join(n for n in (remarks[d.fqn], d.note) if n)) for d in done)
-        return lines, self._named(holder, path, stored, merged)
+        return lines, self._named(holder, path, stored, merged, sites)
 
     def _holder(self, path: str, layer: nn.Module, sites: Sequence[Decision]) -> Holder:
         layers = {path: layer}
@@ -109,12 +110,19 @@ class Folder:
         found = next((t for t in stored if t.name.endswith(".qzeros")), None)
         return None if found is None else Maps(self.maps.directory).tensor(found)
 
-    def _named(self, holder: Holder, path: str, stored: Sequence[Stored], merged: bool) -> dict[str, Tensor]:
+    def _named(
+        self, holder: Holder, path: str, stored: Sequence[Stored], merged: bool, sites: Sequence[Decision]
+    ) -> dict[str, Tensor]:
         naming = self.skeleton.naming
         state = tensors_of(holder, self.skeleton.quantizer, merged=merged)
         state = {n: t for n, t in state.items() if not ROTATION.search(n) and not t.is_meta}
         if merged:
             return state
+        for name in (s.entry.site.weight_name for s in sites if s.format == Mxfp4Experts.name):
+            found = packed_experts(state.pop(name))
+            if found is None:
+                raise FoldError(f"{name}: its fold gave values that MXFP4 does not have")
+            state[name + BLOCKS], state[name + SCALES] = found
         plain = {naming.renamed[t.name]: t.name for t in stored if naming.how[t.name] == "plain"}
         prefix = _prefix(path, stored)
         named = {n: plain.get(n) or prefix + n.removeprefix(path) for n in state if n.startswith(f"{path}.")}

@@ -177,3 +177,27 @@ def test_codes_are_found_again():
     )
     assert codes_of(weight * 1.1) is None
     assert codes_of(weight[:, :40]) is None
+
+
+@pytest.mark.parametrize(
+    "rules", [{"*.experts.*_proj": OFT(16)}, {"*.experts.down_proj": OFT(16)}], ids=["both", "one"]
+)
+def test_a_fold_of_files_writes_the_same_bytes(rules, written, tmp_path):
+    path, _ = written
+    model = randomize(oftfx.transform(read(path, dtype=torch.float32), {**rules, "*.q_proj": OFT(16)}), std=0.05)
+    oftfx.save_adapter(model, tmp_path / "adapter", layout="oftfx")
+    oftfx.fold(model, quantized="requantize").save(tmp_path / "model")
+    report = oftfx.fold_checkpoint(path, tmp_path / "adapter", tmp_path / "files", quantized="requantize")
+    assert {s.format for s in report} == {"dense", "mxfp4"}
+    from_model, from_files = tensors_of(tmp_path / "model"), tensors_of(tmp_path / "files")
+    assert from_model.keys() == from_files.keys()
+    turned = {s.fqn for s in report}
+    for name, tensor in from_files.items():
+        if name.endswith(("_blocks", "_scales")) and name.rpartition("_")[0] not in turned:
+            assert torch.equal(tensor, tensors_of(path)[name])  # as it was; of equal values, scales may differ
+        else:
+            assert torch.equal(tensor, from_model[name]), name
+    for policy in (None, "float"):
+        with pytest.raises(FoldError, match=r"experts in MXFP4.*quantized='requantize'"):
+            oftfx.fold_checkpoint(path, tmp_path / "adapter", tmp_path / "other", quantized=policy)
+    assert not (tmp_path / "other").exists()
