@@ -75,7 +75,7 @@ def note_of(
         "facts": facts,
         "files": sorted([*(p.name for p in made.iterdir()), NOTE]),
         "checkpoint": checkpoint_digest(made),
-        "rotations": _sha256(rotations) if rotations.exists() else None,
+        "rotations": file_sum(rotations) if rotations.exists() else None,
         "folds": [*folds],
         **more,
         "report": json.loads(report.to_json()),
@@ -137,7 +137,7 @@ def read_note(directory: Path) -> dict[str, Any]:
             )
         same = checkpoint_digest(directory) == note["checkpoint"]
         wrong = "" if same else "the checkpoint"
-        if note["rotations"] is not None and _sha256(directory / ROTATIONS) != note["rotations"]:
+        if note["rotations"] is not None and file_sum(directory / ROTATIONS) != note["rotations"]:
             wrong = ROTATIONS
         note["facts"], note["folds"], note["report"]["sites"], note["way"]
     except (KeyError, TypeError) as error:
@@ -162,6 +162,7 @@ def own_files(directory: Path) -> list[str]:
     return []
 
 
-def _sha256(path: Path) -> str:
+def file_sum(path: Path) -> str:
+    """SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

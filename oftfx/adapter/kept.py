@@ -72,21 +72,17 @@ def save_rotations(model: nn.Module, path: str | Path) -> Path:
             sites.setdefault(fqn, []).append(key)
     if not sites:
         raise FoldError("this model has no fixed rotations: fold(quantized='keep') leaves them, at quantized layers")
-    return write_rotations(Path(path), sites, tensors)
-
-
-def write_rotations(directory: Path, sites: Mapping[str, list[str]], tensors: dict[str, Tensor]) -> Path:
-    """Write such a file: for each site the keys of its blocks, in the order in which they act.
-
-    Raises:
-        AdapterFileError: it cannot be written.
-    """
-    file = directory / FILE
-    notes = {"oftfx_rotations": str(_VERSION), "sites": json.dumps(sites)}
-    if digest := checkpoint_digest(file.parent):
-        notes["checkpoint"] = digest
-    write_whole(file, packed(tensors, notes), AdapterFileError)
+    file = Path(path) / FILE
+    write_whole(file, packed(tensors, rotation_notes(file.parent, sites)), AdapterFileError)
     return file
+
+
+def rotation_notes(directory: Path, sites: Mapping[str, list[str]]) -> dict[str, str]:
+    """What such a file says of itself: for each site the keys of its blocks, in the order in which they act."""
+    notes = {"oftfx_rotations": str(_VERSION), "sites": json.dumps(sites)}
+    if digest := checkpoint_digest(directory):
+        notes["checkpoint"] = digest
+    return notes
 
 
 def load_rotations(model: M, path: str | Path) -> M:

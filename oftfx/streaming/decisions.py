@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,7 +23,6 @@ from oftfx.placement.frozen import product_of
 from oftfx.planning.plans import Plan
 from oftfx.planning.program import Program
 from oftfx.planning.site_plan import SitePlan
-from oftfx.rotation.module import Rotation
 from oftfx.streaming.skeleton import Skeleton
 from oftfx.streaming.transformers_loader import ties
 
@@ -58,20 +58,53 @@ class Decision:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A rotation that stays in front of its weight; its blocks are made when they are written.
+
+    Attributes:
+        entry: of the plan.
+        skew: of the file.
+    """
+
+    entry: SitePlan
+    skew: Tensor
+
+    @property
+    def kind(self) -> tuple[torch.dtype, tuple[int, ...]]:
+        """Dtype and shape of the blocks."""
+        made = rotation_for(self.entry, torch.device("meta"))
+        return made.skew.dtype, (*made.shape, made.block_size)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the blocks."""
+        dtype, shape = self.kind
+        return math.prod(shape) * dtype.itemsize
+
+    def blocks(self) -> Tensor:
+        """``(blocks, b, b)``."""
+        rotation = rotation_for(self.entry, torch.device("cpu")).eval()
+        with torch.no_grad():
+            rotation.set_every_skew(self.skew)
+        (found,) = product_of([rotation])
+        return found
+
+
+@dataclass(frozen=True)
 class Decisions:
     """All sites of an adapter.
 
     Attributes:
         plan: of the adapter.
         sites: in the order of the report.
-        kept: blocks of the rotations that stay, by the path of the site that holds them.
+        kept: the rotations that stay, by the path of the site that holds them.
         whole: what the adapter trained whole, by its name in the model.
         untied: names of weights that are their own from now on, because one of them is rotated.
     """
 
     plan: Plan
     sites: tuple[Decision, ...]
-    kept: Mapping[str, list[Tensor]]
+    kept: Mapping[str, Kept]
     whole: Mapping[str, Tensor]
     untied: frozenset[str]
 
@@ -87,7 +120,7 @@ class Decisions:
             _check_policy(quantized, "quantized", reference)
         program = Program.of(skeleton.model)
         plan = plan_of_file(program, files, None)
-        sites, kept = list[Decision](), dict[str, list[Tensor]]()
+        sites, kept = list[Decision](), dict[str, Kept]()
         order = {path: index for index, path in enumerate(program.index.modules)}
         for entry in sorted(plan, key=lambda e: order[e.site.called]):  # as a fold in memory finds them
             layer = skeleton.model.get_submodule(entry.site.module)
@@ -99,11 +132,10 @@ class Decisions:
             if stored_as == Mxfp4Experts.name:
                 action = _rounding(quantized, entry.site, reference)
             skew = files.skews[entry.fqn]
-            if action == "keep" or not _surely_turns(entry, skew):
-                blocks = blocks_of_file(entry, skew)
-                action = "untouched" if all(map(is_identity, blocks)) else action
-                if action == "keep":
-                    kept.setdefault(entry.owner, blocks)
+            if not _surely_turns(entry, skew) and is_identity(Kept(entry, skew).blocks()):
+                action = "untouched"
+            if action == "keep":
+                kept.setdefault(entry.owner, Kept(entry, skew))
             shared = bool(skeleton.tied(entry.site.weight_name)) and action != "untouched"
             sites.append(Decision(entry, action, _SHARED if shared else "", found.nbytes(layer), stored_as))
         names = {*plan.train, *plan.brought, *plan.train_buffers}
@@ -115,19 +147,6 @@ class Decisions:
 def _surely_turns(entry: SitePlan, skew: Tensor) -> bool:
     """Whether a rotation cannot be the identity, known without computing it: ``R = I + 2 A`` and smaller terms."""
     return entry.spec.coft_eps is None and float(skew.abs().max()) > _SEEN
-
-
-def blocks_of_file(entry: SitePlan, skew: Tensor) -> list[Tensor]:
-    """The blocks of a site's rotation."""
-    return product_of([filled(entry, skew)])
-
-
-def filled(entry: SitePlan, skew: Tensor) -> Rotation:
-    """The rotation of a site with the numbers of a file."""
-    rotation = rotation_for(entry, torch.device("cpu")).eval()
-    with torch.no_grad():
-        rotation.set_every_skew(skew)
-    return rotation
 
 
 def _policy(quantized: Choice | None, site: Site, reference: bool) -> Any:

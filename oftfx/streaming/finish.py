@@ -17,11 +17,12 @@ from torch import Tensor
 from oftfx.adapter import peft_files
 from oftfx.adapter.checkpoints import read_json
 from oftfx.adapter.fingerprint import fingerprint_of
-from oftfx.adapter.folded import NOTE, note_of
+from oftfx.adapter.folded import NOTE, file_sum, note_of
 from oftfx.adapter.from_file import AdapterFiles
-from oftfx.adapter.kept import CONFIG_KEY, write_rotations
+from oftfx.adapter.kept import CONFIG_KEY, rotation_notes
 from oftfx.adapter.kept import FILE as ROTATIONS
-from oftfx.files import write
+from oftfx.adapter.packed import packed_one_by_one
+from oftfx.files import put, write
 from oftfx.folding.note import noted
 from oftfx.folding.record import SiteFold
 from oftfx.folding.report import FoldReport
@@ -120,19 +121,15 @@ class Finish:
         write(file, (json.dumps(made, indent=2) + "\n").encode())
 
     def _rotations(self, new: Path) -> None:
-        numbers: dict[str, list[str]] = {}
-        tensors: dict[str, Tensor] = {}
-        sites: dict[str, list[str]] = {}
-        for site in self.decisions.sites:
-            if site.action != "keep":
-                continue
-            blocks = self.decisions.kept[site.entry.owner]
-            if site.entry.owner not in numbers:
-                keys = [str(len(tensors) + i) for i in range(len(blocks))]
-                tensors.update(zip(keys, (b.contiguous() for b in blocks), strict=True))
-                numbers[site.entry.owner] = keys
-            sites[site.entry.fqn] = [*numbers[site.entry.owner]]
-        write_rotations(new, sites, tensors)
+        kept = self.decisions.kept
+        numbers = {owner: str(i) for i, owner in enumerate(kept)}
+        of_number = {number: kept[owner] for owner, number in numbers.items()}
+        sites = {s.entry.fqn: [numbers[s.entry.owner]] for s in self.decisions.sites if s.action == "keep"}
+        kinds = {number: one.kind for number, one in of_number.items()}
+        notes = rotation_notes(new, sites)
+        with (new / ROTATIONS).open("wb") as stream:
+            for piece in packed_one_by_one(kinds, lambda number: of_number[number].blocks(), notes):
+                put(stream.fileno(), piece)
 
     def _sums(self, new: Path) -> None:
         """SHA-256 of every tensor, and of every other file whole."""
@@ -141,7 +138,7 @@ class Finish:
         weights = {f.file: (new / f.file).stat().st_size for f in self.work.files}
         others = (p for p in sorted(new.iterdir()) if p.name not in weights)
         made = {
-            "files": {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in others},
+            "files": {p.name: file_sum(p) for p in others},
             "sizes": weights,
             "tensors": dict(sorted(tensors.items())),
         }
@@ -158,8 +155,7 @@ class Finish:
         fqn, size = site.entry.fqn, site.bytes
         if site.action == "untouched":
             return SiteFold(fqn, site.format, "untouched", bytes_before=size, bytes_after=size)
-        blocks = self.decisions.kept[site.entry.owner]
-        after = size + sum(b.numel() * b.element_size() for b in blocks)
+        after = size + self.decisions.kept[site.entry.owner].nbytes
         note = "; ".join(n for n in (site.remark, _NOT_READ) if n)
         return SiteFold(fqn, site.format, "kept", bytes_before=size, bytes_after=after, note=note)
 

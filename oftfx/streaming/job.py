@@ -36,7 +36,7 @@ from oftfx.streaming.skeleton import Skeleton
 from oftfx.streaming.staging import Staging
 from oftfx.streaming.transformers_loader import quiet
 from oftfx.streaming.work import Copy, Fold, Replace, Target, Work
-from oftfx.streaming.writer import Writer
+from oftfx.streaming.writer import Writer, put_at
 from oftfx.version import __version__
 
 Progress = Callable[[int, int], None]
@@ -113,7 +113,7 @@ class Job:
     def nbytes(self) -> int:
         """What the result takes on the disk, at most."""
         others = sum((self.base.path / n).stat().st_size for n in self.base.others)
-        kept = sum(b.numel() * b.element_size() for blocks in self.decisions.kept.values() for b in blocks)
+        kept = sum(k.nbytes for k in self.decisions.kept.values())
         return self.work.nbytes + others + kept + 2**20
 
     def summary(self) -> str:
@@ -265,11 +265,11 @@ def _headers(writer: Writer, work: Work, done: Mapping[int, Done]) -> None:
         place = max((t.end or 0 for t in file.targets.values()), default=0) or file.start
         for name, target in file.targets.items():
             if target.begin is None:
-                os.pwrite(handle, tails[name], place)
+                put_at(handle, tails[name], place)
                 places[name] = place, len(tails[name])
                 place += len(tails[name])
         text = file.header(places)
-        os.pwrite(handle, (file.start - 8).to_bytes(8, "little") + text.ljust(file.start - 8), 0)
+        put_at(handle, (file.start - 8).to_bytes(8, "little") + text.ljust(file.start - 8), 0)
         os.ftruncate(handle, place)
 
 

@@ -141,9 +141,14 @@ class Writer:
 
     def _put(self, file: int, piece: memoryview, place: int, digest: Any) -> None:
         digest.update(piece)
-        left = piece
-        while left:
-            count = os.pwrite(file, left, place)
-            left, place = left[count:], place + count
+        put_at(file, piece, place)
         self._written += len(piece)
         self.progress(len(piece))
+
+
+def put_at(file: int, data: bytes | memoryview, place: int) -> None:
+    """All bytes into an open file; a disk that is nearly full takes some of them without a word."""
+    left = memoryview(data)
+    while left:
+        count = os.pwrite(file, left, place)
+        left, place = left[count:], place + count
