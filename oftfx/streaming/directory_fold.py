@@ -12,6 +12,7 @@ from oftfx.errors import FoldError, warn
 from oftfx.folding.report import FoldReport
 from oftfx.model.site import Site
 from oftfx.streaming.job import Job
+from oftfx.streaming.ranks import Ranks
 from oftfx.terminal import byte_bar
 
 
@@ -24,6 +25,7 @@ def fold_checkpoint(
     reference: str | Path | None = None,
     name: str = "default",
     overwrite: bool = False,
+    distributed: bool = False,
     progress: bool | Callable[[int, int], None] = False,
 ) -> FoldReport:
     """Fold an adapter into a checkpoint, from files to files: the model is never in memory.
@@ -52,6 +54,9 @@ def fold_checkpoint(
         reference: directory of the original float checkpoint, for ``"reference"``.
         name: of the adapter, for the report.
         overwrite: replace an earlier result of ours in ``out``; the old files go when the new ones are there.
+        distributed: share the work with the other processes that ``torchrun`` has started; all of them call this, on
+            one file system. Each folds layers, the first one prepares and ends; the bytes are those of one process.
+            Where one dies the others end as well, and the next run goes on, with any number of processes.
         progress: True for a progress bar (needs the ``report`` extra), or a function of (bytes done, all bytes).
 
     Returns:
@@ -60,7 +65,7 @@ def fold_checkpoint(
 
     Raises:
         FoldError: the checkpoint is not complete, a policy cannot be, the disk is full (run the same again once there
-            is room), or another process folds into ``out``.
+            is room), another process folds into ``out``, or one that shares the work has failed.
         AdapterError: the adapter does not fit the model.
         MissingExtraError: transformers, or the quantization's package, is not installed.
 
@@ -84,8 +89,10 @@ def fold_checkpoint(
     if job.base.left:
         warn(f"{base}: not copied: {', '.join(job.base.left)}")
     try:
-        with byte_bar("fold") if progress is True else nullcontext(progress or _nothing) as report_progress:
-            return job.run(name, report_progress)
+        ranks = Ranks.here() if distributed else Ranks()
+        bar = byte_bar("fold") if progress is True and ranks.first else nullcontext(_nothing)
+        with nullcontext(progress) if callable(progress) else bar as report_progress:
+            return job.run(name, report_progress, ranks)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise FoldError(job.no_room(job.missing())) from error

@@ -9,6 +9,7 @@ import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -32,6 +33,7 @@ from oftfx.streaming.finish import Finish, report_of
 from oftfx.streaming.fold_layer import Folder
 from oftfx.streaming.journal import Done, Journal
 from oftfx.streaming.maps import NAMES, Maps
+from oftfx.streaming.ranks import Ranks
 from oftfx.streaming.skeleton import Skeleton
 from oftfx.streaming.staging import Staging
 from oftfx.streaming.transformers_loader import quiet
@@ -148,37 +150,55 @@ class Job:
             "result takes. Make room there and run the same again: what was written stays and is not written twice"
         )
 
-    def run(self, adapter: str, progress: Progress) -> FoldReport:
-        """Do it, or what is left of it.
+    def run(self, adapter: str, progress: Progress, ranks: Ranks) -> FoldReport:
+        """Do it, or what is left of it, this process its share.
 
         Raises:
             FoldError: see `oftfx.fold_checkpoint`.
         """
         staging = Staging(self.out)
-        with staging.alone():
-            if (names := staging.landing(self.key)) is not None:
-                return self._land(staging, names)
-            self.check_room()
-            journal = Journal.read(staging.journal, self.key)
-            if journal is None:
-                if staging.journal.exists():
-                    warn(f"{self.out}: an earlier run with other input ended early; this one starts anew")
-                staging.begin_anew()
-                journal = Journal.begin(staging.journal, self.key)
-            self._work(staging, journal, progress)
-            parts = (self.base, self.files, self.skeleton, self.decisions, self.work, journal.done, adapter)
-            Finish(*parts).write(staging.new)
-            staging.begin_landing(self.key, self.stale)
-            return self._land(staging, staging.landing(self.key) or ())
-
-    def _land(self, staging: Staging, names: Sequence[str]) -> FoldReport:
-        staging.land(names, CONFIG)
+        with ExitStack() as stack:
+            ranks.from_first(lambda: stack.enter_context(staging.alone()))
+            shares = ranks.from_first(lambda: self._prepared(staging, ranks))
+            if shares is not None:
+                ranks.all_do(lambda: self._work(staging, ranks.rank, shares[ranks.rank], progress))
+                ranks.from_first(lambda: self._end(staging, adapter))
+            ranks.from_first(lambda: staging.land(staging.landing(self.key) or (), CONFIG))
         return report_of(self.out / NOTE)
 
-    def _work(self, staging: Staging, journal: Journal, progress: Progress) -> None:
-        units = list(enumerate(self.work.units))
-        total = sum(u.nbytes for _, u in units)
-        done = _Count(sum(u.nbytes for i, u in units if i in journal.done), total, progress)
+    def _prepared(self, staging: Staging, ranks: Ranks) -> list[list[int]] | None:
+        """What each process has still to do; None where the files only have to take their places."""
+        if staging.landing(self.key) is not None:
+            return None
+        self.check_room()
+        done = self._done(staging)
+        if done is None:
+            if staging.journals:
+                warn(f"{self.out}: an earlier run with other input ended early; this one starts anew")
+            staging.begin_anew()
+            Journal.begin(staging.journal(), self.key)
+        return ranks.shares({i: u.nbytes for i, u in enumerate(self.work.units) if i not in (done or {})})
+
+    def _done(self, staging: Staging) -> dict[int, Done] | None:
+        """What earlier processes with the same input have done; None where there were none, or some had another."""
+        found = [Journal.read(p, self.key) for p in staging.journals]
+        if not found or None in found:
+            return None
+        return {unit: done for journal in found if journal is not None for unit, done in journal.done.items()}
+
+    def _end(self, staging: Staging, adapter: str) -> None:
+        done = self._done(staging) or {}
+        _headers(staging.new, self.work, done)
+        parts = (self.base, self.files, self.skeleton, self.decisions, self.work, done, adapter)
+        Finish(*parts).write(staging.new)
+        staging.begin_landing(self.key, self.stale)
+
+    def _work(self, staging: Staging, rank: int, share: Sequence[int], progress: Progress) -> None:
+        path = staging.journal(rank)
+        journal = Journal.read(path, self.key) or Journal.begin(path, self.key)
+        units = [(i, self.work.units[i]) for i in share]
+        total = sum(u.nbytes for u in self.work.units)
+        done = _Count(total - sum(u.nbytes for _, u in units), total, progress)
         done(0)
         folder = Folder(self.skeleton, self.maps, self.files.skews, self.decisions.whole, self.reference)
         writer = Writer(staging.new, journal, done, tuple(f.file for f in self.work.files))
@@ -189,8 +209,6 @@ class Job:
             with quiet(), ThreadPoolExecutor(side_by_side, "oftfx-fold") as pool:
                 folding = deque[tuple[int, Fold, Future[Folded]]]()
                 for index, unit in units:
-                    if index in journal.done:
-                        continue
                     if isinstance(unit, Copy):
                         writer.copy(index, unit, self.maps)
                     elif isinstance(unit, Replace):
@@ -203,8 +221,6 @@ class Job:
                 while folding:
                     self._write(writer, *folding.popleft())
             writer.finish()
-            _headers(writer, self.work, journal.done)
-            writer.sync()
         finally:
             torch.set_num_threads(threads)
             writer.close()
@@ -257,20 +273,24 @@ def _parts(unit: Fold, tensors: Mapping[str, torch.Tensor]) -> tuple[list[tuple[
     return parts, tails
 
 
-def _headers(writer: Writer, work: Work, done: Mapping[int, Done]) -> None:
+def _headers(directory: Path, work: Work, done: Mapping[int, Done]) -> None:
     """Write what comes last in each file, its header, and cut it to its length."""
     tails = {n: t for d in done.values() for n, t in d.tails.items()}
     for file in work.files:
-        handle, places = writer.file(file.file), dict[str, tuple[int, int]]()
-        place = max((t.end or 0 for t in file.targets.values()), default=0) or file.start
-        for name, target in file.targets.items():
-            if target.begin is None:
-                put_at(handle, tails[name], place)
-                places[name] = place, len(tails[name])
-                place += len(tails[name])
-        text = file.header(places)
-        put_at(handle, (file.start - 8).to_bytes(8, "little") + text.ljust(file.start - 8), 0)
-        os.ftruncate(handle, place)
+        handle, places = os.open(directory / file.file, os.O_WRONLY | os.O_CREAT, 0o644), dict[str, tuple[int, int]]()
+        try:
+            place = max((t.end or 0 for t in file.targets.values()), default=0) or file.start
+            for name, target in file.targets.items():
+                if target.begin is None:
+                    put_at(handle, tails[name], place)
+                    places[name] = place, len(tails[name])
+                    place += len(tails[name])
+            text = file.header(places)
+            put_at(handle, (file.start - 8).to_bytes(8, "little") + text.ljust(file.start - 8), 0)
+            os.ftruncate(handle, place)
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _check_apart(base: Path, out: Path) -> None:

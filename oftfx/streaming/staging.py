@@ -15,7 +15,7 @@ from oftfx.errors import FoldError
 from oftfx.files import lock, rename, settle, sync, write
 
 _NAME, _NEW, _OLD = ".oftfx-fold-checkpoint", "new", "old"
-_JOURNAL, _LANDING = "journal.jsonl", "landing.json"
+_JOURNAL, _BESIDE, _LANDING = "journal.jsonl", "journal-", "landing.json"
 
 
 @dataclass(frozen=True)
@@ -38,10 +38,14 @@ class Staging:
         """The files that are made."""
         return self.root / _NEW
 
+    def journal(self, rank: int = 0) -> Path:
+        """What a process has done."""
+        return self.root / (_JOURNAL if rank == 0 else f"{_BESIDE}{rank}.jsonl")
+
     @property
-    def journal(self) -> Path:
-        """What is done."""
-        return self.root / _JOURNAL
+    def journals(self) -> list[Path]:
+        """Those that are there, of any number of processes."""
+        return sorted(p for p in self.root.glob("journal*.jsonl") if p.is_file())
 
     @contextmanager
     def alone(self) -> Iterator[None]:
@@ -59,7 +63,7 @@ class Staging:
             self.new.mkdir(exist_ok=True)
             yield
         finally:
-            if self.root.is_dir() and not self.journal.exists():
+            if self.root.is_dir() and not self.journals:
                 shutil.rmtree(self.root, ignore_errors=True)
                 for path in absent:
                     if path.is_dir() and not any(path.iterdir()):
@@ -69,7 +73,7 @@ class Staging:
 
     def begin_anew(self) -> None:
         """Forget what is there."""
-        for path in (self.root / _LANDING, self.journal, self.new):
+        for path in (self.root / _LANDING, *self.journals, self.new):
             if path.is_dir():
                 shutil.rmtree(path)
             else:

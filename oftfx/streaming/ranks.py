@@ -1,0 +1,113 @@
+"""One fold by several processes that `torchrun` has started: who does what, and how they wait for each other."""
+
+from __future__ import annotations
+
+import datetime
+import heapq
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from oftfx.errors import FoldError
+
+T = TypeVar("T")
+_LONG = datetime.timedelta(days=30)
+"""A process that has done its share waits for the others; one that dies closes its connections at once."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes, and which of them this is.
+
+    Attributes:
+        rank: from 0.
+        world: how many there are.
+        group: in which they talk; None for one alone.
+    """
+
+    rank: int = 0
+    world: int = 1
+    group: Any = None
+
+    @classmethod
+    def here(cls) -> Ranks:
+        """As `torchrun` says in the environment."""
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        if world == 1 or "RANK" not in os.environ:
+            return cls()
+        import torch.distributed as dist
+
+        if not dist.is_initialized():
+            dist.init_process_group("gloo", timeout=_LONG)
+        return cls(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo", timeout=_LONG))
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that prepares and ends."""
+        return self.rank == 0
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What the first process makes, in all of them; so is what it raises.
+
+        Raises:
+            FoldError: it failed there, or a process has died.
+        """
+        if self.world == 1:
+            return make()
+        value, error = None, None
+        if self.first:
+            try:
+                value = make()
+            except Exception as raised:
+                error = raised
+        said = self._gathered((value, _text(error)))[0]
+        if error is not None:
+            raise error
+        if said[1]:
+            raise FoldError(f"the first process: {said[1]}")
+        found: T = said[0]
+        return found
+
+    def all_do(self, work: Callable[[], None]) -> None:
+        """Each does its share; what fails in one is raised in all.
+
+        Raises:
+            FoldError: it failed in another, or a process has died.
+        """
+        error: Exception | None = None
+        try:
+            work()
+        except Exception as raised:
+            error = raised
+        texts = self._gathered(_text(error)) if self.world > 1 else []
+        if error is not None:
+            raise error
+        for rank, text in enumerate(texts):
+            if text:
+                raise FoldError(f"process {rank}: {text}. What was written stays; run the same again")
+
+    def shares(self, sizes: Mapping[int, int]) -> list[list[int]]:
+        """For each process the keys that it treats: the largest first, to whoever has least."""
+        heap, found = [(0, rank) for rank in range(self.world)], [list[int]() for _ in range(self.world)]
+        for key in sorted(sizes, key=lambda k: (-sizes[k], k)):
+            load, rank = heapq.heappop(heap)
+            found[rank].append(key)
+            heapq.heappush(heap, (load + sizes[key], rank))
+        return [sorted(keys) for keys in found]
+
+    def _gathered(self, value: Any) -> list[Any]:
+        import torch.distributed as dist
+
+        found: list[Any] = [None] * self.world
+        try:
+            dist.all_gather_object(found, value, group=self.group)
+        except RuntimeError as error:
+            raise FoldError(
+                "another process has ended early. What was written stays; run the same again, with any number of them"
+            ) from error
+        return found
+
+
+def _text(error: Exception | None) -> str:
+    return "" if error is None else f"{type(error).__name__}: {error}"
