@@ -58,7 +58,7 @@ def main() -> None:
     asked = argparse.ArgumentParser()
     asked.add_argument("--gigabytes", type=float, default=6)
     asked.add_argument("--rounds", type=int, default=3)
-    asked.add_argument("--folder", type=Path, default=Path("bench-checkpoint"))
+    asked.add_argument("--folder", type=Path, default=ROOT / "oftfx-bench/checkpoint")
     asked.add_argument("--cases", default=",".join(CASES))
     asked.add_argument("--out", type=Path, default=ROOT / "tools/results/checkpoint.json")
     options = asked.parse_args()

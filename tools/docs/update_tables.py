@@ -97,6 +97,43 @@ def speed():
     return markdown(("", *names), rows)
 
 
+_FILES = {"dense": "bfloat16", "gptq-keep": "GPTQ, 4 bits, `keep`", "gptq-requantize": "GPTQ, 4 bits, `requantize`"}
+
+
+def _checkpoint_cases():
+    return json.loads((ROOT / "tools/results/checkpoint.json").read_text())["cases"]
+
+
+def checkpoint():
+    rows = []
+    for case, found in _checkpoint_cases().items():
+        size, seconds = f"{found['bytes'] / 1e9:.1f} GB", max(found["fold_seconds"])
+        rates = (
+            f"{found['fold_mb_per_second']} MB/s",
+            f"{found['share_of_cp']:.2f}",
+            f"{found['check_seconds']:.0f} s",
+        )
+        rows.append((_FILES[case], size, f"{seconds:.0f} s", *rates, f"{found['peak_mb_over_interpreter']} MB"))
+    return markdown(("checkpoint", "size", "fold", "rate", "of `cp`'s rate", "before", "memory"), rows)
+
+
+def checkpoint_costs():
+    rows = []
+    for billions in (8, 70, 700):
+        row = [f"{billions} billion numbers"]
+        for case, each in (("dense", 2), ("gptq-keep", 0.53)):
+            size, found = billions * each, _checkpoint_cases()[case]
+            rates = found["fold_mb_per_second"], found["cp_mb_per_second"]
+            row += [f"{size:,.0f} GB", *(_duration(size * 1e3 / rate) for rate in rates)]
+        rows.append(row)
+    columns = ("model", "bfloat16", "fold", "a copy", "GPTQ, 4 bits, `keep`", "fold", "a copy")
+    return markdown(columns, rows)
+
+
+def _duration(seconds):
+    return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
+
+
 def ocr():
     results = json.loads((ROOT / "tools/results/ocr.json").read_text())
     return markdown(ocr_job.COLUMNS, ocr_job.table_rows(results))
@@ -305,6 +342,8 @@ def tables():
         "aware step": aware_step(),
         "fold updates": updates(),
         "speed": speed(),
+        "checkpoint": checkpoint(),
+        "checkpoint costs": checkpoint_costs(),
         "onnx": onnx(),
         "serving": serving(),
         "ocr": ocr(),
