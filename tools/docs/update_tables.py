@@ -108,12 +108,9 @@ def checkpoint():
     rows = []
     for case, found in _checkpoint_cases().items():
         size, seconds = f"{found['bytes'] / 1e9:.1f} GB", max(found["fold_seconds"])
-        rates = (
-            f"{found['fold_mb_per_second']} MB/s",
-            f"{found['share_of_cp']:.2f}",
-            f"{found['check_seconds']:.0f} s",
-        )
-        rows.append((_FILES[case], size, f"{seconds:.0f} s", *rates, f"{found['peak_mb_over_interpreter']} MB"))
+        rate, before = f"{found['fold_mb_per_second']} MB/s", f"{found['check_seconds']:.0f} s"
+        memory = f"{found['peak_mb_over_interpreter']} MB"
+        rows.append((_FILES[case], size, f"{seconds:.0f} s", rate, f"{found['share_of_cp']:.2f}", before, memory))
     return markdown(("checkpoint", "size", "fold", "rate", "of `cp`'s rate", "before", "memory"), rows)
 
 
@@ -131,6 +128,8 @@ def checkpoint_costs():
 
 
 def _duration(seconds):
+    if seconds < 120:
+        return f"{seconds:.0f} s"
     return f"{seconds / 3600:.1f} h" if seconds > 5400 else f"{seconds / 60:.0f} min"
 
 
