@@ -306,7 +306,9 @@ def _stale(out: Path, *, overwrite: bool) -> tuple[str, ...]:
         raise FoldError(f"{out} is a file; choose another place for the result")
     found = tuple(own_files(out))
     if found and not overwrite:
-        raise FoldError(f"{out} holds an earlier result; overwrite=True replaces it, or choose another directory")
+        raise FoldError(
+            f"{out} holds an earlier result; overwrite=True (--overwrite) replaces it, or choose another directory"
+        )
     return found
 
 

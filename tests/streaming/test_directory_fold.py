@@ -272,7 +272,7 @@ def test_places_that_are_taken(parts, tmp_path):
     (out / "mine.txt").write_text("kept")
     oftfx.fold_checkpoint(base, adapter, out)
     first = files(out)
-    with pytest.raises(FoldError, match="holds an earlier result; overwrite=True replaces it"):
+    with pytest.raises(FoldError, match=r"holds an earlier result; overwrite=True \(--overwrite\) replaces it"):
         oftfx.fold_checkpoint(base, adapter, out)
     assert files(out) == first
     other = tmp_path / "single"

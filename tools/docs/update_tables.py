@@ -97,6 +97,11 @@ def speed():
     return markdown(("", *names), rows)
 
 
+def scaling():
+    rows = json.loads((ROOT / "tools/results/scaling.json").read_text())["rows"]
+    return markdown(("what", "ms", "beside", "ratio"), rows)
+
+
 _FILES = {"dense": "bfloat16", "gptq-keep": "GPTQ, 4 bits, `keep`", "gptq-requantize": "GPTQ, 4 bits, `requantize`"}
 
 
@@ -341,6 +346,7 @@ def tables():
         "aware step": aware_step(),
         "fold updates": updates(),
         "speed": speed(),
+        "scaling": scaling(),
         "checkpoint": checkpoint(),
         "checkpoint costs": checkpoint_costs(),
         "onnx": onnx(),
