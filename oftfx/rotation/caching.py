@@ -58,4 +58,6 @@ def caching() -> bool:
     return not torch.compiler.is_compiling() and _caching.get() and not torch.jit.is_tracing() and not _capturing()
 
 
-_capturing = torch.cuda.is_current_stream_capturing if torch.backends.cuda.is_built() else bool
+def _capturing() -> bool:
+    # Without a driver, a build for CUDA raises where it is asked for streams.
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -146,7 +146,7 @@ class FakeTensors:
 
     def new(self, element: torch.Tensor, device: torch.device) -> torch.Tensor:
         """One like a tensor on the meta device."""
-        return self.kind(self._mode, element, device, requires_grad=False)
+        return self.kind(self._mode, element, device)
 
     def plain(self, tensor: Any) -> bool:
         """Whether shape, strides, dtype, device and gradients are all there is to a fake tensor."""
