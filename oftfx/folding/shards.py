@@ -10,6 +10,8 @@ from typing import Any
 from oftfx.errors import FoldError
 from oftfx.folding.record import SiteFold
 
+_AGAIN = "The model is folded in part: load it again"
+
 
 def of_all_rows(line: SiteFold, groups: Sequence[Any]) -> SiteFold:
     """A site's line from those that the processes have made of their rows; all of them have to call this.
@@ -19,7 +21,7 @@ def of_all_rows(line: SiteFold, groups: Sequence[Any]) -> SiteFold:
         groups: of processes, see `oftfx.formats.sharded.groups_of`.
     """
     for group in groups:
-        line = _joined(_gathered(line, group))
+        line = _joined(gathered(line, group, _AGAIN))
     return line
 
 
@@ -36,7 +38,7 @@ def together(groups: Sequence[Any]) -> Iterator[None]:
     except Exception as raised:
         error = raised
     for group in dict.fromkeys(groups):
-        found = _gathered("" if error is None else f"{type(error).__name__}: {error}", group)
+        found = gathered("" if error is None else f"{type(error).__name__}: {error}", group, _AGAIN)
         if error is None and (text := next(filter(None, found), "")):
             raise FoldError(
                 f"another process could not fold its rows ({text}), so the model is folded in part: load it again"
@@ -47,11 +49,19 @@ def together(groups: Sequence[Any]) -> Iterator[None]:
         raise error
 
 
-def _gathered(value: Any, group: Any) -> list[Any]:
+def gathered(value: Any, group: Any, remedy: str) -> list[Any]:
+    """What each process of a group gives; all of them have to call this.
+
+    Raises:
+        FoldError: one has died; ends with the remedy.
+    """
     import torch.distributed as dist
 
     found: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(found, value, group=group)
+    try:
+        dist.all_gather_object(found, value, group=group)
+    except RuntimeError as error:  # its connections are closed
+        raise FoldError(f"another process has ended early. {remedy}") from error
     return found
 
 

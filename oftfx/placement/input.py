@@ -13,6 +13,8 @@ from oftfx.placement.base import Placement
 from oftfx.placement.group import InputGroup
 from oftfx.placement.rows import OPEN, rows_of
 from oftfx.rotation.accelerate import HOOK
+from oftfx.rotation.frozen import FrozenRotation
+from oftfx.rotation.module import Rotation
 from oftfx.rotation.rotate import in_format_of
 
 
@@ -59,7 +61,8 @@ class RotateInput(Placement):
 
     def _moved(self, x: torch.Tensor) -> torch.Tensor:
         """To where the rotations are."""
-        device = next((r.device for r in self.in_effect()), x.device)
+        here: list[Rotation | FrozenRotation] = [*self.fixed, *self.rotations.values()]
+        device = here[0].device if here else x.device
         return x if x.device == device or device.type == "meta" else x.to(device)
 
     def join(self, group: InputGroup) -> None:

@@ -45,11 +45,12 @@ _IEEE = _Ieee()
 
 
 def _is_exact() -> bool:
-    """Whether nothing has to be changed, now or by who changed it last."""
-    if _IEEE._inside:
-        return False
-    fine = ("ieee", "none")
-    return _chosen() == "highest" and all(b.fp32_precision in fine for b in _backends().values())
+    """Whether the user has chosen exact products, so that nobody brings others back meanwhile."""
+    with _IEEE._lock:  # what another thread has just chosen inside is not the user's
+        if _IEEE._inside:
+            return False
+        fine = ("ieee", "none")
+        return _chosen() == "highest" and all(b.fp32_precision in fine for b in _backends().values())
 
 
 def _chosen() -> str | None:

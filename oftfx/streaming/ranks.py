@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from oftfx.errors import FoldError
+from oftfx.folding.shards import gathered
 
 T = TypeVar("T")
 _LONG = datetime.timedelta(days=30)
@@ -97,16 +98,7 @@ class Ranks:
         return [sorted(keys) for keys in found]
 
     def _gathered(self, value: Any) -> list[Any]:
-        import torch.distributed as dist
-
-        found: list[Any] = [None] * self.world
-        try:
-            dist.all_gather_object(found, value, group=self.group)
-        except RuntimeError as error:
-            raise FoldError(
-                "another process has ended early. What was written stays; run the same again, with any number of them"
-            ) from error
-        return found
+        return gathered(value, self.group, "What was written stays; run the same again, with any number of processes")
 
 
 def _text(error: Exception | None) -> str:

@@ -40,17 +40,13 @@ class Mold:
     ) -> Mold:
         """For tensors of known numbers; ``stride`` is that of a contiguous one where it is None."""
         with FakeTensors.none():
-            empty = torch.empty(shape, dtype=dtype, device="meta")
-            if stride is not None:
-                empty = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-        return cls(empty, device, differentiable)
+            like = {"dtype": dtype, "device": "meta"}
+            made = torch.empty(shape, **like) if stride is None else torch.empty_strided(shape, stride, **like)
+        return cls(made, device, differentiable)
 
     def cast(self, fakes: FakeTensors, inputs: list[torch.Tensor]) -> torch.Tensor:
         """A new tensor; no leaf where it has gradients, so that it can be written to."""
-        if self.differentiable:
-            found: torch.Tensor = _Computed.apply((self,), fakes, *inputs)[0]  # type: ignore[no-untyped-call]
-            return found
-        return fakes.new(self.element, self.device)
+        return cast_all((self,), fakes, inputs)[0]
 
 
 def cast_all(molds: tuple[Mold, ...], fakes: FakeTensors, inputs: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
