@@ -158,7 +158,7 @@ class FoldRotations(Pass):
                 self.progress(len(done), len(order))
 
         unfolded = self._unfolded(program, later)
-        del todo  # a layer in whose place another one stands is not kept
+        todo.clear()  # a layer in whose place another one stands is not kept
         while at_once:
             fold(at_once.pop(0))
         in_running_order(
