@@ -89,10 +89,10 @@ def fold_checkpoint(
     if job.base.left:
         warn(f"{base}: not copied: {', '.join(job.base.left)}")
     try:
-        ranks = Ranks.here() if distributed else Ranks()
-        bar = byte_bar("fold") if progress is True and ranks.first else nullcontext(_nothing)
-        with nullcontext(progress) if callable(progress) else bar as report_progress:
-            return job.run(name, report_progress, ranks)
+        with Ranks.here() if distributed else nullcontext(Ranks()) as ranks:
+            bar = byte_bar("fold") if progress is True and ranks.first else nullcontext(_nothing)
+            with nullcontext(progress) if callable(progress) else bar as report_progress:
+                return job.run(name, report_progress, ranks)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise FoldError(job.no_room(job.missing())) from error

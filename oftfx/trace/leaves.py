@@ -39,15 +39,16 @@ def leaf_modules(
 
 def _holding(root: nn.Module, wanted: set[nn.Module]) -> set[nn.Module]:
     """Modules that are one of these or have one inside."""
-    found, seen = set[nn.Module](), set[nn.Module]()
-
-    def visit(module: nn.Module) -> bool:
-        if module not in seen:
-            seen.add(module)
-            inside = [visit(child) for child in module.children()]  # all of them, so no `any` yet
-            if module in wanted or any(inside):
-                found.add(module)
-        return module in found
-
-    visit(root)
+    found = set[nn.Module]()
+    _add_holding(root, wanted, found, set())
     return found
+
+
+def _add_holding(module: nn.Module, wanted: set[nn.Module], found: set[nn.Module], seen: set[nn.Module]) -> bool:
+    # No closure: one that calls itself is a circle, which keeps the modules until Python looks for circles.
+    if module not in seen:
+        seen.add(module)
+        inside = [_add_holding(child, wanted, found, seen) for child in module.children()]  # all, so no `any` yet
+        if module in wanted or any(inside):
+            found.add(module)
+    return module in found

@@ -19,12 +19,12 @@ class Network(nn.Module):
         self.norm = nn.BatchNorm2d(16)
         self.grouped = nn.Conv2d(16, 16, 3, padding=1, groups=2)
         self.point = nn.Conv2d(16, 32, 1)
-        self.head = nn.Linear(32, 4)
+        self.head = nn.Linear(32 * 4, 4)
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.norm(self.stem(images)))
         x = F.relu(self.point(F.relu(self.grouped(x))))
-        return self.head(x.mean((2, 3)))
+        return self.head(F.adaptive_avg_pool2d(x, 2).flatten(1))
 
 
 # Which quarter of the image is bright?
@@ -48,7 +48,7 @@ print(plan)
 # --8<-- [start:train]
 model = oftfx.transform(base, plan)
 model.eval()  # the statistics of BatchNorm belong to no adapter: they stay
-optimizer = torch.optim.AdamW(oftfx.adapter_parameters(model), lr=1e-1)
+optimizer = torch.optim.AdamW(oftfx.adapter_parameters(model), lr=1e-2)
 for _ in range(100):
     loss = F.cross_entropy(model(images), labels)
     loss.backward()
@@ -65,6 +65,6 @@ print(oftfx.export_onnx(result.model, "network.onnx", {"images": images[:2]}))
 with torch.no_grad():
     before = F.cross_entropy(base.eval()(images), labels)
     difference = (model(images) - result.model(images)).norm() / model(images).norm()
-assert loss < before - 0.1, (before, loss)
+assert loss < 0.7 * before, (before, loss)
 assert difference < 1e-5, difference
 assert [type(m) for m in result.model.modules()] == [type(m) for m in Network().modules()]
