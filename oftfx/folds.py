@@ -26,6 +26,7 @@ from oftfx.folding.policies import Policy
 from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.reference import Reference, ReferenceWeights
 from oftfx.folding.report import FoldReport
+from oftfx.folding.still import held_still
 from oftfx.formats.sharded import is_sharded, reshard
 from oftfx.model.huggingface import note_float_layers
 from oftfx.model.running import Inputs
@@ -191,68 +192,70 @@ def fold(
     own = located(target)[1]
     before_fold = Before.of(target, own, journal)
     aware = {placement: dict(placement.through) for _, placement in rotated_sites(target) if placement.through}
-    try:
-        own.activate(target, names)
-        if quantized is not None:  # then it is from the rotations
+    with held_still(target, *(() if before is None else (before,))):
+        try:
+            own.activate(target, names)
+            if quantized is not None:  # then it is from the rotations
+                forget_all(target)
+            seen = list[tuple[Seen, Seen]]()
+            if before is None:  # a copy to run afterwards would keep the old weights alive while the new ones are made
+                seen += [on_cpu(_seen(target, names, b, quantized is not None)) for b in batches[:_MEASURED]]
+                for _, placement in rotated_sites(target):
+                    placement.forget()  # as would rotated weights that the runs have kept
+            program, folds, distilled = Program.of(target), list[Folds](), None
+            plans = [store.adapters[name].plan for name in names]
+            readers = CheckReaders(plans, batches[0] if batches else None)
+            unchecked = PassManager([readers]).run(program).found[readers.name]
+            if into == "producer":
+                push = FoldIntoProducers(_producers(store, names), journal)
+                folds.append(PassManager([push], verify=batches[0] if batches else None).run(program).found[push.name])
+            with bar("fold") if progress is True else nullcontext(progress or None) as report_progress:
+                made: Mapping[str, Any] = {"calibration": batches, "reference": original, "progress": report_progress}
+                policy = "keep" if quantized is None else quantized
+                if distil:
+                    distilled = distil_scales(target, names, FoldRotations(policy, **made), distil, progress)
+                lines = {} if distilled is None else distilled.lines
+                step = FoldRotations(policy, **made, journal=journal, distilled=lines)
+                folds.append(PassManager([step]).run(program).found[step.name])
+        except BaseException as error:  # also an interruption
             forget_all(target)
-        seen = list[tuple[Seen, Seen]]()
-        if before is None:  # a copy to run afterwards would keep the old weights alive while the new ones are made
-            seen += [on_cpu(_seen(target, names, b, quantized is not None)) for b in batches[:_MEASURED]]
-            for _, placement in rotated_sites(target):
-                placement.forget()  # as would rotated weights that the runs have kept
-        program, folds, distilled = Program.of(target), list[Folds](), None
-        plans = [store.adapters[name].plan for name in names]
-        readers = CheckReaders(plans, batches[0] if batches else None)
-        unchecked = PassManager([readers]).run(program).found[readers.name]
-        if into == "producer":
-            push = FoldIntoProducers(_producers(store, names), journal)
-            folds.append(PassManager([push], verify=batches[0] if batches else None).run(program).found[push.name])
-        with bar("fold") if progress is True else nullcontext(progress or None) as report_progress:
-            made: Mapping[str, Any] = {"calibration": batches, "reference": original, "progress": report_progress}
-            policy = "keep" if quantized is None else quantized
-            if distil:
-                distilled = distil_scales(target, names, FoldRotations(policy, **made), distil, progress)
-            lines = {} if distilled is None else distilled.lines
-            step = FoldRotations(policy, **made, journal=journal, distilled=lines)
-            folds.append(PassManager([step]).run(program).found[step.name])
-    except BaseException as error:  # also an interruption
-        forget_all(target)
-        journal.restore(target)  # without undo, the site under way: none stays half folded
-        for placement, through in aware.items():
-            for one in through.values() if set(placement.rotations) else ():
-                make_aware(placement, one)
-        if journal.keep:
-            before_fold.restore(target)
-        elif not journal.done:
-            own.activate(target, before_fold.active)
-        else:
-            own.forget_folded(target)
+            journal.restore(target)  # without undo, the site under way: none stays half folded
+            for placement, through in aware.items():
+                for one in through.values() if set(placement.rotations) else ():
+                    make_aware(placement, one)
+            if journal.keep:
+                before_fold.restore(target)
+            elif not journal.done:
+                own.activate(target, before_fold.active)
+            else:
+                own.forget_folded(target)
+                forget_compiled()
+                error.add_note(
+                    f"oftfx.fold: {journal.done} sites were folded when this happened, the others still rotate. Fold "
+                    "again to end it; undo=True would have brought all back"
+                )
+            raise
+        for parameter in own.parameters(names):
+            parameter.requires_grad_(False)
+        drop_store(target)
+        guard_saving(target)
+        sites = [_with_reason(s, folds[0].left) for each in folds for s in each.sites]
+        note_float_layers(target, [s.fqn for s in sites if s.action == "dequantized"])
+        some = batches[:_MEASURED]
+        known = seen if before is None else (_seen(before, names, b, quantized is not None) for b in some)
+        measured = measure(known, target, some) if some else None
+        remarks = [f"whether other code reads the folded weights: {unchecked}"] if unchecked else []
+        if batches and measured is None:
+            remarks.append("the model's outputs: no float tensor is among them")
+        dropped = tuple(n for n in store.adapters if n not in names)
+        done = "" if distilled is None else str(distilled)
+        report = FoldReport(tuple(sites), names, dropped, measured, tuple(remarks), done)
+        note_fold(target, report, hashes)
+        before_fold.close(target)
+        if inplace:
             forget_compiled()
-            error.add_note(
-                f"oftfx.fold: {journal.done} sites were folded when this happened, the others still rotate. Fold again "
-                "to end it; undo=True would have brought all back"
-            )
-        raise
-    for parameter in own.parameters(names):
-        parameter.requires_grad_(False)
-    drop_store(target)
-    guard_saving(target)
-    sites = [_with_reason(s, folds[0].left) for each in folds for s in each.sites]
-    note_float_layers(target, [s.fqn for s in sites if s.action == "dequantized"])
-    some = batches[:_MEASURED]
-    known = seen if before is None else (_seen(before, names, b, quantized is not None) for b in some)
-    measured = measure(known, target, some) if some else None
-    remarks = [f"whether other code reads the folded weights: {unchecked}"] if unchecked else []
-    if batches and measured is None:
-        remarks.append("the model's outputs: no float tensor is among them")
-    dropped = tuple(n for n in store.adapters if n not in names)
-    done = "" if distilled is None else str(distilled)
-    report = FoldReport(tuple(sites), names, dropped, measured, tuple(remarks), done)
-    note_fold(target, report, hashes)
-    before_fold.close(target)
-    if inplace:
-        forget_compiled()
-    return FoldResult(target, report, before if keeps and not inplace else None, before_fold if journal.keep else None)
+    kept = before if keeps and not inplace else None
+    return FoldResult(target, report, kept, before_fold if journal.keep else None)
 
 
 def unfold(result: FoldResult) -> nn.Module:

@@ -29,7 +29,7 @@ from oftfx.model.site import Site
 from oftfx.model.structure import structural_copy
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.passes.quantized.as_trained import AsTrained
-from oftfx.passes.quantized.calibrate import Calibrate, in_running_order
+from oftfx.passes.quantized.calibrate import NOT_REACHED, UNSEEN, Calibrate, in_running_order
 from oftfx.passes.quantized.dequantize import Dequantize
 from oftfx.passes.quantized.from_reference import FromReference
 from oftfx.passes.quantized.keep import Keep
@@ -54,8 +54,6 @@ _NEVER_RAN = (
     "this layer has never been called while others have, so its rotation may not be part of what the model computed "
     "(its weight may be used by other code); compare folded and unfolded outputs, or exclude it by a rule"
 )
-_NOT_REACHED = "no calibration input reached this layer, or only zeros, so its weights are rounded to the nearest codes"
-_UNSEEN = "what each expert reads cannot be seen from outside, so its weights are rounded to the nearest codes"
 _NO_REFERENCE = (
     "policy 'reference' needs reference=, the original float model, its checkpoint directory, or a function from "
     "module path to weight"
@@ -137,7 +135,7 @@ class FoldRotations(Pass):
         program.index.clear()  # else it would keep what the fold replaces
         some_ran = any(t.placement.ran for t in todo)
         remarks = {t.fqn: _NEVER_RAN if some_ran and not t.placement.ran else hooks_remark(t.placement) for t in todo}
-        remarks |= {t.fqn: _UNSEEN for t in todo if self._is_unseen(t)}
+        remarks |= {t.fqn: UNSEEN for t in todo if self._is_unseen(t)}
         later = {t.placement.module: t for t in todo if self._is_calibrated(t)}
         at_once = [t for t in todo if t.placement.module not in later]
         order, done = [t.fqn for t in todo], dict[str, SiteFold]()
@@ -165,7 +163,7 @@ class FoldRotations(Pass):
             model,
             list(later),
             self.calibration,
-            lambda module, shown: fold(later[module], shown, "" if shown is not None else _NOT_REACHED),
+            lambda module, shown: fold(later[module], shown, "" if shown is not None else NOT_REACHED),
             unfolded,
         )
         bench.finish()

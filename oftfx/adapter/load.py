@@ -71,7 +71,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     else:
         program = program.with_(plan=plan)
         if names_inputs(root) and not files.is_ours:
-            program = _recorded(program)
+            program = with_readers(program)
         insert(root, program, adapter, trainable=trainable)
     store = store_of(root)
     store.take_back(root)
@@ -94,7 +94,7 @@ def _check_no_codes(root: nn.Module, adapter: str) -> None:
             )
 
 
-def _recorded(program: Program) -> Program:
+def with_readers(program: Program) -> Program:
     """The program with what a recording of the bare model tells of the sites: who reads the same, and what makes it."""
     recorded = program.with_(recording=record_best(program.model, bare=True))
     return PassManager([ShareInputs(), FindProducers()]).run(recorded).program

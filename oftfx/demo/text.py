@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from oftfx.demo.smollm import package_folder
+from oftfx.streaming.texts import blocks as blocks
 
 FILES = {"train": "lee_background.cor", "test": "lee.cor"}
 
@@ -16,14 +17,6 @@ def read(split: Literal["train", "test"]) -> list[str]:
     """One news article a string."""
     path = package_folder("gensim") / "test" / "test_data" / FILES[split]
     return [line for line in path.read_text(encoding="latin-1").splitlines() if line.strip()]
-
-
-def blocks(tokenizer: Any, texts: list[str], length: int) -> Tensor:
-    """All articles in a row, cut into ``(n, length)`` token ids; a rest shorter than a block is left out."""
-    end = tokenizer.eos_token_id
-    stream = [t for text in texts for t in [*tokenizer(text)["input_ids"], end]]
-    count = len(stream) // length
-    return torch.tensor(stream[: count * length], dtype=torch.long).view(count, length)
 
 
 def batch(data: Tensor, step: int, size: int, seed: int = 0) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +10,18 @@ import torch
 
 from oftfx.errors import FoldError
 from oftfx.model.running import Inputs
+
+
+def digest_of(batch: Inputs) -> str:
+    """SHA-256 of one input: names, dtypes, shapes and bytes of its tensors; what else is in it as Python shows it."""
+    digest = hashlib.sha256()
+    for name, value in sorted(batch.items()) if isinstance(batch, Mapping) else enumerate(batch):
+        if isinstance(value, torch.Tensor):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(f"{name} {value!r} ".encode())
+    return digest.hexdigest()
 
 
 def batches_of(calibration: Any) -> list[Inputs]:

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from oftfx.folding.spill import Spill, Watch
 from oftfx.model.running import Inputs, call_once, evaluating, input_name
 
 Show = Callable[[nn.Module, list[Tensor], list[Tensor | None]], None]
@@ -34,6 +35,7 @@ class _Run:
     at: nn.Module | None = None
     x: Tensor | None = None
     finished: bool = False
+    watch: Watch | None = None
     error: BaseException | None = None
 
 
@@ -58,6 +60,7 @@ class Lockstep:
         model: runs in eval mode, without gradients.
         layers: the layers to stop at, in the order to prefer where forwards wait at different ones.
         beside: another model and its layers, one for each of ``layers``.
+        spill: where waiting forwards keep what they hold; None: in memory.
     """
 
     def __init__(
@@ -65,7 +68,9 @@ class Lockstep:
         model: nn.Module,
         layers: Sequence[nn.Module],
         beside: tuple[nn.Module, Sequence[nn.Module]] | None = None,
+        spill: Spill | None = None,
     ) -> None:
+        self.spill = spill
         self.model, self.layers = model, list(layers)
         self.beside = None if beside is None else beside[0]
         self._fellow = {} if beside is None else dict(zip(self.layers, beside[1], strict=True))
@@ -80,6 +85,9 @@ class Lockstep:
         runs = [_Run(self.model, b) for b in batches]
         fellows = [] if self.beside is None else [_Run(self.beside, b) for b in batches]
         everyone = [*runs, *fellows]
+        if self.spill is not None:
+            for run in everyone:
+                run.watch = self.spill.watch()
         threads = [threading.Thread(target=self._forward, args=(r, _modes()), daemon=True) for r in everyone]
         handles = [m.register_forward_pre_hook(self._pause, prepend=True, with_kwargs=True) for m in self._open]
         try:
@@ -119,7 +127,7 @@ class Lockstep:
         self._here.run = run
         try:
             if not self._stopping:
-                with modes():
+                with modes(), run.watch or nullcontext():
                     call_once(run.model, run.inputs)
         except _Stopped:
             pass
@@ -134,6 +142,8 @@ class Lockstep:
             return
         if self._stopping:  # the model's code has caught the end and goes on
             raise _Stopped
+        if run.watch is not None:
+            run.watch.put_away()
         run.at, run.x = module, args[0] if args else kwargs[input_name(module, kwargs)]
         self._messages.put(run)
         run.resume.acquire()

@@ -15,6 +15,10 @@ Regular = Literal["as seen", "damped", "shrunk", "diagonal"]
 _DAMPING, _RIDGE = 0.1, 0.05
 
 
+def _nothing() -> None:
+    """Rows in memory stay there."""
+
+
 @dataclass(frozen=True, eq=False)
 class Shown:
     """Rows that a layer reads, with the rows of the same tokens in the unfolded model.
@@ -22,10 +26,12 @@ class Shown:
     Attributes:
         inputs: ``X~ (..., in)`` of each batch: what the layers before it, already folded, have made.
         unfolded: ``X`` of the same batch, or None where it is not known.
+        read: called when the rows of a batch have been read.
     """
 
     inputs: Sequence[Tensor]
     unfolded: Sequence[Tensor | None]
+    read: Callable[[], None] = _nothing
 
     @property
     def width(self) -> int:
@@ -42,6 +48,7 @@ class Shown:
         for x, y in zip(self.inputs, self.unfolded, strict=True):
             flat = _flat(x)
             yield flat, flat if y is None else _flat(y)
+            self.read()
 
     @cached_property
     def seen(self) -> Tensor:
@@ -143,10 +150,10 @@ class Shown:
             first.append((x[:cut], y[:cut]))
             if cut < len(x):
                 last.append((x[cut:], y[cut:]))
-        return Shown(*_columns(first)), Shown(*_columns(last or first))
+        return Shown(*_columns(first), self.read), Shown(*_columns(last or first), self.read)
 
     def _some(self, which: Sequence[int]) -> Shown:
-        return Shown([self.inputs[i] for i in which], [self.unfolded[i] for i in which])
+        return Shown([self.inputs[i] for i in which], [self.unfolded[i] for i in which], self.read)
 
 
 _EVERY = 8
@@ -157,9 +164,13 @@ class Showing:
     """`Shown` of one layer after the other; layers that read the same tensors share it, and what it has computed.
 
     Memory is that of one: what the layer read, until the next one is shown, and a few matrices ``(in, in)``, float32.
+
+    Args:
+        read: see `Shown`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read: Callable[[], None] = _nothing) -> None:
+        self._read = read
         self._value: Shown | None = None
         self._versions: list[int | None] = []
 
@@ -173,7 +184,7 @@ class Showing:
         if old is not None and same and None not in versions and versions == self._versions:
             return old
         self._value = old = None  # before the next one is made
-        self._value, self._versions = Shown(list(inputs), fellows), versions
+        self._value, self._versions = Shown(list(inputs), fellows, self._read), versions
         return self._value
 
 

@@ -19,6 +19,7 @@ from oftfx.model.huggingface import can_except
 from oftfx.model.site import Site
 from oftfx.model.sites import format_at
 from oftfx.passes.insert_rotations import rotation_for
+from oftfx.passes.quantized.calibrate import UNSEEN
 from oftfx.placement.frozen import product_of
 from oftfx.planning.plans import Plan
 from oftfx.planning.program import Program
@@ -26,10 +27,10 @@ from oftfx.planning.site_plan import SitePlan
 from oftfx.streaming.skeleton import Skeleton
 from oftfx.streaming.transformers_loader import ties
 
-Action = Literal["folded", "keep", "float", "requantize", "reference", "untouched"]
+Action = Literal["folded", "keep", "float", "requantize", "reference", "calibrate", "untouched"]
 Choice = str | Callable[[Site], str]
 _SEEN = 1e-4
-_POLICIES = ("keep", "float", "requantize", "reference")
+_POLICIES = ("keep", "float", "requantize", "reference", "calibrate")
 _SHARED = "its weight was shared with another module and is now its own"
 
 
@@ -54,7 +55,20 @@ class Decision:
     @property
     def changes(self) -> bool:
         """Whether its weight is written anew."""
-        return self.action in ("folded", "float", "requantize", "reference")
+        return self.action in ("folded", "float", "requantize", "reference", "calibrate")
+
+
+@dataclass(frozen=True)
+class Means:
+    """What policies can ask for, besides the checkpoint.
+
+    Attributes:
+        reference: whether there are original float weights.
+        calibration: whether there are inputs of the model.
+    """
+
+    reference: bool = False
+    calibration: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,7 +123,7 @@ class Decisions:
     untied: frozenset[str]
 
     @classmethod
-    def of(cls, skeleton: Skeleton, files: AdapterFiles, quantized: Choice | None, reference: bool) -> Decisions:
+    def of(cls, skeleton: Skeleton, files: AdapterFiles, quantized: Choice | None, means: Means) -> Decisions:
         """Decide.
 
         Raises:
@@ -117,7 +131,7 @@ class Decisions:
             FoldError: a policy that is not there, or that a site cannot take.
         """
         if isinstance(quantized, str):
-            _check_policy(quantized, "quantized", reference)
+            _check_policy(quantized, "quantized", means)
         program = Program.of(skeleton.model)
         plan = plan_of_file(program, files, None)
         sites, kept = list[Decision](), dict[str, Kept]()
@@ -128,19 +142,23 @@ class Decisions:
             if found is None:
                 raise FoldError(f"{entry.fqn}: no known weight format reads this {type(layer).__name__}")
             stored_as = Mxfp4Experts.name if _in_mxfp4(skeleton, entry.site) else found.name
-            action: Action = "folded" if found.lossless else _policy(quantized, entry.site, reference)
+            action: Action = "folded" if found.lossless else _policy(quantized, entry.site, means)
             if stored_as == Mxfp4Experts.name:
-                action = _rounding(quantized, entry.site, reference)
+                action = _rounding(quantized, entry.site, means)
             skew = files.skews[entry.fqn]
             if not _surely_turns(entry, skew) and is_identity(Kept(entry, skew).blocks()):
                 action = "untouched"
+            remarks = [_SHARED] if skeleton.tied(entry.site.weight_name) and action != "untouched" else []
+            if action == "calibrate" and not entry.site.is_layer:
+                action = "requantize"
+                remarks.append(UNSEEN)
             if action == "keep":
                 kept.setdefault(entry.owner, Kept(entry, skew))
-            shared = bool(skeleton.tied(entry.site.weight_name)) and action != "untouched"
-            sites.append(Decision(entry, action, _SHARED if shared else "", found.nbytes(layer), stored_as))
+            sites.append(Decision(entry, action, "; ".join(remarks), found.nbytes(layer), stored_as))
         names = {*plan.train, *plan.brought, *plan.train_buffers}
         whole = {n: t for n, t in files.others.items() if n in names}
         _check_floats(skeleton, sites)
+        _check_together(sites)
         return cls(plan, tuple(sites), kept, whole, _untied(skeleton, sites))
 
 
@@ -149,9 +167,9 @@ def _surely_turns(entry: SitePlan, skew: Tensor) -> bool:
     return entry.spec.coft_eps is None and float(skew.abs().max()) > _SEEN
 
 
-def _policy(quantized: Choice | None, site: Site, reference: bool) -> Any:
+def _policy(quantized: Choice | None, site: Site, means: Means) -> Any:
     found = "keep" if quantized is None else quantized(site) if callable(quantized) else quantized
-    _check_policy(found, site.fqn, reference)
+    _check_policy(found, site.fqn, means)
     return found
 
 
@@ -160,24 +178,37 @@ def _in_mxfp4(skeleton: Skeleton, site: Site) -> bool:
     return any(t.name.endswith(f"{site.parameter}{BLOCKS}") for t in skeleton.sources(site.weight_name))
 
 
-def _rounding(quantized: Choice | None, site: Site, reference: bool) -> Any:
-    found = _policy(quantized, site, reference)
-    if found not in ("requantize", "reference"):
+def _rounding(quantized: Choice | None, site: Site, means: Means) -> Any:
+    found = _policy(quantized, site, means)
+    if found not in ("requantize", "reference", "calibrate"):
         raise FoldError(
             f"{site.fqn}: the checkpoint has these experts in MXFP4, which a fold of files rounds to again: "
-            "quantized='requantize' or 'reference'. For floats load the model, use oftfx.fold and FoldResult.save"
+            "quantized='requantize', 'calibrate' or 'reference'. For floats load the model, use oftfx.fold and "
+            "FoldResult.save"
         )
     return found
 
 
-def _check_policy(policy: object, where: str, reference: bool) -> None:
+def _check_policy(policy: object, where: str, means: Means) -> None:
     if policy not in _POLICIES:
         raise FoldError(
             f"{where}: a fold of files has the policies {', '.join(_POLICIES)}, got {policy!r}. Load the model and use "
-            "oftfx.fold for 'calibrate', a Budget and distil"
+            "oftfx.fold for a Budget and distil"
         )
-    if policy == "reference" and not reference:
+    if policy == "reference" and not means.reference:
         raise FoldError(f"{where}: policy 'reference' needs reference=, the directory of the original float model")
+    if policy == "calibrate" and not means.calibration:
+        raise FoldError(f"{where}: policy 'calibrate' needs calibration=, an iterable of the model's inputs")
+
+
+def _check_together(sites: list[Decision]) -> None:
+    """The model that runs has the classes of the checkpoint."""
+    actions = {s.action for s in sites}
+    if {"calibrate", "float"} <= actions:
+        raise FoldError(
+            "a fold of files cannot both calibrate layers and make floats of others, for it runs the model as its "
+            "configuration says; load the model and use oftfx.fold"
+        )
 
 
 def _check_floats(skeleton: Skeleton, sites: list[Decision]) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, Literal
 
 from oftfx.adapter.store import check_name
 from oftfx.errors import FoldError, warn
+from oftfx.folding.inputs import batches_of
 from oftfx.folding.report import FoldReport
 from oftfx.model.site import Site
 from oftfx.streaming.job import Job
@@ -23,6 +25,8 @@ def fold_checkpoint(
     *,
     quantized: str | Callable[[Site], str] | None = None,
     reference: str | Path | None = None,
+    calibration: Iterable[Mapping[str, Any] | tuple[Any, ...]] | None = None,
+    hidden_states: Literal["memory", "disk"] = "memory",
     name: str = "default",
     overwrite: bool = False,
     distributed: bool = False,
@@ -49,9 +53,13 @@ def fold_checkpoint(
             transformers has a class for.
         adapter: directory that `save_adapter` or PEFT wrote.
         out: directory for the result; made where it is not there.
-        quantized: as in `oftfx.fold`: ``"keep"`` (and None), ``"requantize"``, ``"float"``, ``"reference"``, or a
-            function from `Site` to one of these. For ``"calibrate"`` the model has to run: use `oftfx.fold`.
+        quantized: as in `oftfx.fold`: ``"keep"`` (and None), ``"requantize"``, ``"float"``, ``"reference"``,
+            ``"calibrate"``, or a function from `Site` to one of these.
         reference: directory of the original float checkpoint, for ``"reference"``.
+        calibration: inputs of the model, for ``"calibrate"``, as in `oftfx.fold`. They go through the model and the
+            unfolded one side by side, with the weights of one decoder layer of each in memory at a time.
+        hidden_states: of all these inputs, while layers are calibrated: in ``"memory"``, or on the ``"disk"`` (in files
+            without a name in ``out``, which go when the run ends, however it does).
         name: of the adapter, for the report.
         overwrite: replace an earlier result of ours in ``out``; the old files go when the new ones are there.
         distributed: share the work with the other processes that ``torchrun`` has started; all of them call this, on
@@ -85,14 +93,20 @@ def fold_checkpoint(
         True
     """
     check_name(name)
-    job = check_fold(base, adapter, out, quantized=quantized, reference=reference, overwrite=overwrite)
+    options: dict[str, Any] = {
+        "quantized": quantized,
+        "reference": reference,
+        "calibration": calibration,
+        "hidden_states": hidden_states,
+    }
+    job = check_fold(base, adapter, out, **options, overwrite=overwrite)
     if job.base.left:
         warn(f"{base}: not copied: {', '.join(job.base.left)}")
     try:
         with Ranks.here() if distributed else nullcontext(Ranks()) as ranks:
             bar = byte_bar("fold") if progress is True and ranks.first else nullcontext(_nothing)
             with nullcontext(progress) if callable(progress) else bar as report_progress:
-                return job.run(name, report_progress, ranks)
+                return job.run(name, report_progress, ranks, show=progress is True and ranks.first)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise FoldError(job.no_room(job.missing())) from error
@@ -109,11 +123,14 @@ def check_fold(
     *,
     quantized: str | Callable[[Site], str] | None = None,
     reference: str | Path | None = None,
+    calibration: Iterable[Mapping[str, Any] | tuple[Any, ...]] | None = None,
+    hidden_states: str = "memory",
     overwrite: bool = False,
 ) -> Job:
     """All checks of `fold_checkpoint` and its list of work; nothing is written."""
     original = None if reference is None else Path(reference)
-    return Job.of(Path(base), Path(adapter), Path(out), quantized, original, overwrite=overwrite)
+    options: dict[str, Any] = {"hidden_states": hidden_states, "overwrite": overwrite}
+    return Job.of(Path(base), Path(adapter), Path(out), quantized, original, batches_of(calibration), **options)
 
 
 def _nothing(done: int, total: int) -> None:

@@ -13,9 +13,11 @@ from oftfx.errors import FoldError
 from oftfx.folding.checkpoint import ROTATION
 from oftfx.folding.record import SiteFold
 from oftfx.folding.reference import ReferenceWeights
+from oftfx.folding.shown import Shown
 from oftfx.formats.mxfp4_experts import BLOCKS, SCALES, Mxfp4Experts, packed_experts
 from oftfx.passes.fold_rotations import FoldRotations
 from oftfx.passes.insert_rotations import InsertRotations
+from oftfx.passes.quantized.calibrate import Calibrate
 from oftfx.passes.quantized.dequantize import activation_dtype
 from oftfx.placement.find import rotated_sites
 from oftfx.planning.plans import Plan
@@ -49,7 +51,7 @@ class Folder:
 
     @torch.no_grad()
     def fold(
-        self, path: str, sites: Sequence[Decision], stored: Sequence[Stored]
+        self, path: str, sites: Sequence[Decision], stored: Sequence[Stored], shown: Shown | None = None
     ) -> tuple[tuple[SiteFold, ...], dict[str, Tensor]]:
         """Fold all sites of a layer.
 
@@ -57,6 +59,7 @@ class Folder:
             path: of the layer.
             sites: its rotated weights.
             stored: what the checkpoint has of it.
+            shown: what it reads, for ``"calibrate"``.
 
         Returns:
             The lines of the report, and its tensors by their names in the checkpoint.
@@ -74,14 +77,19 @@ class Folder:
         InsertRotations(_ADAPTER).run(program.with_(plan=plan))
         for fqn, placement in rotated_sites(holder):
             placement.rotations[_ADAPTER].set_every_skew(self.skews[fqn])
-        action = sites[0].action
-        policy = "keep" if action == "folded" else action
-        done = FoldRotations(policy, reference=self.reference).run(Program.of(holder)).found.sites
+        done = self._folded(holder, sites[0].action, shown)
         if zeros is not None:
             zeros.restore(holder.get_submodule(path))
         remarks = {s.entry.fqn: s.remark for s in sites}
         lines = tuple(replace(d, note="; ".join(n for n in (remarks[d.fqn], d.note) if n)) for d in done)
         return lines, self._named(holder, path, stored, merged, sites)
+
+    def _folded(self, holder: Holder, action: str, shown: Shown | None) -> Sequence[SiteFold]:
+        program = Program.of(holder)
+        if action == "calibrate":
+            return Calibrate().fold_shown(program, shown)
+        policy = "keep" if action == "folded" else action
+        return FoldRotations(policy, reference=self.reference).run(program).found.sites
 
     def _holder(self, path: str, layer: nn.Module, sites: Sequence[Decision]) -> Holder:
         layers = {path: layer}
@@ -101,6 +109,10 @@ class Folder:
             if site.action == "folded" and name not in own:  # tied: it is stored under another name
                 (source,) = self.skeleton.sources(name)
                 put(holder, name, self.maps.tensor(source))
+        self.put_whole(holder, path)
+
+    def put_whole(self, holder: Holder, path: str) -> None:
+        """Give a layer what the adapter has trained whole of it."""
         for name, value in self.whole.items():
             for known in (name, *self.skeleton.tied(name)):
                 if known.rpartition(".")[0] == path:

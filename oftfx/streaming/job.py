@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -24,25 +22,31 @@ from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.adapter.save import PLAN_FILE
 from oftfx.errors import FoldError, warn
 from oftfx.folding.checkpoint import checkpoint_digest
+from oftfx.folding.inputs import digest_of
 from oftfx.folding.record import SiteFold
 from oftfx.folding.reference import ReferenceWeights
 from oftfx.folding.report import FoldReport
-from oftfx.streaming.decisions import Choice, Decisions
+from oftfx.folding.spill import Spill
+from oftfx.model.running import Inputs
+from oftfx.streaming.calibrated import Calibrating
+from oftfx.streaming.decisions import Choice, Decisions, Means
 from oftfx.streaming.directory import CONFIG, CheckpointDirectory
 from oftfx.streaming.finish import Finish, report_of
 from oftfx.streaming.fold_layer import Folder
 from oftfx.streaming.journal import Done, Journal
-from oftfx.streaming.maps import NAMES, Maps
+from oftfx.streaming.maps import Maps
 from oftfx.streaming.ranks import Ranks
 from oftfx.streaming.skeleton import Skeleton
 from oftfx.streaming.staging import Staging
-from oftfx.streaming.transformers_loader import quiet
-from oftfx.streaming.work import Copy, Fold, Replace, Target, Work
-from oftfx.streaming.writer import Writer, put_at
+from oftfx.streaming.tensor_bytes import bytes_of, dtype_named, parts_of, read_back, write_headers
+from oftfx.streaming.transformers_loader import quiet, short_collections
+from oftfx.streaming.work import Copy, Fold, Replace, Target, Work, is_calibrated
+from oftfx.streaming.writer import Writer
+from oftfx.terminal import bar
 from oftfx.version import __version__
 
 Progress = Callable[[int, int], None]
-Folded = tuple[tuple[SiteFold, ...], dict[str, torch.Tensor]]
+Folded = tuple[tuple[SiteFold, ...], Mapping[str, torch.Tensor]]
 _FOLDS = 2
 """Layers that are folded at the same time."""
 
@@ -60,6 +64,8 @@ class Job:
         work: what is written.
         maps: of the checkpoint.
         reference: of the float weights, or None.
+        calibration: inputs of the model.
+        on_disk: whether their hidden states are kept in files.
         key: tells a run with the same input.
         stale: files of an earlier result in the output that this one replaces.
     """
@@ -72,6 +78,8 @@ class Job:
     work: Work
     maps: Maps
     reference: ReferenceWeights | None
+    calibration: tuple[Inputs, ...]
+    on_disk: bool
     key: str
     stale: tuple[str, ...]
 
@@ -83,7 +91,9 @@ class Job:
         out: Path,
         quantized: Choice | None,
         reference: Path | None,
+        calibration: Sequence[Inputs] = (),
         *,
+        hidden_states: str = "memory",
         overwrite: bool,
     ) -> Job:
         """Check all that can be known before a byte is written.
@@ -92,6 +102,8 @@ class Job:
             FoldError: the checkpoint is not complete, the output is in the way or has no room, or a policy cannot be.
             AdapterError: the adapter is not one, or of another model.
         """
+        if hidden_states not in ("memory", "disk"):
+            raise FoldError(f"hidden_states: got {hidden_states!r}, expected 'memory' or 'disk'")
         _check_apart(base, out)
         directory = CheckpointDirectory.read(base)
         files = AdapterFiles.read(adapter)
@@ -103,10 +115,13 @@ class Job:
         original = None if reference is None else ReferenceWeights(reference)
         maps = Maps(base)
         skeleton = Skeleton.of(directory, maps)
-        decisions = Decisions.of(skeleton, files, quantized, original is not None)
+        decisions = Decisions.of(skeleton, files, quantized, Means(original is not None, bool(calibration)))
         work = Work.of(directory, skeleton, decisions)
-        key = _key(directory, adapter, reference, decisions)
-        made = cls(directory, files, out, skeleton, decisions, work, maps, original, key, ())
+        inputs = tuple(calibration) if any(s.action == "calibrate" for s in decisions.sites) else ()
+        key = _key(directory, adapter, reference, decisions, inputs)
+        made = cls(
+            directory, files, out, skeleton, decisions, work, maps, original, inputs, hidden_states == "disk", key, ()
+        )
         if Staging(out).landing(key) is not None:  # an earlier run was bringing the files to their places
             return made
         return replace(made, stale=_stale(out, overwrite=overwrite))
@@ -150,20 +165,29 @@ class Job:
             "result takes. Make room there and run the same again: what was written stays and is not written twice"
         )
 
-    def run(self, adapter: str, progress: Progress, ranks: Ranks) -> FoldReport:
+    def run(self, adapter: str, progress: Progress, ranks: Ranks, *, show: bool = False) -> FoldReport:
         """Do it, or what is left of it, this process its share.
+
+        Args:
+            adapter: name for the report.
+            progress: told the bytes done, and all.
+            ranks: the processes.
+            show: a bar of its own for layers that are calibrated, which take longest for their bytes.
 
         Raises:
             FoldError: see `oftfx.fold_checkpoint`.
         """
         staging = Staging(self.out)
-        with ExitStack() as stack:
+        with ExitStack() as stack, short_collections():
             ranks.from_first(lambda: stack.enter_context(staging.alone()))
             shares = ranks.from_first(lambda: self._prepared(staging, ranks))
             if shares is not None:
                 ranks.all_do(lambda: self._work(staging, ranks.rank, shares[ranks.rank], progress))
+                ranks.from_first(lambda: self._calibrate(staging, progress, show=show))
                 ranks.from_first(lambda: self._end(staging, adapter))
             ranks.from_first(lambda: staging.land(staging.landing(self.key) or (), CONFIG))
+        total = sum(u.nbytes for u in self.work.units)
+        progress(total, total)  # of tensors whose length depends on what is in them, the most was counted
         return report_of(self.out / NOTE)
 
     def _prepared(self, staging: Staging, ranks: Ranks) -> list[list[int]] | None:
@@ -177,7 +201,8 @@ class Job:
                 warn(f"{self.out}: an earlier run with other input ended early; this one starts anew")
             staging.begin_anew()
             Journal.begin(staging.journal(), self.key)
-        return ranks.shares({i: u.nbytes for i, u in enumerate(self.work.units) if i not in (done or {})})
+        left = {i: u.nbytes for i, u in enumerate(self.work.units) if i not in (done or {}) and not is_calibrated(u)}
+        return ranks.shares(left)
 
     def _done(self, staging: Staging) -> dict[int, Done] | None:
         """What earlier processes with the same input have done; None where there were none, or some had another."""
@@ -188,7 +213,7 @@ class Job:
 
     def _end(self, staging: Staging, adapter: str) -> None:
         done = self._done(staging) or {}
-        _headers(staging.new, self.work, done)
+        write_headers(staging.new, self.work, done)
         parts = (self.base, self.files, self.skeleton, self.decisions, self.work, done, adapter)
         Finish(*parts).write(staging.new)
         staging.begin_landing(self.key, self.stale)
@@ -198,9 +223,10 @@ class Job:
         journal = Journal.read(path, self.key) or Journal.begin(path, self.key)
         units = [(i, self.work.units[i]) for i in share]
         total = sum(u.nbytes for u in self.work.units)
-        done = _Count(total - sum(u.nbytes for _, u in units), total, progress)
+        left = sum(u.nbytes for _, u in units) + sum(u.nbytes for u in self.work.units if is_calibrated(u))
+        done = _Count(total - left, total, progress)
         done(0)
-        folder = Folder(self.skeleton, self.maps, self.files.skews, self.decisions.whole, self.reference)
+        folder = self._folder()
         writer = Writer(staging.new, journal, done, tuple(f.file for f in self.work.files))
         threads = torch.get_num_threads()
         side_by_side = min(_FOLDS, threads)
@@ -213,28 +239,73 @@ class Job:
                         writer.copy(index, unit, self.maps)
                     elif isinstance(unit, Replace):
                         values = ((t, self._brought(name, t)) for t, name in unit.values)
-                        writer.write(index, [(t, _bytes(v)) for t, v in values], (), {})
+                        writer.write(index, [(t, bytes_of(v)) for t, v in values], (), {})
                     else:
                         if len(folding) == side_by_side:
-                            self._write(writer, *folding.popleft())
+                            self._write_next(writer, folding)
                         folding.append((index, unit, pool.submit(folder.fold, unit.path, unit.sites, unit.stored)))
                 while folding:
-                    self._write(writer, *folding.popleft())
+                    self._write_next(writer, folding)
             writer.finish()
         finally:
             torch.set_num_threads(threads)
             writer.close()
 
-    def _write(self, writer: Writer, index: int, unit: Fold, future: Future[Folded]) -> None:
-        lines, tensors = future.result()
-        parts, tails = _parts(unit, tensors)
+    def _calibrate(self, staging: Staging, progress: Progress, *, show: bool) -> None:
+        """Fold the layers that need to see what they read, one after the other."""
+        units = {u.path: (i, u) for i, u in enumerate(self.work.units) if isinstance(u, Fold)}
+        done = self._done(staging) or {}
+        left = {i: u for i, u in units.values() if is_calibrated(u) and i not in done}
+        if not left:
+            return
+        journal = Journal.read(staging.journal(), self.key) or Journal.begin(staging.journal(), self.key)
+        total = sum(u.nbytes for u in self.work.units)
+        count = _Count(total - sum(u.nbytes for u in left.values()), total, progress)
+        writer = Writer(staging.new, journal, count, tuple(f.file for f in self.work.files))
+        every = sum(is_calibrated(u) for u in self.work.units)
+
+        def result(path: str) -> Mapping[str, torch.Tensor] | None:
+            index, unit = units[path]
+            if index not in done:
+                return None
+            return {t.name: read_back(staging.new, t, done[index]) for t in unit.targets}
+
+        def write(path: str, folded: Folded) -> None:
+            index, unit = units[path]
+            self._write(writer, index, unit, folded)
+            writer.finish()  # a layer takes minutes of a large model: none is lost
+            done[index] = journal.done[index]
+            del left[index]
+            advance(every - len(left), every)
+
+        try:
+            with quiet(), bar("calibrate") if show else nullcontext(_nothing) as advance:
+                advance(every - len(left), every)
+                parts = (self._folder(), self.files, self.decisions, {p: u for p, (_, u) in units.items()})
+                Calibrating(*parts, result, write).run(self.calibration, Spill(staging.root) if self.on_disk else None)
+        finally:
+            writer.close()
+
+    def _folder(self) -> Folder:
+        return Folder(self.skeleton, self.maps, self.files.skews, self.decisions.whole, self.reference)
+
+    def _write(self, writer: Writer, index: int, unit: Fold, folded: Folded) -> None:
+        lines, tensors = folded
+        parts, tails = parts_of(unit, tensors)
         writer.write(index, parts, lines, tails)
+
+    def _write_next(self, writer: Writer, folding: deque[tuple[int, Fold, Future[Folded]]]) -> None:
+        index, unit, future = folding.popleft()
+        self._write(writer, index, unit, future.result())
         for stored in unit.stored:
             self.maps.forget(stored.file, stored.begin, stored.end)
 
     def _brought(self, name: str, target: Target) -> torch.Tensor:
-        dtype = next(d for d, n in NAMES.items() if n == target.dtype)
-        return self.decisions.whole[name].to(dtype)
+        return self.decisions.whole[name].to(dtype_named(target.dtype))
+
+
+def _nothing(done: int, total: int) -> None:
+    """No bar."""
 
 
 class _Count:
@@ -246,51 +317,6 @@ class _Count:
     def __call__(self, more: int) -> None:
         self.done += more
         self.progress(min(self.done, self.total), self.total)
-
-
-def _bytes(tensor: torch.Tensor) -> Any:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-
-
-def _parts(unit: Fold, tensors: Mapping[str, torch.Tensor]) -> tuple[list[tuple[Target, Any]], dict[str, bytes]]:
-    """What is written, and what comes last; both as was planned."""
-    parts, tails = list[tuple[Target, Any]](), dict[str, bytes]()
-    for target in unit.targets:
-        tensor = tensors.get(target.name)
-        if tensor is None:
-            there = ", ".join(sorted(tensors)) or "nothing"
-            raise FoldError(f"{unit.path}: its fold gave no {target.name} (it gave {there})")
-        if target.begin is None:
-            tails[target.name] = bytes(_bytes(tensor))
-            continue
-        got, wanted = (NAMES[tensor.dtype], tuple(tensor.shape)), (target.dtype, target.shape)
-        if got != wanted:
-            raise FoldError(
-                f"{target.name}: its fold gave {got[0]} {list(got[1])}, the file has {wanted[0]} {list(wanted[1])}; "
-                "load the model and use oftfx.fold"
-            )
-        parts.append((target, _bytes(tensor)))
-    return parts, tails
-
-
-def _headers(directory: Path, work: Work, done: Mapping[int, Done]) -> None:
-    """Write what comes last in each file, its header, and cut it to its length."""
-    tails = {n: t for d in done.values() for n, t in d.tails.items()}
-    for file in work.files:
-        handle, places = os.open(directory / file.file, os.O_WRONLY | os.O_CREAT, 0o644), dict[str, tuple[int, int]]()
-        try:
-            place = max((t.end or 0 for t in file.targets.values()), default=0) or file.start
-            for name, target in file.targets.items():
-                if target.begin is None:
-                    put_at(handle, tails[name], place)
-                    places[name] = place, len(tails[name])
-                    place += len(tails[name])
-            text = file.header(places)
-            put_at(handle, (file.start - 8).to_bytes(8, "little") + text.ljust(file.start - 8), 0)
-            os.ftruncate(handle, place)
-            os.fsync(handle)
-        finally:
-            os.close(handle)
 
 
 def _check_apart(base: Path, out: Path) -> None:
@@ -312,7 +338,13 @@ def _stale(out: Path, *, overwrite: bool) -> tuple[str, ...]:
     return found
 
 
-def _key(directory: CheckpointDirectory, adapter: Path, reference: Path | None, decisions: Decisions) -> str:
+def _key(
+    directory: CheckpointDirectory,
+    adapter: Path,
+    reference: Path | None,
+    decisions: Decisions,
+    calibration: Sequence[Inputs],
+) -> str:
     """Of everything that decides the bytes of the result."""
     parts = [__version__, torch.__version__, version("transformers")]
     parts.append(directory.fingerprint(checkpoint_digest(directory.path)))
@@ -321,5 +353,6 @@ def _key(directory: CheckpointDirectory, adapter: Path, reference: Path | None, 
     if reference is not None:
         facts = checkpoint_digest(reference) if reference.is_dir() else reference.stat().st_mtime_ns
         parts.append(f"reference {facts}")
+    parts += [digest_of(batch) for batch in calibration]
     parts.append(json.dumps([(s.entry.fqn, s.action) for s in decisions.sites]))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -98,10 +98,13 @@ class Skeleton:
 
     def fill(self, holder: Holder, stored: Iterable[Stored], maps: Maps) -> None:
         """Give a holder's layers their tensors."""
-        state = {t.name: maps.tensor(t) for t in stored}
-        if all(self.naming.how[name] == "plain" for name in state) and self.quantizer is None:
+        self.fill_with(holder, {t.name: maps.tensor(t) for t in stored})
+
+    def fill_with(self, holder: Holder, state: Mapping[str, Tensor]) -> None:
+        """Give a holder's layers tensors, by their names in a checkpoint."""
+        if all(self.naming.how.get(name, "plain") == "plain" for name in state) and self.quantizer is None:
             for name, tensor in state.items():
-                put(holder, self.naming.renamed[name], tensor)
+                put(holder, self.naming.renamed.get(name, name), tensor)
         else:
             load(holder, state, self.naming, self.quantizer, self.dtype)
 

@@ -5,7 +5,9 @@ Verified against transformers 5.23 and 5.24; what is used of it that is not publ
 
 from __future__ import annotations
 
+import gc
 import logging
+import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -109,6 +111,35 @@ class Naming:
         return cls(renamed, how, tuple(mapping))
 
 
+def make_buffers(model: Any) -> None:
+    """Make the buffers that no checkpoint has (of rotary positions, say) real, as ``from_pretrained`` does.
+
+    Raises:
+        FoldError: the model's class does not say what is in one.
+    """
+    for module in model.modules():
+        names = [n for n in module._non_persistent_buffers_set if getattr(module._buffers.get(n), "is_meta", False)]
+        for name in names:
+            buffer = torch.empty_like(module._buffers[name], device="cpu")
+            # What is not written is seen by these: a NaN, or the smallest number.
+            module._buffers[name] = buffer.fill_(_unwritten(buffer.dtype))
+        if names:
+            with torch.no_grad():
+                model._init_weights(module)
+        for name in names:
+            buffer = module._buffers[name]
+            left = buffer.isnan() if buffer.is_floating_point() else buffer == _unwritten(buffer.dtype)
+            if buffer.dtype != torch.bool and bool(left.any()):
+                raise FoldError(
+                    f"{type(module).__name__}: transformers does not say what is in its {name!r}, which no checkpoint "
+                    "has; load the model and use oftfx.fold"
+                )
+
+
+def _unwritten(dtype: torch.dtype) -> float:
+    return math.nan if dtype.is_floating_point else False if dtype == torch.bool else torch.iinfo(dtype).min
+
+
 def load(holder: Any, state: Mapping[str, Tensor], naming: Naming, quantizer: Any, dtype: torch.dtype) -> None:
     """Fill the layers in a holder with a checkpoint's tensors, in the checkpoint's names."""
     from transformers import core_model_loading as loading
@@ -160,6 +191,19 @@ def quiet() -> Iterator[None]:
             one.setLevel(level)
         if shown:
             theirs.enable_progress_bar()
+
+
+@contextmanager
+def short_collections() -> Iterator[None]:
+    """Objects that are there now are no garbage: gptqmodel collects after every layer, and looks at all of them."""
+    if gc.get_freeze_count():  # somebody has done so, and may want them to stay so
+        yield
+        return
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def ties(model: Any) -> dict[str, str]:

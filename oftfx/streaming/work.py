@@ -160,6 +160,11 @@ class Work:
         return cls(files, tuple(units), {n: t.file for n, t in targets.items()})
 
 
+def is_calibrated(unit: Unit) -> bool:
+    """Whether it has to see what its layer reads, so that it comes last, in the order in which the model runs."""
+    return isinstance(unit, Fold) and unit.sites[0].action == "calibrate"
+
+
 def targets_of(unit: Unit) -> Iterator[Target]:
     """What a unit writes."""
     if isinstance(unit, Copy):

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn as nn
 
+from oftfx.errors import FoldError
+from oftfx.folding.journal import Journal
 from oftfx.folding.lockstep import Lockstep
 from oftfx.folding.record import SiteFold
 from oftfx.folding.shown import Showing, Shown
-from oftfx.folding.turned import Turned
+from oftfx.folding.spill import Spill
+from oftfx.folding.turned import Turned, untouched
 from oftfx.folding.workbench import Workbench
 from oftfx.formats.registry import format_of
 from oftfx.model.running import Inputs
 from oftfx.passes.quantized.policy import QuantizedPolicy, check_finite_inputs, rounded, write_rounded
 from oftfx.passes.quantized.roundings import are_few, best_rounding
-from oftfx.placement.find import placements_on
+from oftfx.placement.find import placements_on, rotated_sites
+from oftfx.planning.program import Program
+from oftfx.rotation.ieee import ieee_products
+
+NOT_REACHED = "no calibration input reached this layer, or only zeros, so its weights are rounded to the nearest codes"
+UNSEEN = "what each expert reads cannot be seen from outside, so its weights are rounded to the nearest codes"
 
 
 class Calibrate(QuantizedPolicy):
@@ -57,6 +66,28 @@ class Calibrate(QuantizedPolicy):
         note = "; ".join(n for n in (done.note, tokens, best.remark) if n)
         return replace(done, tokens=shown.tokens, few_tokens=few, note=note)
 
+    @torch.no_grad()
+    def fold_shown(self, program: Program, shown: Shown | None) -> list[SiteFold]:
+        """Treat every site of a model that has one layer, whose inputs somebody else has collected.
+
+        Args:
+            program: of the model.
+            shown: what the layer reads; None where nothing has reached it.
+        """
+        bench = Workbench(program.index, Journal(keep=False))
+        lines = list[SiteFold]()
+        with ieee_products():
+            for fqn, placement in list(rotated_sites(program.index)):
+                weight_format = placement.weight_format()
+                if weight_format is None:
+                    raise FoldError(f"{fqn}: no known weight format reads this {type(placement.module).__name__}")
+                site = Turned.of(fqn, placement, weight_format, bench.remark(placement))
+                if site is None:
+                    lines.append(untouched(fqn, placement, weight_format))
+                elif (done := self.fold(site, bench, shown, math.inf)) is not None:
+                    lines.append(done)
+        return lines
+
 
 def in_running_order(
     model: nn.Module,
@@ -64,6 +95,8 @@ def in_running_order(
     calibration: Sequence[Inputs],
     fold: Callable[[nn.Module, Shown | None], None],
     unfolded: tuple[nn.Module, Sequence[nn.Module]] | None = None,
+    leave: Callable[[nn.Module, nn.Module | None], None] | None = None,
+    spill: Spill | None = None,
 ) -> None:
     """Fold layers in the order in which the model runs them, each knowing what the ones before it have become.
 
@@ -79,31 +112,40 @@ def in_running_order(
             every rounding would look perfect.
         unfolded: a model of the same weights that runs beside, and its layers, one for each. Once forwards have left a
             layer there, it is given the folded weight as well, so that the old one need not be kept for it.
+        spill: where the hidden states are kept; None: in memory.
+        leave: instead of that: gets a layer that all forwards have left, and the one of the unfolded model.
     """
     if not layers:
         return
-    showing, left = Showing(), list[nn.Module]()
+    showing, left = Showing() if spill is None else Showing(spill.forget), list[nn.Module]()
     fellows = {} if unfolded is None else dict(zip(layers, unfolded[1], strict=True))
+    leave = leave or _give_folded
 
     def show(module: nn.Module, inputs: list[torch.Tensor], others: list[torch.Tensor | None]) -> None:
         while left:
-            _give_folded(left.pop(), fellows)
+            module_left = left.pop()
+            leave(module_left, fellows.get(module_left))
         shown = showing.of(inputs, others)
         fold(module, None if shown.is_zero() else shown)
         left.append(module)
 
-    for module in Lockstep(model, layers, unfolded).run(calibration, show):
+    for module in Lockstep(model, layers, unfolded, spill).run(calibration, show):
         fold(module, None)
 
 
-def _give_folded(module: nn.Module, fellows: Mapping[nn.Module, nn.Module]) -> None:
-    weight_format, fellow = format_of(module), fellows.get(module)
+def _give_folded(module: nn.Module, fellow: nn.Module | None) -> None:
+    weight_format = format_of(module)
     if weight_format is not None and fellow is not None:
-        for placement in placements_on(fellow):
-            for rotation in placement.rotations.values():
-                rotation.forget()  # who set the modes keeps every module until the end
-            placement.drop()
+        drop_rotations(fellow)
         state = weight_format.read(module)
         weight_format.write(fellow, state)
         weight_format.own(fellow)
         weight_format.write(module, state)  # some weights know their layer
+
+
+def drop_rotations(module: nn.Module) -> None:
+    """Take every rotation off a layer, with what it has kept: who set the modes keeps every module until the end."""
+    for placement in placements_on(module):
+        for rotation in placement.rotations.values():
+            rotation.forget()
+        placement.drop()

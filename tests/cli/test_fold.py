@@ -19,6 +19,17 @@ def parts(tiny_llama, tmp_path):
     return str(tmp_path / "base"), str(adapter), str(tmp_path / "out")
 
 
+def make_tokenizer(path):
+    """Words w0 to w28 after <unk>, <s> and </s>."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(29)}
+    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>").save_pretrained(path)
+
+
 def oftfx(*arguments):
     return subprocess.run([sys.executable, "-m", "oftfx.cli", *arguments], capture_output=True, text=True, check=False)
 
@@ -48,8 +59,37 @@ def test_help_and_wrong_arguments(parts):
     assert oftfx("fold", parts[0]).returncode == 2
     done = oftfx("fold", *parts, "--quantized", "calibrate")
     assert done.returncode == 1
-    assert "Load the model and use oftfx.fold" in done.stdout
+    assert "'calibrate' needs calibration=" in done.stdout
     assert "Traceback" not in done.stdout + done.stderr
+
+
+@pytest.mark.needs("bitsandbytes", "tokenizers", "accelerate")
+def test_calibrated_on_texts(tiny_llama, tmp_path, monkeypatch):
+    """The texts of a file, by the checkpoint's own tokenizer, are what the same tokens from Python are."""
+    import torch
+
+    import oftfx as library
+    from tests.ecosystem.test_quantized_checkpoints import CASES, SIZES
+
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))  # sums in the same order
+    CASES["nf4"][1](tiny_llama(**SIZES), tmp_path / "made").save_pretrained(tmp_path / "base")
+    adapter = adapter_for(tiny_llama(**SIZES), tmp_path / "adapter", {"all-linear": OFT(16)})
+    make_tokenizer(tmp_path / "base")
+    words = [f"w{i % 29}" for i in range(600)]
+    lines = [{"text": " ".join(words[i : i + 50])} for i in range(0, 600, 50)]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    parts = [str(tmp_path / "base"), str(adapter), str(tmp_path / "out"), "--quantized", "calibrate"]
+    options = ["--calibration", str(tmp_path / "texts.jsonl"), "--tokens", "384", "--sequence", "32"]
+    done = oftfx("fold", *parts, *options, "--dry-run")
+    assert "14 of bnb4: calibrate" in done.stdout, done.stdout + done.stderr
+    done = oftfx("fold", *parts, *options, "--hidden-states", "disk")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "14 calibrated" in done.stdout
+    stream = [t for line in lines for t in [*(int(w[1:]) + 3 for w in line["text"].split()), 2]][:384]
+    ids = torch.tensor(stream).view(12, 32)
+    inputs = [{"input_ids": i, "attention_mask": torch.ones_like(i)} for i in ids.split(4)]
+    library.fold_checkpoint(tmp_path / "base", adapter, tmp_path / "same", quantized="calibrate", calibration=inputs)
+    assert sums(tmp_path / "out") == sums(tmp_path / "same")
 
 
 SLOWLY = """
