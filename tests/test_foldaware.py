@@ -369,6 +369,19 @@ def test_under_autocast_checkpointing_and_a_compiler(how):
 
 
 @BNB
+def test_several_adapters_train_under_autocast_with_the_codes_that_are_folded():
+    model = rotated()
+    oftfx.add_adapter(model, "second", {"*": OFT(16, init="normal")})
+    oftfx.set_adapter(model, ["default", "second"])
+    oftfx.fold_aware(model, "requantize")
+    wanted = coded(model.train())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(same(codes, wanted[fqn]) for fqn, codes in coded(model).items())
+    folded = stored(oftfx.fold(model).model)
+    assert all(same(codes, wanted[fqn]) for fqn, codes in folded.items())
+
+
+@BNB
 def test_an_explicit_policy_folds_the_rotations_and_leaves_the_model_fold_aware():
     model = rotated()
     plain = oftfx.fold(model, quantized="float").model(X)

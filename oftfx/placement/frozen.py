@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 
 from oftfx.placement.base import Placement
+from oftfx.rotation.autocast import without_autocast
 from oftfx.rotation.frozen import FrozenRotation
+from oftfx.rotation.ieee import ieee_products
 from oftfx.rotation.module import Rotation
 
 FROZEN = "frozen"
@@ -46,11 +48,12 @@ def product_of(rotations: list[Rotation | FrozenRotation]) -> list[torch.Tensor]
 
 
 def together(chain: list[torch.Tensor]) -> list[torch.Tensor]:
-    """The same for their blocks; differentiable."""
+    """The same for their blocks, whatever autocast says; differentiable."""
     result: list[torch.Tensor] = []
     for blocks in chain:
         if result and result[-1].shape == blocks.shape:
-            result[-1] = torch.bmm(result[-1], blocks.to(result[-1].dtype))
+            with without_autocast(blocks.device), ieee_products():
+                result[-1] = torch.bmm(result[-1], blocks.to(result[-1].dtype))
         else:
             result.append(blocks)
     return result
