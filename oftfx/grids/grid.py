@@ -18,6 +18,7 @@ from oftfx.precision import piece_on
 _NARROWEST, _STEPS = 0.65, 8  # finer steps measured no better on SmolLM2
 _SMALLEST = 2.0**-24  # above 0 in float16
 
+_ByElement: TypeAlias = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 _Fit: TypeAlias = tuple[Tensor, Tensor, Tensor | None]  # error, scale and zero, ``(groups,)`` each
 
 
@@ -112,8 +113,15 @@ class Grid:
             yield rows, groups, replace(self, partition=partition)
 
     def _values(self, coded: Codes) -> Tensor:
-        expand = self.partition.expand
-        return self.value(coded.codes, expand(coded.scale), None if coded.zero is None else expand(coded.zero))
+        return self._each(self.value, coded.codes, coded.scale, coded.zero)
+
+    def _each(self, function: _ByElement, matrix: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+        """A function of elements and their scales and zeros, from those of groups."""
+        part = self.partition
+        if part.consecutive:  # broadcasting is quicker than expanding
+            found = function(part.split(matrix), scale.unsqueeze(1), None if zero is None else zero.unsqueeze(1))
+            return part.join(found)
+        return function(matrix, part.expand(scale), None if zero is None else part.expand(zero))
 
     def scaled(self, values: Tensor, coded: Codes) -> Tensor:  # noqa: ARG002
         """The part of the weight ``values (rows, columns)`` that is proportional to its scales: all of it."""
@@ -178,11 +186,8 @@ class Grid:
 
         def coded() -> Iterator[tuple[slice, Tensor]]:
             for rows, groups, grid in self._bands(weight.device):
-                expand = grid.partition.expand
-                yield (
-                    rows,
-                    grid.code(weight[rows], expand(scale[groups]), None if zero is None else expand(zero[groups])),
-                )
+                offset = None if zero is None else zero[groups]
+                yield rows, grid._each(grid.code, weight[rows], scale[groups], offset)
 
         return Codes(joined(coded(), (weight.shape[0], weight.shape[1])), scale, zero)
 
@@ -192,21 +197,35 @@ class Grid:
         Others get scales of their own, also where the old ones are nearer: a weight that has moved little rounds back
         to the codes it came from under those, and the update would be gone.
         """
-        new = self.fit(weight)
         if old is None:
-            return new
-        unchanged = []
-        for rows, groups, grid in self._bands(weight.device):
-            split = grid.partition.split
-            unchanged.append((split(weight[rows]) == split(grid._values(old.cut(rows, groups)))).all(dim=1))
-        same = torch.cat(unchanged)
+            return self.fit(weight)
+        same = torch.cat(
+            [grid._unchanged(weight[rows], old.cut(rows, groups)) for rows, groups, grid in self._bands(weight.device)]
+        )
         if self.couple is not None:  # scales stand together
-            return old if bool(same.all()) else new
+            return old if bool(same.all()) else self.fit(weight)
+        new = self.fit(weight)
+        if _answers(weight) and not bool(same.any()):
+            return new
         scale = torch.where(same, old.scale, new.scale)
         zero = None if new.zero is None or old.zero is None else torch.where(same, old.zero, new.zero)
         for rows, groups, grid in self._bands(weight.device):
             new.codes[rows] = torch.where(grid.partition.expand(same[groups]), old.codes[rows], new.codes[rows])
         return Codes(new.codes, scale, zero)
+
+    def _unchanged(self, weight: Tensor, old: Codes) -> Tensor:
+        """Which groups of ``weight`` equal ``old``, bool ``(groups,)``."""
+        split = self.partition.split
+        if not (self.partition.consecutive and _answers(weight)):
+            return (split(weight) == split(self._values(old))).all(dim=1)
+        groups, codes, scale = split(weight), split(old.codes), old.scale.unsqueeze(1)
+        zero = None if old.zero is None else old.zero.unsqueeze(1)
+        # Where the first element has changed, the others need not be looked at.
+        same = groups[:, 0] == self.value(codes[:, :1], scale, zero)[:, 0]
+        maybe = same.nonzero().view(-1)
+        was = self.value(codes[maybe], scale[maybe], None if zero is None else zero[maybe])
+        same[maybe] = (groups[maybe] == was).all(dim=1)
+        return same
 
     def _error(self, groups: Tensor, scale: Tensor, zero: Tensor | None, counts: Tensor | None) -> Tensor:
         column, offset = scale.unsqueeze(1), None if zero is None else zero.unsqueeze(1)
@@ -247,6 +266,11 @@ class Grid:
         kept = self.round_scale(scale)
         # What is too small for a narrow dtype must not become 0, by which would be divided.
         return torch.where(kept > 0, kept, self.round_scale(torch.full_like(scale, _SMALLEST)))
+
+
+def _answers(tensor: Tensor) -> bool:
+    """Whether a number may be asked of it without waiting for a device, or breaking a program."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def shares_of(search: bool) -> list[float]:

@@ -63,6 +63,14 @@ class Partition:
             return _ceil(self.rows, self.tile[0]) * _ceil(self.columns, self.tile[1])
         return _ceil(self.rows * self.columns, self.tile[1])
 
+    @property
+    def consecutive(self) -> bool:
+        """Whether the groups follow each other in the flattened weight, so that `split` and `join` are views."""
+        if self.kind == "flat":
+            return self.rows * self.columns % self.tile[1] == 0
+        whole = self.tile[0] == 1 and self.columns % self.tile[1] == 0
+        return self.kind == "tiles" and whole and self.order is None
+
     def split(self, weight: Tensor) -> Tensor:
         """``(groups, members)`` of a matrix ``(rows, columns)``; what is missing in a smaller group is zero."""
         if self.kind == "strided":
@@ -97,7 +105,7 @@ class Partition:
 
     def expand(self, values: Tensor) -> Tensor:
         """One value a group ``(groups,)`` as a matrix ``(rows, columns)``."""
-        if self.kind == "tiles" and self.tile[0] == 1 and self.order is None and self.columns % self.tile[1] == 0:
+        if self.kind == "tiles" and self.consecutive:
             return values.view(self.rows, -1, 1).expand(-1, -1, self.tile[1]).reshape(self.rows, self.columns)
         return self.join(values.unsqueeze(1).expand(-1, self.tile[0] * self.tile[1]))
 

@@ -231,3 +231,21 @@ def test_a_weight_in_bands_is_rounded_as_the_whole(grid, monkeypatch):
 def test_most_grids_have_several_bands():
     several = {name for name, grid in GRIDS.items() if len(grid.partition.bands(1)) > 1}
     assert set(GRIDS) - several == {"one scale", "strided"}
+
+
+@pytest.mark.parametrize("kind", ["table", "coupled"])
+def test_a_group_that_keeps_its_first_element_has_changed_all_the_same(kind):
+    grid = GRIDS[kind]
+    old = grid.fit(torch.randn(SHAPE, generator=torch.Generator().manual_seed(5)))
+    weight = grid.values(old)
+    groups = grid.partition.split(weight).clone()
+    groups[0, 1:] += 0.01
+    groups[1, 0] = torch.nan  # equals nothing, itself included
+    weight = grid.partition.join(groups)
+    found, anew = grid.nearest(weight, old), grid.fit(weight)
+    changed = torch.zeros(grid.partition.groups, dtype=torch.bool)
+    changed[:2] = True
+    if kind == "coupled":
+        changed[:] = True
+    assert torch.equal(found.scale.nan_to_num(-1), torch.where(changed, anew.scale, old.scale).nan_to_num(-1))
+    assert torch.equal(found.codes, torch.where(grid.partition.expand(changed), anew.codes, old.codes))
