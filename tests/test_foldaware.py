@@ -115,6 +115,29 @@ def test_gradients_go_straight_through_to_the_rotation():
 
 
 @BNB
+@pytest.mark.parametrize("sizes", [(16, 16), (16, 8), (8, 16, 16)], ids=str)
+def test_gradients_of_several_adapters_are_those_of_autograd(sizes):
+    torch.manual_seed(0)
+    model = oftfx.transform(nn.Sequential(quantize(nn.Linear(64, 96))), {"*": OFT(sizes[0], init="normal")})
+    names = ["default", *(f"a{i}" for i in range(1, len(sizes)))]
+    for name, size in zip(names[1:], sizes[1:], strict=True):
+        oftfx.add_adapter(model, name, {"*": OFT(size, init="normal")})
+    oftfx.set_adapter(model, names, trainable=True)
+    oftfx.fold_aware(model, "requantize")
+    layer = model.train()[0]
+    model(X).square().sum().backward()
+    target = format_of(layer).dequantize(layer).double()
+    rotations = [getattr(layer.oft, name) for name in names]
+    leaves = [r.skew.detach().double().requires_grad_() for r in rotations]
+    for rotation, leaf in reversed(list(zip(rotations, leaves, strict=True))):
+        target = target @ torch.block_diag(*rotation.formula(leaf)).T
+    rounded = format_of(layer).grid(layer).values(coded(model)["0"]).double()
+    (X.double() @ (target + (rounded - target).detach()).T + layer.bias.double()).square().sum().backward()
+    for rotation, leaf in zip(rotations, leaves, strict=True):
+        assert rel(rotation.skew.grad, leaf.grad) < 1e-4
+
+
+@BNB
 def test_gradients_of_scales_are_those_of_the_weight():
     model = rotated().train()
     oftfx.fold_aware(model, "calibrate", calibration=batches())

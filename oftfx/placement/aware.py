@@ -105,8 +105,12 @@ class Aware(nn.Module, ABC):
         return self.__dict__["placement"].module
 
     @abstractmethod
-    def coded(self) -> Codes:
-        """Codes, scales and zeros that a fold would write now; no gradients."""
+    def coded(self, inputs: Sequence[Tensor] | None = None) -> Codes:
+        """Codes, scales and zeros that a fold would write now; no gradients.
+
+        Args:
+            inputs: those of `inputs`, where they are at hand.
+        """
 
     @abstractmethod
     def inputs(self) -> list[Tensor]:
@@ -143,7 +147,7 @@ class _Folded(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, aware: Aware, *inputs: Tensor) -> Tensor:  # type: ignore[override]
-        coded = aware.coded()
+        coded = aware.coded(inputs)
         ctx.aware, ctx.parts = aware, coded.parts
         kept = (coded.codes, coded.scale) if coded.zero is None else (coded.codes, coded.scale, coded.zero)
         ctx.save_for_backward(x, *kept, *inputs)

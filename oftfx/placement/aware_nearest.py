@@ -53,7 +53,7 @@ class AwareNearest(Aware):
         """What tells a stored tensor from another, and from itself after a change."""
         return tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version
 
-    def coded(self) -> Codes:
+    def coded(self, inputs: Sequence[Tensor] | None = None) -> Codes:
         """The nearest codes; kept in eval mode while no rotation changes."""
         chain = self._chain()
         states = [r.state() for r in chain]
@@ -65,7 +65,9 @@ class AwareNearest(Aware):
         with torch.inference_mode(False), torch.no_grad():
             layout = self.format.layout(self.layer)
             base = self._base()
-            blocks = [b.to(base.device) for b in product_of(chain)]
+            # Laid out as a fold has them: products of other layouts may differ in their last bits.
+            made = product_of(chain) if inputs is None else together([b.contiguous() for b in inputs])
+            blocks = [b.to(base.device) for b in made]
             coded = self.format.nearest(layout.turned_now(base, blocks), self.layer)
         self._cached = (key, coded) if stays else None
         return coded
@@ -77,10 +79,15 @@ class AwareNearest(Aware):
     def gradients(self, to_weight: Tensor, values: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
         """Those of ``W @ blockdiag(R)^T``; the base weight is read again."""
         base, layout = self._base(), self.format.layout(self.layer)
+        to_weight = to_weight.to(base.dtype)
         with torch.enable_grad():
             blocks = [b.detach().requires_grad_() for b in inputs]
-            target = layout.turned_by(base, [b.to(base.device) for b in together(blocks)])
-        return list(torch.autograd.grad(target, blocks, to_weight.to(target.dtype)))
+            product = [b.to(base.device) for b in together(blocks)]
+            if len(product) > 1:  # blocks of several sizes
+                return list(torch.autograd.grad(layout.turned_by(base, product), blocks, to_weight))
+        (last,) = product
+        to_last = layout.blocks_gradient(base, to_weight, last.shape[-1]).to(last.dtype)
+        return list(torch.autograd.grad(last, blocks, to_last))
 
     def weight(self) -> Tensor:
         """``T + (Q(T) - T)`` with the bracket a constant."""

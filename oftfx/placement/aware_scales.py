@@ -83,10 +83,11 @@ class AwareScales(Aware):
         return self.format.grid(self.layer)
 
     @torch.no_grad()
-    def coded(self) -> Codes:
+    def coded(self, inputs: Sequence[Tensor] | None = None) -> Codes:
         """Under the scales as they are now."""
         grid = self._grid()
-        scale, parts = grid.stored(self.scale * torch.exp(GAIN * whole(self.shift)))
+        (shift,) = self.inputs() if inputs is None else inputs
+        scale, parts = grid.stored(self.scale * torch.exp(GAIN * shift))
         return Codes(_unpacked(self.packed, self.shape, grid), scale, self.zero, parts)
 
     def _fixed(self) -> Codes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from oftfx.placement.base import Placement
@@ -47,7 +49,7 @@ def product_of(rotations: list[Rotation | FrozenRotation]) -> list[torch.Tensor]
     return together([blocks_of(r) for r in rotations])
 
 
-def together(chain: list[torch.Tensor]) -> list[torch.Tensor]:
+def together(chain: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The same for their blocks, whatever autocast says; differentiable."""
     result: list[torch.Tensor] = []
     for blocks in chain:
