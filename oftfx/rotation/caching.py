@@ -55,9 +55,10 @@ def caching() -> bool:
 
     Not in a CUDA graph that is being captured: its replays would read what was kept then, whatever has been learnt.
     """
-    return not torch.compiler.is_compiling() and _caching.get() and not torch.jit.is_tracing() and not _capturing()
+    return not torch.compiler.is_compiling() and _caching.get() and not torch.jit.is_tracing() and not capturing()
 
 
-def _capturing() -> bool:
+def capturing() -> bool:
+    """Whether a CUDA graph is being captured, whose replays run the kernels of this run and no Python."""
     # Without a driver, a build for CUDA raises where it is asked for streams.
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -11,6 +12,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 from oftfx.rotation.autocast import without_autocast
 from oftfx.rotation.ieee import ieee_products
 from oftfx.rotation.skew import skew_matrix
+from oftfx.rotation.triton import choose
 
 Parameterization = Literal["cayley_neumann", "cayley", "cayley_neumann_016"]
 PARAMETERIZATIONS: tuple[str, ...] = get_args(Parameterization)
@@ -58,10 +60,18 @@ def cayley(
             terms=terms,
             coft_eps=coft_eps,
         )
+    series = _series(parameterization, terms)
     wide = torch.promote_types(skew.dtype, torch.float32)
     # Autocast would run the small products in half precision.
     with without_autocast(skew.device), ieee_products():
-        q = skew_matrix(skew.to(wide), block_size)
+        skew = skew.to(wide)
+        if series is not None and coft_eps is None and choose.possible(skew):
+            double, single = series
+            if choose.makes_series(skew, block_size, double, single, partial(_series_in_torch, block_size, *series)):
+                from oftfx.rotation.triton.cayley import cayley_series
+
+                return cayley_series(skew, block_size, double, single)
+        q = skew_matrix(skew, block_size)
         if coft_eps is not None:
             q = project(q, coft_eps)
         eye = torch.eye(block_size, dtype=wide, device=skew.device).expand_as(q)
@@ -69,10 +79,8 @@ def cayley(
             # (I - Q) and (I + Q)^-1 commute, so the left solve is the same matrix.
             # I + Q is never singular, so nobody has to wait for the device to say so.
             return torch.linalg.solve_ex(eye + q, eye - q, check_errors=False)[0]
-        if parameterization == "cayley_neumann":
-            return _neumann(q, eye, *_powers(terms))
-        if parameterization == "cayley_neumann_016":
-            return _neumann(q, eye, terms - 1, None)
+        if series is not None:
+            return _neumann(q, eye, *series)
     raise ValueError(f"unknown parameterization {parameterization!r}, expected one of {PARAMETERIZATIONS}")
 
 
@@ -88,21 +96,26 @@ def project(q: Tensor, eps: float) -> Tensor:
     return torch.where(norm > limit, clipped, q)
 
 
-def _powers(terms: int) -> tuple[int, int | None]:
-    """Highest power with factor 2, and the one power with factor 1 that follows it (PEFT's loop bounds)."""
-    if terms <= 1:
-        return 0, None
-    if terms == 2:
-        return 1, None
-    double = max(2, terms - 2)
-    return double, double + 1
+def _series(parameterization: str, terms: int) -> tuple[int, bool] | None:
+    """Of a truncated series: the highest power with factor 2, and whether the next one follows with factor 1."""
+    if parameterization == "cayley_neumann_016":
+        return terms - 1, False
+    if parameterization != "cayley_neumann":
+        return None
+    # PEFT's loop bounds.
+    return (max(0, terms - 1), False) if terms <= 2 else (max(2, terms - 2), True)
 
 
-def _neumann(q: Tensor, eye: Tensor, double: int, single: int | None) -> Tensor:
-    """``I + 2Q + ... + 2Q^double (+ Q^single)`` by Horner's rule: no power is stored for the backward pass."""
+def _neumann(q: Tensor, eye: Tensor, double: int, single: bool) -> Tensor:
+    """``I + 2Q + ... + 2Q^double (+ Q^(double+1))`` by Horner's rule: no power is stored for the backward pass."""
     if double <= 0:
         return eye + 0 * q
-    inner = q + 2 * eye if single is not None else 2 * eye
+    inner = q + 2 * eye if single else 2 * eye
     for _ in range(double - 1):
         inner = torch.baddbmm(2 * eye, q, inner)
     return torch.baddbmm(eye, q, inner)
+
+
+def _series_in_torch(block_size: int, double: int, single: bool, skew: Tensor) -> Tensor:
+    q = skew_matrix(skew, block_size)
+    return _neumann(q, torch.eye(block_size, dtype=skew.dtype, device=skew.device).expand_as(q), double, single)

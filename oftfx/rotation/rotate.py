@@ -9,6 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from oftfx.rotation.autocast import without_autocast
 from oftfx.rotation.ieee import ieee_products
+from oftfx.rotation.triton import choose
 
 
 def rotate(x: Tensor, blocks: Tensor) -> Tensor:
@@ -29,13 +30,24 @@ def rotate(x: Tensor, blocks: Tensor) -> Tensor:
     if x.is_nested:  # the encoder of torch.nn packs padded batches so; such tensors cannot be split into blocks
         return F.linear(x, torch.block_diag(*blocks.to(x.dtype)).T)
     count, size, _ = blocks.shape
-    if blocks.dtype != x.dtype:
-        blocks = blocks.to(x.dtype)
     if not torch.compiler.is_compiling() and x.numel() == count * size:  # one token: nothing to transpose
-        return torch.bmm(x.reshape(count, 1, size), blocks).reshape(x.shape)
+        return torch.bmm(x.reshape(count, 1, size), _as(x, blocks)).reshape(x.shape)
+    if choose.possible(x) and choose.rotates(x, blocks, _in_torch):
+        from oftfx.rotation.triton.rotate import rotate as by_triton
+
+        return by_triton(x, blocks)
+    return _in_torch(x, blocks)
+
+
+def _in_torch(x: Tensor, blocks: Tensor) -> Tensor:
+    count, size, _ = blocks.shape
     split = x.reshape(-1, count, size).transpose(0, 1)
-    turned = torch.bmm(split, blocks)
+    turned = torch.bmm(split, _as(x, blocks))
     return turned.transpose(0, 1).reshape(x.shape)
+
+
+def _as(x: Tensor, blocks: Tensor) -> Tensor:
+    return blocks if blocks.dtype == x.dtype else blocks.to(x.dtype)
 
 
 def in_format_of(x: Tensor, y: Tensor) -> Tensor:
@@ -58,8 +70,16 @@ def rotate_jointly(x: Tensor, blocks: Tensor) -> tuple[Tensor, ...]:
     """
     if has_torch_function_variadic(x, blocks):
         return handle_torch_function(rotate_jointly, (x, blocks), x, blocks)
+    if choose.possible(x) and choose.rotates(x, blocks, _jointly_in_torch):
+        from oftfx.rotation.triton.rotate import rotate_jointly as by_triton
+
+        return by_triton(x, blocks)
+    return _jointly_in_torch(x, blocks)
+
+
+def _jointly_in_torch(x: Tensor, blocks: Tensor) -> tuple[Tensor, ...]:
     count, size, width = blocks.shape
-    turned = torch.bmm(x.reshape(-1, count, size).transpose(0, 1), blocks)
+    turned = torch.bmm(x.reshape(-1, count, size).transpose(0, 1), _as(x, blocks))
     if torch.is_grad_enabled() and turned.requires_grad:  # the quicker one of two, forward and backward together
         return tuple(part.transpose(0, 1).reshape(x.shape) for part in turned.split(size, dim=2))
     ordered = turned.unflatten(2, (width // size, size)).permute(2, 1, 0, 3)
@@ -82,4 +102,6 @@ def rotate_weight(weight: Tensor, blocks: Tensor) -> Tensor:
     """
     wide = torch.promote_types(weight.dtype, torch.float32)
     with without_autocast(weight.device), ieee_products():
-        return rotate(weight.to(wide), blocks.to(wide).transpose(1, 2))
+        # The product of a fold never hangs on a timing. A recorder sees a rotation, as ever.
+        product = rotate if has_torch_function_variadic(weight, blocks) else _in_torch
+        return product(weight.to(wide), blocks.to(wide).transpose(1, 2))
