@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from oftfx.errors import warn
+from oftfx.errors import OftfxError, warn
 
 ROUNDS, REPEATS = 5, 10
 
@@ -21,7 +21,9 @@ Shape = tuple[torch.Size, torch.dtype, bool]
 
 
 def is_faster(device: torch.device, first: Callable[..., Any], second: Callable[..., Any], on: Sequence[Shape]) -> bool:
-    """Whether ``second`` is faster than ``first`` on zeros, forward, and backward where an operand has a gradient.
+    """Whether ``second`` is faster than ``first``, forward, and backward where an operand has a gradient.
+
+    And whether it is right, see `check`: a compiler may be wrong on a device that nobody has tried.
 
     Timed on the caller's stream, host and device together, in a thread of its own: there is neither autocast nor
     inference mode there, nor are there hooks on saved tensors (gradient checkpointing counts those) or modes that see
@@ -33,11 +35,12 @@ def is_faster(device: torch.device, first: Callable[..., Any], second: Callable[
     def compare() -> None:
         try:
             with torch.cuda.device(device), torch.cuda.stream(stream):
-                operands = [torch.zeros(s, dtype=d, device=device, requires_grad=g) for s, d, g in on]
+                numbers = torch.Generator(device).manual_seed(0)  # the user's own are left alone
+                made = [torch.empty(s, dtype=d, device=device).normal_(generator=numbers) for s, d, _ in on]
+                operands = [m.requires_grad_(g) for m, (_, _, g) in zip(made, on, strict=True)]
+                check(first, second, operands)
                 found.append(_compare(first, second, operands))
-        except (
-            Exception
-        ) as error:  # a compiler that is missing, a device it does not know, memory: torch's own is there
+        except Exception as error:  # no compiler, a device it does not know, memory, a wrong result
             found.append(error)
 
     thread = threading.Thread(target=compare, name="oftfx-measure")
@@ -47,6 +50,21 @@ def is_faster(device: torch.device, first: Callable[..., Any], second: Callable[
         warn(f"Triton's operators are not used for one kind of rotation ({type(found[0]).__name__}: {found[0]})")
         return False
     return found[0]
+
+
+def check(first: Callable[..., Any], second: Callable[..., Any], operands: Sequence[Tensor]) -> None:
+    """Hold the second way against the first one in float64.
+
+    Raises:
+        OftfxError: it misses that by more than four times what the first misses in the dtype of the operands.
+    """
+    wide = [t.detach().double().requires_grad_(t.requires_grad) for t in operands]
+    for exact, one, other in zip(*(run(first, wide), run(first, operands), run(second, operands)), strict=True):
+        size, usual, missed = (float(torch.linalg.vector_norm(t.double())) for t in (exact, one - exact, other - exact))
+        if not missed <= 4 * usual + 1e-6 * size:  # nor NaN
+            raise OftfxError(
+                f"its result is wrong here, off by {missed / size:.1e} where torch's is by {usual / size:.1e}"
+            )
 
 
 def _compare(first: Callable[..., Any], second: Callable[..., Any], operands: list[Tensor]) -> bool:

@@ -11,8 +11,7 @@ import torch
 import oftfx
 from oftfx import OFT
 from oftfx.errors import MissingExtraError, OftfxError, OftfxWarning
-from oftfx.rotation import rotate
-from oftfx.rotation.rotate import rotate_jointly
+from oftfx.rotation.rotate import _in_torch, rotate, rotate_jointly
 from oftfx.rotation.triton import choose, measure
 
 
@@ -188,7 +187,7 @@ def test_what_fails_while_it_is_measured_is_not_used_and_said(monkeypatch):
 
     monkeypatch.setattr(measure, "_compare", fails)
     with torch.inference_mode(), torch.autocast("cpu"), pytest.warns(OftfxWarning, match="not used .*no compiler"):
-        assert not measure.is_faster(torch.device("cpu"), None, None, [((3,), torch.float32, True)])
+        assert not measure.is_faster(torch.device("cpu"), torch.sin, torch.sin, [((3,), torch.float32, True)])
     assert seen == [(True, False, False)]
 
 
@@ -212,3 +211,23 @@ def test_a_rotation_on_a_cpu_asks_nothing(monkeypatch):
     monkeypatch.setattr(choose, "rotates", None)
     monkeypatch.setattr(choose, "makes_series", None)
     oftfx.Rotation(15, OFT(5))(torch.zeros(4, 15))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_what_is_wrong_is_not_taken(dtype):
+    operands = [torch.randn(40, 15).to(dtype).requires_grad_(), torch.randn(3, 5, 5, requires_grad=True)]
+    right = torch_rotate = _in_torch
+
+    def sums_in_another_order(x, blocks):
+        return torch_rotate(x.float(), blocks.to(x.dtype).float()).to(x.dtype)
+
+    def transposed(x, blocks):
+        return torch_rotate(x, blocks.mT)
+
+    def forward_only(x, blocks):
+        return right(x, blocks).detach() + 0 * right(x, blocks)
+
+    measure.check(right, sums_in_another_order, operands)
+    for wrong in (transposed, forward_only, lambda x, blocks: right(x, blocks) / 0):
+        with pytest.raises(OftfxError, match="its result is wrong here"):
+            measure.check(right, wrong, operands)
