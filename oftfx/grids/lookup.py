@@ -19,7 +19,10 @@ def looked_up(table: Tensor, index: Tensor) -> Tensor:
 
 def decoded(table: Tensor, codes: Tensor) -> Tensor:
     """``table[codes]`` for float32 and uint8; of up to 16 entries two at a time, which is twice as fast on a CPU."""
-    if not _pays(codes, table) or len(table) > 16 or codes.numel() % 2 or codes.storage_offset() % 2:
+    if not _pays(codes, table) or len(table) > 16 or codes.numel() % 2:
+        return looked_up(table, codes.int())
+    codes = codes.contiguous()
+    if codes.storage_offset() % 2:
         return looked_up(table, codes.int())
     flat = codes.reshape(-1).view(torch.int16).to(torch.int32)
     return _pairs(_bits(table)).index_select(0, flat).view(torch.float32).view(codes.shape)

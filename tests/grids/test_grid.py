@@ -249,3 +249,18 @@ def test_a_group_that_keeps_its_first_element_has_changed_all_the_same(kind):
         changed[:] = True
     assert torch.equal(found.scale.nan_to_num(-1), torch.where(changed, anew.scale, old.scale).nan_to_num(-1))
     assert torch.equal(found.codes, torch.where(grid.partition.expand(changed), anew.codes, old.codes))
+
+
+def test_many_groups_of_a_few():
+    """The first elements of more groups than a look-up treats one by one."""
+    grid = Grid(Partition.flat((512, 512), 16), Table(NF4))
+    weight = torch.randn(512, 512, generator=torch.Generator().manual_seed(0))
+    old = grid.fit(weight)
+    again = grid.values(old)
+    changed = again.clone()
+    changed[3, 5] += 0.1 * changed.std()
+    new = grid.nearest(changed, old)
+    same = torch.ones(512 * 512 // 16, dtype=torch.bool)
+    same[3 * 32] = False
+    assert torch.equal((new.scale == old.scale) | ~same, torch.ones_like(same))
+    assert torch.equal(grid.nearest(again, old).codes, old.codes)

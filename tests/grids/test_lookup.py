@@ -106,7 +106,19 @@ def test_two_codes_at_a_time(levels):
     table = torch.randn(levels, generator=generator)
     table[0] = -0.0
     codes = torch.randint(levels, (300, 201), generator=generator, dtype=torch.uint8)
-    for some in (codes, codes[1:], codes[:, 1:], codes.T, codes[:10], codes.view(-1)[1:], codes.view(-1)[1:-1]):
+    wide = torch.randint(levels, (9000, 4), generator=generator, dtype=torch.uint8)
+    parts = (
+        wide[:, :1],
+        wide[:, ::2],
+        codes,
+        codes[1:],
+        codes[:, 1:],
+        codes.T,
+        codes[:10],
+        codes.view(-1)[1:],
+        codes.view(-1)[1:-1],
+    )
+    for some in parts:
         found = decoded(table, some)
         assert found.shape == some.shape
         assert torch.equal(found.view(torch.int32), table[some.long()].view(torch.int32))

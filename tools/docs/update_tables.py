@@ -132,6 +132,21 @@ def checkpoint_costs():
     return markdown(columns, rows)
 
 
+def streamed():
+    """Calibrated folds, from files and of a model in memory."""
+    found = json.loads((ROOT / "tools/results/streamed.json").read_text())
+    names = {
+        "memory": "`oftfx fold`, hidden states in memory",
+        "disk": "`oftfx fold`, hidden states on the disk",
+        "model": "`oftfx.fold`, model in memory",
+    }
+    rows = [
+        (name, f"{found['rows'][place]['seconds']:.0f}", f"{found['rows'][place]['bytes'] / 1e6:.0f} MB")
+        for place, name in names.items()
+    ]
+    return markdown(("calibrated fold", "s", "memory"), rows)
+
+
 def _duration(seconds):
     if seconds < 120:
         return f"{seconds:.0f} s"
@@ -349,6 +364,7 @@ def tables():
         "scaling": scaling(),
         "checkpoint": checkpoint(),
         "checkpoint costs": checkpoint_costs(),
+        "streamed": streamed(),
         "onnx": onnx(),
         "serving": serving(),
         "ocr": ocr(),
