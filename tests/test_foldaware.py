@@ -89,9 +89,15 @@ def test_requantize_computes_with_what_a_plain_fold_writes():
     assert rel(model(X), plain(X)) < 1e-6
 
 
+def straight_through(folded, rotation):
+    """The folded weight, with the gradient of a rotation in front of what it is without it."""
+    again = (folded @ rotation.detach()) @ rotation.T
+    return again + (folded - again).detach()
+
+
 @BNB
 def test_gradients_go_straight_through_to_the_rotation():
-    """Those of the dense product at the rounded weight, by float64 autograd."""
+    """Those of a rotation before the weight that is in effect, turned back, by float64 autograd."""
     model = rotated().train()
     oftfx.fold_aware(model, "requantize")
     x = X.clone().requires_grad_()
@@ -104,9 +110,9 @@ def test_gradients_go_straight_through_to_the_rotation():
         layer, weight_format = model[index], format_of(model[index])
         leaf = skew.detach().double().requires_grad_()
         leaves.append(leaf)
-        target = weight_format.dequantize(layer).double() @ torch.block_diag(*layer.oft.default.formula(leaf)).T
         rounded = weight_format.grid(layer).values(coded(model)[str(index)]).double()
-        hidden = hidden @ (target + (rounded - target).detach()).T + layer.bias.double()
+        rotation = torch.block_diag(*layer.oft.default.formula(leaf))
+        hidden = hidden @ straight_through(rounded, rotation).T + layer.bias.double()
         hidden = hidden.tanh() if index == 0 else hidden
     hidden.square().sum().backward()
     assert rel(x.grad, inputs.grad) < 1e-5
@@ -126,13 +132,13 @@ def test_gradients_of_several_adapters_are_those_of_autograd(sizes):
     oftfx.fold_aware(model, "requantize")
     layer = model.train()[0]
     model(X).square().sum().backward()
-    target = format_of(layer).dequantize(layer).double()
     rotations = [getattr(layer.oft, name) for name in names]
     leaves = [r.skew.detach().double().requires_grad_() for r in rotations]
-    for rotation, leaf in reversed(list(zip(rotations, leaves, strict=True))):
-        target = target @ torch.block_diag(*rotation.formula(leaf)).T
+    whole = torch.eye(64, dtype=torch.float64)
+    for rotation, leaf in zip(rotations, leaves, strict=True):
+        whole = whole @ torch.block_diag(*rotation.formula(leaf))
     rounded = format_of(layer).grid(layer).values(coded(model)["0"]).double()
-    (X.double() @ (target + (rounded - target).detach()).T + layer.bias.double()).square().sum().backward()
+    (X.double() @ straight_through(rounded, whole).T + layer.bias.double()).square().sum().backward()
     for rotation, leaf in zip(rotations, leaves, strict=True):
         assert rel(rotation.skew.grad, leaf.grad) < 1e-4
 

@@ -123,13 +123,6 @@ class Layout:
             torch.bmm(given, blocks.transpose(1, 2) if self.side == "input" else blocks, out=made)
         return out
 
-    def blocks_gradient(self, matrix: Tensor, to_turned: Tensor, size: int) -> Tensor:
-        """Gradient of the blocks ``(blocks, size, size)`` of one rotation for that of `turned` ``(rows, n)``."""
-        given, made = (t.unflatten(1, (-1, size)).transpose(0, 1) for t in (matrix, to_turned))
-        first, second = (made, given) if self.side == "input" else (given, made)
-        with without_autocast(matrix.device), ieee_products():
-            return torch.bmm(first.transpose(1, 2), second)
-
     def in_order(self, chain: Sequence[Tensor]) -> Sequence[Tensor]:
         """Rotations in the order in which they turn a matrix: ``x R1 R2 W^T = x (W R2^T R1^T)^T``."""
         return chain if self.side == "output" else chain[::-1]

@@ -12,6 +12,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -117,8 +119,8 @@ class Aware(nn.Module, ABC):
         """The tensors that the weight depends on, in autograd's graph."""
 
     @abstractmethod
-    def gradients(self, to_weight: Tensor, values: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """Gradients of `inputs` for the weight's ``(out, in)``, which has taken these values."""
+    def gradients(self, product: Product, inputs: Sequence[Tensor]) -> list[Tensor]:
+        """Gradients of `inputs`."""
 
     @abstractmethod
     def weight(self) -> Tensor:
@@ -142,6 +144,31 @@ class Aware(nn.Module, ABC):
         return _Folded.apply(x, bias, self, *self.inputs())
 
 
+@dataclass(frozen=True, eq=False)
+class Product:
+    """A product ``y = x @ W^T`` whose gradient is asked for; each part is computed once, if at all.
+
+    Attributes:
+        x: ``(rows, in)``.
+        grad: of ``y``, ``(rows, out)``.
+        values: of the weight, ``(out, in)``.
+    """
+
+    x: Tensor
+    grad: Tensor
+    values: Tensor
+
+    @cached_property
+    def to_x(self) -> Tensor:
+        """Gradient of ``x``, ``(rows, in)``."""
+        return self.grad @ self.values.to(self.grad.dtype)
+
+    @cached_property
+    def to_weight(self) -> Tensor:
+        """Gradient of the weight, ``(out, in)``."""
+        return (self.grad.T @ self.x.to(self.grad.dtype)).to(self.values.dtype)
+
+
 class _Folded(torch.autograd.Function):
     """The product; of the weight only its codes and scales are kept for the backward."""
 
@@ -161,14 +188,10 @@ class _Folded(torch.autograd.Function):
         kept, inputs = rest[: ctx.kept], rest[ctx.kept :]
         values = ctx.aware.values(Codes(kept[0], kept[1], kept[2] if ctx.kept > 2 else None, ctx.parts))
         needs_x, needs_bias, _, *needs = ctx.needs_input_grad
-        flat = grad.reshape(-1, grad.shape[-1])
-        to_x = grad @ values.to(grad.dtype) if needs_x else None
-        to_bias = flat.sum(0) if needs_bias else None
-        found: list[Tensor | None] = [None] * len(inputs)
-        if any(needs):
-            to_weight = (flat.T @ x.reshape(-1, x.shape[-1]).to(flat.dtype)).to(values.dtype)
-            found = list(ctx.aware.gradients(to_weight, values, inputs))
-        return to_x, to_bias, None, *found
+        product = Product(x.reshape(-1, x.shape[-1]), grad.reshape(-1, grad.shape[-1]), values)
+        to_bias = product.grad.sum(0) if needs_bias else None
+        found = list(ctx.aware.gradients(product, inputs)) if any(needs) else [None] * len(inputs)
+        return product.to_x.view(x.shape) if needs_x else None, to_bias, None, *found
 
 
 class AwareForward:

@@ -11,7 +11,7 @@ from torch import Tensor
 from oftfx.errors import FoldError
 from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Codes, Grid, Integers
-from oftfx.placement.aware import Aware
+from oftfx.placement.aware import Aware, Product
 from oftfx.placement.base import Placement
 from oftfx.rotation.module import whole
 
@@ -98,10 +98,10 @@ class AwareScales(Aware):
         """``shift``."""
         return [whole(self.shift)]
 
-    def gradients(self, to_weight: Tensor, values: Tensor, inputs: Sequence[Tensor]) -> list[Tensor]:
+    def gradients(self, product: Product, inputs: Sequence[Tensor]) -> list[Tensor]:
         """``dL/dshift = 4 * sum of dL/dW * S`` over the group, S being what of W is proportional to the scale."""
         grid = self._grid()
-        return [GAIN * grid.partition.split(to_weight * grid.scaled(values, self._fixed())).sum(1)]
+        return [GAIN * grid.partition.split(product.to_weight * grid.scaled(product.values, self._fixed())).sum(1)]
 
     def weight(self) -> Tensor:
         """A factor of 1 that knows how the scale moves it."""

@@ -78,16 +78,3 @@ def test_turning_at_once_is_turning_to_the_bit(side, dtype):
         assert torch.equal(layout.turned_now(weight, chain), got)
     columns = weight.T.contiguous().T  # not contiguous
     assert torch.equal(layout.turned_now(columns, chain), got)
-
-
-@pytest.mark.parametrize("side", ["input", "output"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_the_gradient_of_blocks_is_that_of_autograd(side, dtype):
-    layout, generator = Layout(side=side), torch.Generator().manual_seed(0)
-    weight, to_turned = torch.randn(2, 10, 12, generator=generator, dtype=dtype)
-    blocks = torch.randn(3, 4, 4, generator=generator, dtype=dtype).requires_grad_()
-    (expected,) = torch.autograd.grad(layout.turned(weight, blocks), blocks, to_turned)
-    with torch.autocast("cpu", torch.bfloat16):
-        found = layout.blocks_gradient(weight, to_turned, 4)
-    assert found.dtype == dtype
-    assert torch.allclose(found, expected, rtol=1e-5 if dtype == torch.float32 else 1e-12)

@@ -59,13 +59,17 @@ class Twin:
         """The adapters that act at a site."""
         return tuple(n for n in (self.active if names is None else names) if site in self.adapters[n])
 
-    def turned(self, site: str, skews: dict[str, Tensor] | None = None) -> Tensor:
-        """The weight times the rotations."""
+    def rotation(self, site: str, skews: dict[str, Tensor] | None = None) -> Tensor:
+        """All that act there, as one matrix."""
         result = torch.eye(WIDTHS[site], dtype=torch.float64)
         for name in self.here(site):
             skew, size = self.adapters[name][site]
             result = result @ rotation_of(skew if skews is None else skews[f"{name}.{site}"], size)
-        return self.weights[site] @ result.T
+        return result
+
+    def turned(self, site: str, skews: dict[str, Tensor] | None = None) -> Tensor:
+        """The weight times the rotations."""
+        return self.weights[site] @ self.rotation(site, skews).T
 
     def rounded(self, site: str, target: Tensor) -> Tensor:
         """The nearest values that the format has; groups that have not moved stay."""
@@ -76,7 +80,7 @@ class Twin:
         return torch.where(moved, near, old).reshape(target.shape)
 
     def weight(self, site: str, skews: dict[str, Tensor] | None = None, folded: bool = True) -> Tensor:
-        """What the site computes with; gradients go straight through the rounding."""
+        """What the site computes with; gradients go straight through the rounding, to a rotation in front of it."""
         turned = self.turned(site, skews)
         key = (site, self.here(site))
         if not folded or key not in self.through:
@@ -84,7 +88,9 @@ class Twin:
         instead = self.through[key]
         if instead is not None:
             return instead
-        return turned + (self.rounded(site, turned.detach()) - turned).detach()
+        rounded, rotation = self.rounded(site, turned.detach()), self.rotation(site, skews)
+        again = (rounded @ rotation.detach()) @ rotation.T
+        return again + (rounded - again).detach()
 
     def run(self, x: Tensor, skews: dict[str, Tensor] | None = None, folded: bool = True) -> Tensor:
         """What the model should give out."""
