@@ -24,6 +24,7 @@ from torch import Tensor
 from oftfx.errors import FormatError, MissingExtraError
 from oftfx.formats.base import Geometry, WeightState
 from oftfx.formats.by_name import class_named
+from oftfx.formats.packing import bnb4_cpu
 from oftfx.formats.scalar import ScalarFormat
 from oftfx.grids import Codes, Grid, Partition, Table
 
@@ -88,6 +89,12 @@ class Bnb4(ScalarFormat):
         """From either layout."""
         state = _state(module)
         return flat_codes(module.weight, tuple(state.shape), state)  # type: ignore[arg-type]
+
+    def dequantize(self, module: nn.Module) -> Tensor:
+        """``code[c] * absmax``, by the package where that is the same to the bit."""
+        weight, state = module.weight.data, _state(module)
+        quickly = None if _is_packed(state) else bnb4_cpu.looked_up(weight, state, _absmax(state))  # type: ignore[arg-type]
+        return super().dequantize(module) if quickly is None else quickly
 
     def pack(self, coded: Codes, like: nn.Module) -> WeightState:
         """Two codes a byte, and a Params4bit and QuantState with the settings of ``like``."""
