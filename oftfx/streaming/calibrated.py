@@ -82,6 +82,8 @@ class Calibrating:
         paths = [s.entry.site.module for s in self.decisions.sites if s.action == "calibrate"]
         self._exact = {e.site.module: self._is_exact(e) for e in self.decisions.plan if e.site.is_layer}
         (model, weights), (beside, others) = self._model(folded=True), self._model(folded=False)
+        gc.collect()  # tokenizers and texts are not needed any more
+        trim()
         layers, at = {model.get_submodule(p): p for p in paths}, [""]
 
         def fold(layer: nn.Module, shown: Shown | None) -> None:

@@ -16,6 +16,8 @@ from oftfx.rotation.accelerate import FORWARD
 
 _STAYS = {*HOOKS, "_modules", "training", "forward", FORWARD}
 """Attributes of a layer that are no part of its weights: hooks, rotations, what takes the place of its forward."""
+_AROUND = 1 << 16
+"""Bytes that the system reads around a page of a file, so that a norm costs more than it has."""
 _REPEATED = re.compile(r"^(.*?\.\d+)\.")
 
 
@@ -64,7 +66,7 @@ class Resident:
             return
         path = self._paths[layer]
         self._bring(path, layer)
-        self._here[layer] = self._sizes.get(path, 0)
+        self._here[layer] = self._sizes.get(path, 0) + _AROUND
         for other in [m for m in self._here if m is not layer and _is_leaf(m)]:
             if sum(self._here.values()) <= self._room:
                 break
