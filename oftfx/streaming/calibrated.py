@@ -168,7 +168,8 @@ class Calibrating:
             new = self._under_way.get(path) or self.result(path) or {}
         holder = Holder(model, {path: layer})
         state = {t.name: maps.tensor(t) for t in stored if t.name not in new}
-        skeleton.fill_with(holder, {**state, **new})
+        # Copies: a loader may write into them (GPTQ's zeros), and the layer may be brought again.
+        skeleton.fill_with(holder, state | {n: t.clone() for n, t in new.items()})
         if holder.get_submodule(path) is not layer:
             raise FoldError(
                 f"{path}: its loader makes another layer of this {type(layer).__name__}; load the model and use "
