@@ -9,18 +9,17 @@ from typing import Any
 import torch
 
 from oftfx.errors import FoldError
-from oftfx.model.running import Inputs
+from oftfx.model.running import Inputs, tensors_of
 
 
 def digest_of(batch: Inputs) -> str:
     """SHA-256 of one input: names, dtypes, shapes and bytes of its tensors; what else is in it as Python shows it."""
     digest = hashlib.sha256()
     for name, value in sorted(batch.items()) if isinstance(batch, Mapping) else enumerate(batch):
-        if isinstance(value, torch.Tensor):
-            digest.update(f"{name} {value.dtype} {tuple(value.shape)} ".encode())
-            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(f"{name} {value!r} ".encode())
+        digest.update(f"{name} {'' if isinstance(value, torch.Tensor) else repr(value)} ".encode())
+        for tensor in tensors_of(value):  # of which Python shows the first and last numbers only
+            digest.update(f"{tensor.dtype} {tuple(tensor.shape)} ".encode())
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
 

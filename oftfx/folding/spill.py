@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import sys
 import tempfile
 import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from oftfx.errors import FoldError
 
 _MADVISE: Any = ctypes.CDLL(None).madvise if sys.platform == "linux" else None
 _SMALL = 1 << 16
@@ -31,6 +34,9 @@ class Spill:
         directory: of the files; the disk should have room for the hidden states of all inputs.
     """
 
+    possible: ClassVar[bool] = hasattr(os, "posix_fallocate")
+    """Whether the system can have such files."""
+
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self._filed: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -43,13 +49,20 @@ class Spill:
         """Memory mapped from a new file.
 
         Raises:
-            OSError: the disk is full.
+            FoldError: the disk is full.
         """
         handle, name = tempfile.mkstemp(prefix="hidden-", dir=self.directory)
         try:
             # Where the disk is full, this says so; a write through the map would end the process.
             os.posix_fallocate(handle, 0, nbytes)
             made = torch.UntypedStorage.from_file(name, True, nbytes)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            raise FoldError(
+                f"{self.directory}: the disk is full, there is no room for hidden states ({nbytes:,} bytes more). Make "
+                "room, calibrate on less, or keep them in memory; what was calibrated stays"
+            ) from error
         finally:
             os.close(handle)
             os.unlink(name)
@@ -87,7 +100,7 @@ class Watch(TorchDispatchMode):
         """Let everything that is there stand in files, and give the memory back.
 
         Raises:
-            OSError: the disk is full.
+            FoldError: the disk is full.
         """
         self._busy = True
         try:

@@ -23,6 +23,7 @@ from oftfx.model.running import Inputs
 from oftfx.passes.insert_rotations import InsertRotations
 from oftfx.passes.quantized.calibrate import NOT_REACHED, drop_rotations, in_running_order
 from oftfx.placement.find import rotated_sites
+from oftfx.planning.plans import Plan
 from oftfx.planning.program import Program
 from oftfx.planning.site_plan import SitePlan
 from oftfx.rotation.ieee import ieee_products
@@ -67,6 +68,7 @@ class Calibrating:
     _under_way: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     _left: set[str] = field(default_factory=set)
     _exact: dict[str, bool] = field(default_factory=dict)
+    _plan: Plan | None = None
 
     @torch.no_grad()
     def run(self, batches: Sequence[Inputs], spill: Spill | None = None) -> None:
@@ -107,7 +109,7 @@ class Calibrating:
             with ieee_products():
                 in_running_order(model, list(layers), batches, fold, (beside, fellows), leave, spill)
         except (RuntimeError, NotImplementedError) as error:
-            if "meta" not in str(error):
+            if "meta" not in str(error):  # which torch has no class of errors for
                 raise
             raise cannot_run(at[0], error) from error
         finally:
@@ -131,10 +133,12 @@ class Calibrating:
         skeleton = self.folder.skeleton
         model: Any = shell(skeleton.model)
         make_buffers(model)
-        program = Program.of(model).with_(plan=self.decisions.plan)
-        if names_inputs(model) and not self.files.is_ours:
-            program = with_readers(program)
-        InsertRotations(_ADAPTER).run(program)
+        program = Program.of(model)
+        if self._plan is None:
+            self._plan = self.decisions.plan
+            if names_inputs(model) and not self.files.is_ours:  # as where an adapter is loaded into a model
+                self._plan = with_readers(program.with_(plan=self._plan)).planned
+        InsertRotations(_ADAPTER).run(program.with_(plan=self._plan))
         for path in (p for p, exact in self._exact.items() if exact):  # before the first call, which asks for a forward
             use_exact(model.get_submodule(path))
         turned = {s.entry.fqn for s in self.decisions.sites if s.action in _STILL_TURNED or not folded}

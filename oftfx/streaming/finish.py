@@ -39,7 +39,7 @@ from oftfx.streaming.work import Work
 SUMS = "oftfx_sha256.json"
 OURS = (NOTE, ROTATIONS, SUMS)
 """Of an earlier fold, which are made anew."""
-_NOT_RUN = "whether other code reads the folded weights: a fold of files does not run the model"
+_NOT_RUN = "whether other code reads the folded weights: a fold of files does not record the model"
 _NOT_READ = "how far the rotation moves it was not measured: the weight was not read"
 
 

@@ -87,7 +87,7 @@ class Folder:
     def _folded(self, holder: Holder, action: str, shown: Shown | None) -> Sequence[SiteFold]:
         program = Program.of(holder)
         if action == "calibrate":
-            return Calibrate().fold_shown(program, shown)
+            return Calibrate().fold_all(program, shown)
         policy = "keep" if action == "folded" else action
         return FoldRotations(policy, reference=self.reference).run(program).found.sites
 

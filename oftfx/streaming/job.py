@@ -104,6 +104,8 @@ class Job:
         """
         if hidden_states not in ("memory", "disk"):
             raise FoldError(f"hidden_states: got {hidden_states!r}, expected 'memory' or 'disk'")
+        if hidden_states == "disk" and not Spill.possible:
+            raise FoldError("hidden_states='disk': this system cannot reserve room in files; use 'memory'")
         _check_apart(base, out)
         directory = CheckpointDirectory.read(base)
         files = AdapterFiles.read(adapter)
@@ -118,6 +120,8 @@ class Job:
         decisions = Decisions.of(skeleton, files, quantized, Means(original is not None, bool(calibration)))
         work = Work.of(directory, skeleton, decisions)
         inputs = tuple(calibration) if any(s.action == "calibrate" for s in decisions.sites) else ()
+        if calibration and not inputs:
+            warn("calibration: no layer is calibrated, so these inputs are not used; quantized='calibrate' asks for it")
         key = _key(directory, adapter, reference, decisions, inputs)
         made = cls(
             directory, files, out, skeleton, decisions, work, maps, original, inputs, hidden_states == "disk", key, ()
@@ -186,7 +190,7 @@ class Job:
                 ranks.from_first(lambda: self._calibrate(staging, progress, show=show))
                 ranks.from_first(lambda: self._end(staging, adapter))
             ranks.from_first(lambda: staging.land(staging.landing(self.key) or (), CONFIG))
-        total = sum(u.nbytes for u in self.work.units)
+        total = self.work.to_write
         progress(total, total)  # of tensors whose length depends on what is in them, the most was counted
         return report_of(self.out / NOTE)
 
@@ -222,7 +226,7 @@ class Job:
         path = staging.journal(rank)
         journal = Journal.read(path, self.key) or Journal.begin(path, self.key)
         units = [(i, self.work.units[i]) for i in share]
-        total = sum(u.nbytes for u in self.work.units)
+        total = self.work.to_write
         left = sum(u.nbytes for _, u in units) + sum(u.nbytes for u in self.work.units if is_calibrated(u))
         done = _Count(total - left, total, progress)
         done(0)
@@ -259,7 +263,7 @@ class Job:
         if not left:
             return
         journal = Journal.read(staging.journal(), self.key) or Journal.begin(staging.journal(), self.key)
-        total = sum(u.nbytes for u in self.work.units)
+        total = self.work.to_write
         count = _Count(total - sum(u.nbytes for u in left.values()), total, progress)
         writer = Writer(staging.new, journal, count, tuple(f.file for f in self.work.files))
         every = sum(is_calibrated(u) for u in self.work.units)

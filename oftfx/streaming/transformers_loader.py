@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import gc
 import logging
-import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -119,25 +118,23 @@ def make_buffers(model: Any) -> None:
     """
     for module in model.modules():
         names = [n for n in module._non_persistent_buffers_set if getattr(module._buffers.get(n), "is_meta", False)]
+        made = [_initialized(model, module, names, value) for value in (0, 1)] if names else []
         for name in names:
-            buffer = torch.empty_like(module._buffers[name], device="cpu")
-            # What is not written is seen by these: a NaN, or the smallest number.
-            module._buffers[name] = buffer.fill_(_unwritten(buffer.dtype))
-        if names:
-            with torch.no_grad():
-                model._init_weights(module)
-        for name in names:
-            buffer = module._buffers[name]
-            left = buffer.isnan() if buffer.is_floating_point() else buffer == _unwritten(buffer.dtype)
-            if buffer.dtype != torch.bool and bool(left.any()):
+            if not torch.equal(*(each[name] for each in made)):  # it was not written, or is drawn
                 raise FoldError(
                     f"{type(module).__name__}: transformers does not say what is in its {name!r}, which no checkpoint "
                     "has; load the model and use oftfx.fold"
                 )
 
 
-def _unwritten(dtype: torch.dtype) -> float:
-    return math.nan if dtype.is_floating_point else False if dtype == torch.bool else torch.iinfo(dtype).min
+@torch.no_grad()
+def _initialized(model: Any, module: nn.Module, names: list[str], before: int) -> dict[str, Tensor]:
+    """What a model writes into buffers that are full of a number."""
+    for name in names:
+        buffer: Any = module._buffers[name]
+        module._buffers[name] = torch.full(buffer.shape, before, dtype=buffer.dtype, device="cpu")
+    model._init_weights(module)
+    return {name: module._buffers[name] for name in names}  # type: ignore[misc]
 
 
 def load(holder: Any, state: Mapping[str, Tensor], naming: Naming, quantizer: Any, dtype: torch.dtype) -> None:

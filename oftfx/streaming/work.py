@@ -135,6 +135,11 @@ class Work:
         """Of the files of weights, at most."""
         return sum(f.size for f in self.files)
 
+    @property
+    def to_write(self) -> int:
+        """Bytes of all units."""
+        return sum(u.nbytes for u in self.units)
+
     @classmethod
     def of(cls, directory: CheckpointDirectory, skeleton: Skeleton, decisions: Decisions) -> Work:
         """Lay the result out.

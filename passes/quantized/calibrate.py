@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn as nn
 
-from oftfx.errors import FoldError
-from oftfx.folding.journal import Journal
 from oftfx.folding.lockstep import Lockstep
 from oftfx.folding.record import SiteFold
 from oftfx.folding.shown import Showing, Shown
 from oftfx.folding.spill import Spill
-from oftfx.folding.turned import Turned, untouched
+from oftfx.folding.turned import Turned
 from oftfx.folding.workbench import Workbench
 from oftfx.formats.registry import format_of
 from oftfx.model.running import Inputs
 from oftfx.passes.quantized.policy import QuantizedPolicy, check_finite_inputs, rounded, write_rounded
 from oftfx.passes.quantized.roundings import are_few, best_rounding
-from oftfx.placement.find import placements_on, rotated_sites
-from oftfx.planning.program import Program
-from oftfx.rotation.ieee import ieee_products
+from oftfx.placement.find import placements_on
 
 NOT_REACHED = "no calibration input reached this layer, or only zeros, so its weights are rounded to the nearest codes"
 UNSEEN = "what each expert reads cannot be seen from outside, so its weights are rounded to the nearest codes"
@@ -65,28 +60,6 @@ class Calibrate(QuantizedPolicy):
         tokens = f"{shown.tokens} tokens for {shown.width} input features are few" if few else ""
         note = "; ".join(n for n in (done.note, tokens, best.remark) if n)
         return replace(done, tokens=shown.tokens, few_tokens=few, note=note)
-
-    @torch.no_grad()
-    def fold_shown(self, program: Program, shown: Shown | None) -> list[SiteFold]:
-        """Treat every site of a model that has one layer, whose inputs somebody else has collected.
-
-        Args:
-            program: of the model.
-            shown: what the layer reads; None where nothing has reached it.
-        """
-        bench = Workbench(program.index, Journal(keep=False))
-        lines = list[SiteFold]()
-        with ieee_products():
-            for fqn, placement in list(rotated_sites(program.index)):
-                weight_format = placement.weight_format()
-                if weight_format is None:
-                    raise FoldError(f"{fqn}: no known weight format reads this {type(placement.module).__name__}")
-                site = Turned.of(fqn, placement, weight_format, bench.remark(placement))
-                if site is None:
-                    lines.append(untouched(fqn, placement, weight_format))
-                elif (done := self.fold(site, bench, shown, math.inf)) is not None:
-                    lines.append(done)
-        return lines
 
 
 def in_running_order(

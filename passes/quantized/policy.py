@@ -19,6 +19,7 @@ from oftfx.formats.base import WeightState
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.placement.find import rotated_sites
 from oftfx.planning.program import Program
+from oftfx.rotation.ieee import ieee_products
 
 
 class QuantizedPolicy(Pass):
@@ -44,19 +45,30 @@ class QuantizedPolicy(Pass):
         """
 
     @torch.no_grad()
-    def run(self, program: Program) -> PassResult:
-        """Treat every quantized site; float ones stay rotated."""
-        bench = Workbench(program.index, Journal(keep=False))
-        lines = []
+    def fold_all(self, program: Program, shown: Shown | None = None) -> list[SiteFold]:
+        """Treat every quantized site; float ones stay rotated.
+
+        Args:
+            program: of the model.
+            shown: what its one quantized layer reads, where that is known.
+        """
+        bench, lines = Workbench(program.index, Journal(keep=False)), list[SiteFold]()
         for fqn, placement in list(rotated_sites(program.index)):
             weight_format = placement.weight_format()
             if weight_format is None or weight_format.lossless:
                 continue
-            site = Turned.of(fqn, placement, weight_format, bench.remark(placement))
-            done = untouched(fqn, placement, weight_format) if site is None else self.fold(site, bench, None, math.inf)
+            with ieee_products():
+                site = Turned.of(fqn, placement, weight_format, bench.remark(placement))
+                if site is None:
+                    lines.append(untouched(fqn, placement, weight_format))
+                elif (done := self.fold(site, bench, shown, math.inf)) is not None:
+                    lines.append(done)
             bench.finish()
-            if done is not None:
-                lines.append(done)
+        return lines
+
+    def run(self, program: Program) -> PassResult:
+        """Treat every quantized site; float ones stay rotated."""
+        lines = self.fold_all(program)
         changes = tuple(Change(s.fqn, s.action, s.note) for s in lines)
         return PassResult(program.renewed(), bool(lines), changes, Folds(tuple(lines)))
 

@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 
+from oftfx.errors import FoldError
 from oftfx.folding import spill
 from oftfx.folding.spill import Spill
 
@@ -74,7 +75,7 @@ def test_a_full_disk_says_so(tmp_path, monkeypatch):
     watch = Spill(tmp_path).watch()
     with torch.no_grad(), watch:
         big = torch.ones(1) * torch.rand(2**15)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(FoldError, match="the disk is full, there is no room for hidden states"):
             watch.put_away()
         assert bool((big + 1 > 1).all())
     assert list(tmp_path.iterdir()) == []

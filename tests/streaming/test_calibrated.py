@@ -4,13 +4,16 @@ import json
 
 import pytest
 import torch
+import torch.nn as nn
 from safetensors.torch import save_file
 
 import oftfx
 from oftfx import OFT
 from oftfx.errors import FoldError, OftfxWarning
 from oftfx.folding import spill
+from oftfx.folding.inputs import digest_of
 from oftfx.streaming import job
+from oftfx.streaming.transformers_loader import make_buffers
 from tests.ecosystem.test_gptq_awq import checkpoint  # noqa: F401  (a fixture)
 from tests.ecosystem.test_quantized_checkpoints import CASES, SIZES
 from tests.streaming.compare import adapter_for, assert_same, files, in_memory, note, sums
@@ -201,7 +204,7 @@ def test_a_full_disk_under_the_hidden_states(nf4, monkeypatch):
     monkeypatch.setattr(spill, "_SMALL", 1)
     with monkeypatch.context() as patch:
         patch.setattr(spill.os, "posix_fallocate", full)
-        with pytest.raises(FoldError, match="the disk is full"):
+        with pytest.raises(FoldError, match="the disk is full, there is no room for hidden states"):
             oftfx.fold_checkpoint(base, adapter, out, quantized="calibrate", calibration=data(), hidden_states="disk")
     oftfx.fold_checkpoint(base, adapter, out, quantized="calibrate", calibration=data(), hidden_states="disk")
     assert (out / "config.json").exists()
@@ -219,6 +222,9 @@ def test_progress_and_what_is_wrong(nf4, tmp_path):
         oftfx.fold_checkpoint(base, adapter, out, quantized=each, calibration=data())
     with pytest.raises(FoldError, match="hidden_states: got 'tape'"):
         oftfx.fold_checkpoint(base, adapter, out, hidden_states="tape", **options)
+    with pytest.raises(FoldError, match="this system cannot reserve room"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(spill.Spill, "possible", False)
+        oftfx.fold_checkpoint(base, adapter, out, hidden_states="disk", **options)
     with pytest.raises(FoldError, match="expected an iterable of inputs"):
         oftfx.fold_checkpoint(base, adapter, out, quantized="calibrate", calibration=data()[0])
     assert not out.exists()
@@ -226,6 +232,44 @@ def test_progress_and_what_is_wrong(nf4, tmp_path):
     assert seen == sorted(seen)
     assert seen[-1][0] == seen[-1][1]
     assert json.loads((out / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.needs("bitsandbytes")
+def test_inputs_that_nothing_asks_for_are_not_passed_over_in_silence(nf4):
+    base, adapter, out = nf4
+    with pytest.warns(OftfxWarning, match="no layer is calibrated, so these inputs are not used"):
+        oftfx.fold_checkpoint(base, adapter, out, calibration=data(2))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.int64, torch.uint8], ids=str)
+def test_buffers_that_no_checkpoint_has(dtype):
+    """Written by the model's own rule, or refused; whatever was in memory before does not count."""
+
+    class Model(nn.Module):
+        def __init__(self, writes):
+            super().__init__()
+            self.writes = writes
+            self.register_buffer("mask", torch.ones(3, device="meta").to(dtype), persistent=False)
+
+        def _init_weights(self, module):
+            if self.writes:
+                module.mask.copy_(torch.tensor([0, 1, 0]))
+
+    model = Model(True)
+    make_buffers(model)
+    assert torch.equal(model.mask, torch.tensor([0, 1, 0]).to(dtype))
+    with pytest.raises(FoldError, match="does not say what is in its 'mask'"):
+        make_buffers(Model(False))
+
+
+def test_inputs_are_told_apart_by_all_their_numbers():
+    """Python shows of a long tensor in a list only its ends."""
+    one = {"pixels": [torch.zeros(5000)], "size": 3}
+    other = {"pixels": [torch.zeros(5000)], "size": 3}
+    assert digest_of(one) == digest_of(other)
+    other["pixels"][0][2500] = 1
+    assert digest_of(one) != digest_of(other)
+    assert digest_of((torch.zeros(2, 3),)) != digest_of((torch.zeros(3, 2),))
 
 
 @pytest.mark.needs("bitsandbytes")

@@ -17,7 +17,8 @@ def looked_up(weight: Tensor, state: Any, scales: Tensor) -> Tensor | None:
         state: its QuantState.
         scales: one for each block, float32, without a second quantization.
     """
-    plain = weight.device.type == "cpu" and type(scales) is Tensor and not torch.compiler.is_compiling()
+    recorded = torch.compiler.is_compiling() or torch.jit.is_tracing()  # into what may be read without the package
+    plain = weight.device.type == "cpu" and type(scales) is Tensor and not recorded
     # Its kernels for wide registers take several elements with the scale of the first.
     if not plain or len(state.shape) != 2 or state.shape[1] % state.blocksize:
         return None
