@@ -14,6 +14,7 @@ from oftfx.adapter.checkpoints import Checkpoint, Facts, Hqq, Plain, Transformer
 from oftfx.adapter.four_bit_state import FourBitState
 from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.adapter.kept import load_rotations, multiply_right, save_rotations
+from oftfx.adapter.quanto_state import QuantoState
 from oftfx.errors import AdapterFileError, FoldError
 from oftfx.files import landing, of_version, remains, write
 from oftfx.folding.checkpoint import checkpoint_digest
@@ -26,7 +27,7 @@ from oftfx.version import __version__
 NOTE = "oftfx_fold.json"
 _VERSION = 1
 _CONFIG = "config.json"
-_WAYS: tuple[type[Checkpoint], ...] = (FourBitState, Hqq, Transformers, Plain)
+_WAYS: tuple[type[Checkpoint], ...] = (FourBitState, QuantoState, Hqq, Transformers, Plain)
 
 
 def save_folded(model: nn.Module, report: FoldReport, directory: str | Path) -> Path:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
-from importlib import import_module
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +10,8 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.adapter.checkpoints import Facts, Plain, Transformers, quantized_layers
-from oftfx.errors import AdapterFileError, MissingExtraError
+from oftfx.adapter.made import made_of, write_config
+from oftfx.errors import AdapterFileError
 from oftfx.folding.report import FoldReport
 from oftfx.formats.bnb4_experts import fill_four_bits, four_bit_parameters, shape_of_state
 from oftfx.formats.parametrized import parametrization_of, replace_by
@@ -35,16 +34,14 @@ class FourBitState(Plain):
         """``model.safetensors``, and ``config.json`` of a model that has a configuration."""
         facts = super().write(model, report, directory)
         if Transformers.takes(model):
-            config: Any = copy.deepcopy(model.config)
-            config.dtype, config.architectures = model.dtype, [type(model).__name__]  # as save_pretrained would say
-            config.save_pretrained(str(directory))
+            write_config(model, directory)
         made_here = Transformers.takes(model) and not quantized_layers(model)
         return {**facts, "four_bits": [*four_bit_parameters(model)], "config": made_here}
 
     def read(self, directory: Path, facts: Facts, model: nn.Module | None, options: dict[str, Any]) -> nn.Module:
         """Fill ``model``, whose experts may be in 4 bits or floats; without one it is made from the configuration."""
         if model is None and facts["config"] and not options:
-            model = _made(directory, facts["class"]).eval()
+            model = made_of(directory, facts["class"]).eval()
         return super().read(directory, facts, model, options)
 
     def _apart(self, facts: Facts, model: nn.Module) -> tuple[str, ...]:
@@ -88,19 +85,3 @@ def _shape(module: nn.Module, name: str) -> tuple[int, ...] | None:
 
 def _unlike(directory: Path, path: str, model: nn.Module) -> AdapterFileError:
     return AdapterFileError(f"{directory}: {type(model).__name__} has no parameter {path}; is it another model?")
-
-
-def _made(directory: Path, name: str) -> nn.Module:
-    try:
-        transformers = import_module("transformers")
-    except ImportError as error:
-        raise MissingExtraError("transformers", "hf", f"Reading {directory}") from error
-    maker = getattr(transformers, name, None)
-    if maker is None:
-        raise AdapterFileError(
-            f"{directory}: transformers has no class {name}; make the model and pass it: "
-            "oftfx.load_folded(directory, model)"
-        )
-    config = maker.config_class.from_pretrained(str(directory))
-    made: nn.Module = maker._from_config(config, dtype=getattr(config, "dtype", None))
-    return made
