@@ -16,6 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from oftfx.adapter.gptq_state import as_published
 from oftfx.adapter.kept import SavesRotations
 from oftfx.adapter.mxfp4_state import as_mxfp4, on_grid
 from oftfx.errors import AdapterFileError, FoldError, MissingExtraError
@@ -111,8 +112,9 @@ class Transformers(Checkpoint):
                 f"{floats[0]} became a float layer among quantized ones, which a {type(config).__name__} cannot say, "
                 "so from_pretrained would not find its weight. Fold all layers with quantized='float', or none"
             )
-        own = vars(model).get("save_pretrained")
-        save: Any = own.write if isinstance(own, SavesRotations) else model.save_pretrained
+        published: Any = as_published(model)
+        own = vars(published).get("save_pretrained")
+        save: Any = own.write if isinstance(own, SavesRotations) else published.save_pretrained
         if on_grid(report):
             with as_mxfp4(model) as state:
                 save(str(directory), state_dict=state, **_WITHOUT_REVERSE)

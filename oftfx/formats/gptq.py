@@ -67,12 +67,12 @@ class Gptq(PackedWords):
     def grid(self, module: nn.Module) -> Grid:
         """Groups of columns in the order of ``g_idx``; one zero for all where they are all in the middle."""
         stored, groups = _stored(module), _groups(module)
-        return _grid(module, groups, symmetric=_is_symmetric(module, stored))
+        return _grid(module, groups, symmetric=stored.is_symmetric(_bits(module)))
 
     def codes(self, module: nn.Module) -> Codes:
         """Unpacked."""
         stored = _stored(module)
-        return stored.coded(symmetric=_is_symmetric(module, stored))
+        return stored.coded(symmetric=stored.is_symmetric(_bits(module)))
 
     def bits(self, module: nn.Module) -> int:
         """As the layer says."""
@@ -99,6 +99,28 @@ class Gptq(PackedWords):
         if module.qweight.is_cuda and getattr(module, "autogptq_cuda_available", False):
             return "auto-gptq's CUDA kernels give no gradients"
         return None
+
+    def is_symmetric(self, module: nn.Module) -> bool:
+        """Whether every zero is in the middle, by the zeros: loaders get the layer's own ``sym`` wrong.
+
+        optimum 2.3.0 passes ``desc_act, sym`` by position where gptqmodel 7.7.0 takes ``sym, desc_act``.
+        """
+        return _stored(module).is_symmetric(_bits(module))
+
+    def has_order(self, module: nn.Module) -> bool:
+        """Whether the columns of a group are not neighbours."""
+        groups = _groups(module)
+        return not torch.equal(groups, torch.arange(len(groups), device=groups.device) // module.group_size)
+
+    def version_1(self, module: nn.Module) -> Tensor | None:
+        """``qzeros`` as files of version 1 hold them; None where a zero is 0, which they cannot hold.
+
+        Only for layers that take the stored number as it is.
+        """
+        zeros = _stored(module).zeros
+        if bool((zeros == 0).any()):
+            return None
+        return _words_of(zeros - 1, module, less=1)
 
     def adds_one(self, module: nn.Module) -> bool:
         """Whether the layer's forward adds one to what is stored as zero, as for files of version 1."""
@@ -217,10 +239,6 @@ def _grid(module: Any, groups: Tensor, *, symmetric: bool) -> Grid:
     )
 
 
-def _is_symmetric(module: nn.Module, stored: Stored) -> bool:
-    return bool(getattr(module, "sym", True)) and stored.is_symmetric(_bits(module))
-
-
 def _stored(module: Any) -> Stored:
     if cpu.is_repacked(module):
         return cpu.unpacked(module)
@@ -241,15 +259,21 @@ def _zero_of(stored: Tensor, module: nn.Module) -> Tensor:
 
 
 def _packed(stored: Stored, like: Any) -> dict[str, Any]:
-    rows, bits = len(stored.codes), like.bits
+    bits = like.bits
     pack = to_planes if _is_planar(like) else to_stream
     kept = stored.zeros if _auto_gptq(like) is None else (stored.zeros - 1) & (2**bits - 1)
-    qzeros = pack(kept, bits)
-    if rows * bits % 32 and not cpu.is_repacked(like):  # a loader may have counted up the unused end as well
+    words = {"qweight": pack(stored.codes, bits).T.contiguous(), "qzeros": _words_of(kept, like)}
+    return {**words, "scales": stored.scales} | cpu.plain_marks(like)
+
+
+def _words_of(zeros: Tensor, like: Any, less: int = 0) -> Tensor:
+    """Packed zeros ``(groups, out)``; a loader may have counted up the unused end as well, which gets ``less``."""
+    rows, bits = zeros.shape[1], like.bits
+    pack = to_planes if _is_planar(like) else to_stream
+    if rows * bits % 32 and not cpu.is_repacked(like):
         end = from_stream(like.qzeros, bits, like.qzeros.shape[1] * 32 // bits)[:, rows:]
-        qzeros = pack(torch.cat([kept, end], 1), bits)
-    words = {"qweight": pack(stored.codes, bits).T.contiguous(), "qzeros": qzeros, "scales": stored.scales}
-    return words | cpu.plain_marks(like)
+        zeros = torch.cat([zeros, (end - less).clamp(min=0)], 1)
+    return pack(zeros, bits)
 
 
 def _is_planar(module: nn.Module) -> bool:

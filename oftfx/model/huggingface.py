@@ -113,7 +113,9 @@ def _is_quantized(module: nn.Module) -> bool:
     return found is not None and not found.lossless
 
 
+GPTQ_VERSION_1 = "gptq"
 _GPTQ_VERSION = "gptq_v2"
+_OF_THE_BASE = "_oftfx_gptq_format"
 
 
 def note_zeros(model: nn.Module) -> None:
@@ -131,6 +133,8 @@ def note_zeros(model: nn.Module) -> None:
     if quantization is None or not any(map(_holds_version_2, model.modules())):
         return
     quantization = copy.copy(quantization)
+    said = quantization if isinstance(quantization, dict) else vars(quantization)
+    vars(model)[_OF_THE_BASE] = said.get("checkpoint_format", said.get("format")) or GPTQ_VERSION_1
     if isinstance(quantization, dict):
         quantization.update(format=_GPTQ_VERSION, checkpoint_format=_GPTQ_VERSION)
     else:  # writes its format under both names
@@ -139,6 +143,11 @@ def note_zeros(model: nn.Module) -> None:
     if (quantizer := vars(model).get("hf_quantizer")) is not None:
         model.hf_quantizer = copy.copy(quantizer)
         model.hf_quantizer.quantization_config = quantization  # type: ignore[union-attr, assignment]
+
+
+def zeros_of_the_base(model: nn.Module) -> str | None:
+    """The version of the zeros in the files that a model came from, as `note_zeros` found it; None where it did not."""
+    return vars(model).get(_OF_THE_BASE)
 
 
 def _holds_version_2(module: nn.Module) -> bool:

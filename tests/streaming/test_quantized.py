@@ -1,7 +1,5 @@
 """Folds of quantized checkpoint directories: what a fold in memory writes, to the bit, by every policy."""
 
-import json
-
 import pytest
 import torch
 
@@ -87,12 +85,7 @@ def test_gptq_and_awq(checkpoint, tmp_path, options, policy):  # noqa: F811
     result = in_memory(load(base), adapter, tmp_path / "memory", quantized=policy)
     report = oftfx.fold_checkpoint(base, adapter, tmp_path / "out", quantized=policy)
     assert_same_lines(report, result.report)
-    if made.get("version") == 1 and policy != "float":  # in memory it becomes version 2; here it stays as it was
-        assert sorted(tensors(tmp_path / "out")) == sorted(before)
-        method = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
-        assert method["checkpoint_format"] == "gptq"
-    else:
-        assert_same(tmp_path / "out", tmp_path / "memory")
+    assert_same(tmp_path / "out", tmp_path / "memory")
     if policy == "keep":
         assert all(torch.equal(t, before[n]) for n, t in tensors(tmp_path / "out").items())
     assert_loads_as(tmp_path / "out", tmp_path / "memory")
