@@ -13,6 +13,7 @@ from oftfx.errors import FoldError
 from oftfx.formats.registry import format_of
 from tests.ecosystem.twin import skews
 from tests.reference import dense_rotation, randomize, rel
+from tests.serving.vllm_server import spread
 
 pytestmark = [
     pytest.mark.needs("transformers", "gptqmodel", "optimum"),
@@ -50,8 +51,10 @@ def rounded(weight, g_idx, sym):
 def checkpoint(tiny_llama, tmp_path):
     """Writes a quantized checkpoint by hand; returns its path and the float model with the same values."""
 
-    def make(method, *, version=2, sym=False, desc_act=False, backend=None, **changes):
+    def make(method, *, version=2, sym=False, desc_act=False, backend=None, std=None, **changes):
         twin, tensors = tiny_llama(**changes), {}
+        if std is not None:
+            spread(twin, std)
         generator = torch.Generator().manual_seed(5)
         for name, layer in twin.named_modules():
             if not isinstance(layer, nn.Linear) or name == "lm_head":

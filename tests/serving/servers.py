@@ -54,15 +54,22 @@ class Answer:
 class Server:
     """The command that `write_repository` gave, run from a server's environment; a context manager."""
 
+    ready = "/v2/health/ready"
+
     def __init__(self, kind, repository, http_port, grpc_port):
         self.kind, self.venv, self.repository = kind, environment(kind), repository
         self.http_port, self.grpc_port = http_port, grpc_port
         self.url, self.grpc = f"http://127.0.0.1:{http_port}", f"127.0.0.1:{grpc_port}"
         self.log = Path(repository.path).parent / f"{kind}-{http_port}.log"
 
+    def surroundings(self):
+        """Environment variables besides those that every command has."""
+        return {}
+
     def start(self, wait=True):
         # Nothing of the surroundings: what the README says has to be enough.
-        surroundings = {"PATH": f"{self.venv / 'bin'}:{os.environ['PATH']}", "HOME": str(self.log.parent)}
+        path = f"{self.venv / 'bin'}:{os.environ['PATH']}"
+        surroundings = {"PATH": path, "HOME": str(self.log.parent), **self.surroundings()}
         with self.log.open("w") as log:
             self.process = subprocess.Popen(
                 shlex.split(self.repository.command),
@@ -81,7 +88,7 @@ class Server:
             if self.process.poll() is not None:
                 raise RuntimeError(f"{self.kind} ended with {self.process.returncode}:\n{self.log.read_text()[-6000:]}")
             try:
-                with urllib.request.urlopen(f"{self.url}/v2/health/ready", timeout=2) as response:
+                with urllib.request.urlopen(f"{self.url}{self.ready}", timeout=2) as response:
                     if response.status == 200:
                         return self
             except (urllib.error.URLError, OSError):
