@@ -71,7 +71,13 @@ class FoldResult:
     _before: nn.Module | None = field(repr=False, default=None)
     _undo: Before | None = field(repr=False, default=None)
 
-    def save(self, directory: str | Path) -> Path:
+    def save(
+        self,
+        directory: str | Path,
+        *,
+        save_as: Literal["compressed-tensors"] | None = None,
+        server: Literal["vllm"] | None = None,
+    ) -> Path:
         """Write everything that `oftfx.load_folded` needs to bring ``.model`` back.
 
         That is the checkpoint with its configuration as ``save_pretrained`` writes it (of other modules the
@@ -85,6 +91,9 @@ class FoldResult:
 
         Args:
             directory: made where it is not there.
+            save_as: ``"compressed-tensors"``: quantized layers of any format of integers in groups of columns (GPTQ,
+                AWQ, int8, ...) as that package's ``pack-quantized``, with the same weights to the bit.
+            server: ``"vllm"``: write only what that server reads; the error names what it reads instead.
 
         Returns:
             The directory.
@@ -93,7 +102,7 @@ class FoldResult:
             FoldError: it cannot be written, holds a checkpoint of others, or the model is one that its own loader would
                 not bring back (the message says why). What was there is as it was then.
         """
-        return save_folded(self.model, self.report, directory)
+        return save_folded(self.model, self.report, directory, save_as=save_as, server=server)
 
 
 def fold(

@@ -32,6 +32,10 @@ Facts = Mapping[str, Any]
 """What a reader has to know besides the files, as JSON."""
 
 
+ONLY = "only"
+"""The fact that names the only program which reads a directory."""
+
+
 class Checkpoint(ABC):
     """One way to write a model's weights and to read them again; rotations in front of them do not count."""
 
@@ -112,24 +116,30 @@ class Transformers(Checkpoint):
                 f"{floats[0]} became a float layer among quantized ones, which a {type(config).__name__} cannot say, "
                 "so from_pretrained would not find its weight. Fold all layers with quantized='float', or none"
             )
-        published: Any = as_published(model)
-        own = vars(published).get("save_pretrained")
-        save: Any = own.write if isinstance(own, SavesRotations) else published.save_pretrained
+        published = as_published(model)
         if on_grid(report):
             with as_mxfp4(model) as state:
-                save(str(directory), state_dict=state, **_WITHOUT_REVERSE)
-            return {"class": type(model).__name__}
+                return self.write_as(published, directory, state_dict=state, **_WITHOUT_REVERSE)
         try:
-            save(str(directory), **_WITHOUT_REVERSE if config is None and _was_dequantized(model) else {})
+            unread = config is None and _was_dequantized(model)
+            return self.write_as(published, directory, **_WITHOUT_REVERSE if unread else {})
         except NotImplementedError:
             # Of a model that was read from a quantized file, transformers cannot undo what it did while reading.
-            save(str(directory), **_WITHOUT_REVERSE)
+            return self.write_as(published, directory, **_WITHOUT_REVERSE)
+
+    def write_as(self, model: Any, directory: Path, **options: Any) -> Facts:
+        """By its own ``save_pretrained``, past ours, which writes rotations as well."""
+        own = vars(model).get("save_pretrained")
+        save: Any = own.write if isinstance(own, SavesRotations) else model.save_pretrained
+        save(str(directory), **options)
         return {"class": type(model).__name__}
 
     def read(self, directory: Path, facts: Facts, model: nn.Module | None, options: dict[str, Any]) -> nn.Module:
         """By the class that the configuration names."""
         if model is not None:
             return model
+        if ONLY in facts:
+            raise AdapterFileError(f"{directory} was saved for {facts[ONLY]}; transformers does not read it")
         try:
             maker = getattr(import_module("transformers"), facts["class"], None)
         except ImportError as error:

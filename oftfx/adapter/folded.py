@@ -10,11 +10,13 @@ from typing import Any
 
 import torch.nn as nn
 
+from oftfx.adapter.as_compressed import Compressed
 from oftfx.adapter.checkpoints import Checkpoint, Facts, Hqq, Plain, Transformers, read_json
 from oftfx.adapter.four_bit_state import FourBitState
 from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.adapter.kept import load_rotations, multiply_right, save_rotations
 from oftfx.adapter.quanto_state import QuantoState
+from oftfx.adapter.servers import check_server
 from oftfx.errors import AdapterFileError, FoldError
 from oftfx.files import landing, of_version, remains, write
 from oftfx.folding.checkpoint import checkpoint_digest
@@ -30,13 +32,24 @@ _CONFIG = "config.json"
 _WAYS: tuple[type[Checkpoint], ...] = (FourBitState, QuantoState, Hqq, Transformers, Plain)
 
 
-def save_folded(model: nn.Module, report: FoldReport, directory: str | Path) -> Path:
+def save_folded(
+    model: nn.Module,
+    report: FoldReport,
+    directory: str | Path,
+    *,
+    save_as: str | None = None,
+    server: str | None = None,
+) -> Path:
     """See `oftfx.FoldResult.save`."""
     from safetensors import SafetensorError
 
     directory = Path(directory)
+    if save_as not in (None, "compressed-tensors"):
+        raise FoldError(f"save_as={save_as!r}; a fold is saved as it is (None), or as 'compressed-tensors'")
+    if server is not None:
+        check_server(model, server, save_as)
     stale = own_files(directory)
-    way = next(c for c in _WAYS if c.takes(model))()
+    way = Compressed(server is not None) if save_as else next(c for c in _WAYS if c.takes(model))()
     head = NOTE if isinstance(way, Plain) else _CONFIG
     with landing(directory, head, FoldError, stale=stale) as made:
         try:

@@ -86,9 +86,7 @@ def note_float_layers(model: nn.Module, made_float: list[str]) -> None:
     if not made_float or quantization is None:
         return
     if not any(_is_quantized(m) for m in model.modules()):
-        for name in _NOTES:
-            vars(model).pop(name, None)
-        del config.quantization_config
+        without_quantizer(model)
         return
     quantization = copy.copy(quantization)
     # A list of exceptions replaces transformers' own (the head), so it has to name every float layer.
@@ -106,6 +104,14 @@ def note_float_layers(model: nn.Module, made_float: list[str]) -> None:
     if (quantizer := vars(model).get("hf_quantizer")) is not None:
         model.hf_quantizer = copy.copy(quantizer)
         model.hf_quantizer.quantization_config = quantization  # type: ignore[union-attr, assignment]
+
+
+def without_quantizer(model: nn.Module) -> None:
+    """Forget who quantized a model, which has to have a config that says so."""
+    for name in _NOTES:
+        vars(model).pop(name, None)
+    if getattr(model.config, "quantization_config", None) is not None:
+        del model.config.quantization_config  # type: ignore[union-attr]
 
 
 def _is_quantized(module: nn.Module) -> bool:
