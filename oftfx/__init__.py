@@ -40,6 +40,7 @@ _HOME = {
     "load_adapter": "oftfx.adapter.load",
     "fold": "oftfx.folds",
     "unfold": "oftfx.folds",
+    "quantize": "oftfx.quantizing",
     "fold_aware": "oftfx.foldaware",
     "fold_checkpoint": "oftfx.streaming.directory_fold",
     "Budget": "oftfx.folding.policies",
@@ -86,6 +87,7 @@ if TYPE_CHECKING:
     from oftfx.planning.plans import Plan
     from oftfx.planning.program import Program
     from oftfx.planning.rules import Rule
+    from oftfx.quantizing import quantize
     from oftfx.rotation.module import Rotation
     from oftfx.rotation.spec import OFT
     from oftfx.streaming.directory_fold import fold_checkpoint

@@ -109,12 +109,17 @@ class FoldReport:
         actions = ", ".join(f"{n} {a}" for a, n in Counter(s.action for s in self.sites).items())
         before, after = sum(s.bytes_before for s in self.sites), sum(s.bytes_after for s in self.sites)
         worst = max((s.relative_error for s in self.sites), default=0.0)
+        # Float layers are rounded by `oftfx.quantize` alone, without any adapter.
+        folded = not any(s.format == "dense" and s.action in ("requantized", "calibrated") for s in self.sites)
         lines = [
             *(f"warning: {w}" for w in self.warnings),
             *(f"not checked: {u}" for u in self.unchecked),
-            f"folded {', '.join(self.adapters) or 'nothing'} into {len(self)} sites: {actions or 'none'}",
-            f"worst relative error of a weight {worst:.2e}, survival of the update {self.survival:.1%}, "
-            f"weights {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB after",
+            f"folded {', '.join(self.adapters) or 'nothing'} into {len(self)} sites: {actions or 'none'}"
+            if folded
+            else f"rounded {len(self)} layers: {actions}",
+            f"worst relative error of a weight {worst:.2e}, "
+            + (f"survival of the update {self.survival:.1%}, " if folded else "")
+            + f"weights {before / 2**20:.1f} MiB before, {after / 2**20:.1f} MiB after",
         ]
         if self.distilled:
             lines.append(self.distilled)
@@ -127,8 +132,9 @@ class FoldReport:
                 without = "" if base is None else f"{base:.3f} without adapter, "
                 share = "" if kept is None else f": {kept:.1%} of the gain is kept"
                 lines.append(
-                    f"perplexity on the calibration inputs {without}{self.measured.perplexity_before:.3f} unfolded, "
-                    f"{self.measured.perplexity_after:.3f} folded{share}"
+                    f"perplexity on the calibration inputs {without}{self.measured.perplexity_before:.3f} "
+                    f"{'unfolded' if folded else 'in floats'}, {self.measured.perplexity_after:.3f} "
+                    f"{'folded' if folded else 'rounded'}{share}"
                 )
         if self.dropped:
             lines.append(f"adapters that did not act and are dropped: {', '.join(self.dropped)}")
