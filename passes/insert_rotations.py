@@ -66,7 +66,7 @@ class InsertRotations(Pass):
             module = modules[entry.site.module]
             notice = format_named(entry.site.format).prepare(module) if entry.site.is_layer else None
             if entry.kernel == "exact":
-                use_exact(module)
+                use_exact(module, fast=entry.spec.kernel == "auto")
             placement = known.get(entry.fqn) or attach(modules, entry.site, entry.placement, each=entry.each)
             rotation = owned.get(entry.owner)
             if rotation is None:

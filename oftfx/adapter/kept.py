@@ -158,7 +158,7 @@ def multiply_right(layers: Mapping[str, nn.Module]) -> None:
         if notice := found.prepare(layer):
             notices[fqn] = notice
         if choose_kernel(layer, "auto")[0] == "exact":
-            use_exact(layer)
+            use_exact(layer, fast=True)
     if notices:
         fqn, notice = next(iter(notices.items()))
         warn(f"{fqn}: {notice}" + (f". So it is with {len(notices) - 1} more layers" if len(notices) > 1 else ""))

@@ -161,6 +161,11 @@ def refresh(model: nn.Module) -> None:
     optimiser steps, or the model moves or changes mode. Writing through ``.data`` changes no version: on a CPU most
     such writes are seen all the same (see `oftfx.Rotation`), on an accelerator none is.
 
+    A CUDA graph (`torch.cuda.graph`, ``torch.compile(mode="reduce-overhead")``) runs no Python when it is replayed, so
+    nothing is looked at then. What its replays read is written anew after each step of an optimiser, by
+    ``load_state_dict`` and where the mode changes; after any other change, also by ``copy_``, call this before the next
+    replay. After another adapter, a move or ``load_state_dict(assign=True)``, capture a new graph.
+
     Examples:
         >>> import oftfx, torch
         >>> x, model = torch.randn(5, 6), torch.nn.Sequential(torch.nn.Linear(6, 4))

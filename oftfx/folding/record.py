@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch.nn as nn
 
 from oftfx.formats.base import WeightFormat, WeightState
-from oftfx.formats.exact import is_exact, use_exact
+from oftfx.formats.exact import is_exact, is_fast, use_exact
 from oftfx.model.structure import replace_module
 from oftfx.placement.aware import CHILD as AWARE
 from oftfx.placement.aware import Aware, make_aware
@@ -89,6 +89,7 @@ class Undo:
     holder: nn.Module | None
     path: str
     exact: bool
+    fast: bool
     through: Mapping[tuple[str, ...], Aware]
 
     @classmethod
@@ -110,6 +111,7 @@ class Undo:
             holder,
             path,
             is_exact(placement.module),
+            is_fast(placement.module),
             dict(placement.through),
         )
 
@@ -122,7 +124,7 @@ class Undo:
         placement.drop()
         self.format.write(module, self.state)
         if self.exact:
-            use_exact(module)
+            use_exact(module, fast=self.fast)
         if self.holder is not None:
             module._modules[placement.child] = self.holder
         placement.fixed, placement.rotations, placement.active = list(self.fixed), dict(self.rotations), self.active

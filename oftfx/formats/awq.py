@@ -92,6 +92,10 @@ class Awq(PackedWords):
             return "adding its float16 bias, it returns float32 for an input in bfloat16"
         return None
 
+    def forward_is_right(self, module: nn.Module) -> bool:
+        """Of autoawq's kernels on a GPU."""
+        return _kernel(module) == "WQLinear_GEMM" and bool(module.qweight.is_cuda)  # type: ignore[operator]
+
     def make_tiny(self, in_features: int, out_features: int, *, bias: bool = True) -> nn.Module:
         """Groups of 32, float32 scales, in the kernel whose forward multiplies in them."""
         return make_awq(nn.Linear(in_features, out_features, bias=bias), kernel="TorchAtenAwqLinear").float()

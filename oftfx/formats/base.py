@@ -158,6 +158,13 @@ class WeightFormat(ABC):
         """
         return None
 
+    def forward_is_right(self, module: nn.Module) -> bool:  # noqa: ARG002
+        """Whether `native_fault` is about gradients alone: the outputs of the layer's own forward are right here.
+
+        On an accelerator such a layer runs its package's kernel forward and is multiplied exactly backward.
+        """
+        return False
+
     def runs(self, module: nn.Module) -> bool:  # noqa: ARG002
         """Whether the layer has a forward of its own in the state in which it is."""
         return True

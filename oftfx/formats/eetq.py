@@ -89,6 +89,10 @@ class Eetq(ScalarFormat):
             return "its backward gives the bias no gradient"
         return None
 
+    def forward_is_right(self, module: nn.Module) -> bool:
+        """On a GPU."""
+        return _scales(module).device.type == "cuda"
+
     def make_tiny(self, in_features: int, out_features: int, *, bias: bool = True) -> nn.Module:
         """Cast to float32, as in a float32 model; both sizes have to be multiples of 64."""
         return make_eetq(nn.Linear(in_features, out_features, bias=bias)).float()

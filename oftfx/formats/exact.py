@@ -25,10 +25,12 @@ class ExactForward:
     Args:
         module: the layer; the object takes the place of its ``forward``, the class stays.
         weight_format: how its weight is read.
+        fast: whether the package's own kernel may run where the input of a call is on an accelerator: if nothing is
+            wrong with it there, as in any such layer; if only its gradients are, forward, with the exact backward.
     """
 
-    def __init__(self, module: nn.Module, weight_format: WeightFormat) -> None:
-        self.module, self.format = module, weight_format
+    def __init__(self, module: nn.Module, weight_format: WeightFormat, *, fast: bool = False) -> None:
+        self.module, self.format, self.fast = module, weight_format, fast
         self.native = module.__dict__.get(place_of_forward(module))  # some packages keep theirs in the instance
 
     def __call__(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
@@ -37,10 +39,22 @@ class ExactForward:
         if x is None:
             raise TypeError(f"a {type(self.module).__name__} was called without its input")
         bias: Tensor | None = getattr(self.module, "bias", None)
+        own, fault = self.own_forward(x) if self.fast and accelerates(x.device) else (None, None)
+        if own is not None and fault is None:
+            result: Tensor = own(x)
+            return result
         trains = torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad))
         if trains and not torch.compiler.is_compiling():
-            return _Product.apply(x, bias, self)
-        return self.product(x, bias)
+            return _Product.apply(x, bias, self, own or self.product)
+        return self.product(x, bias) if own is None else own(x)
+
+    def own_forward(self, x: Tensor) -> tuple[Any, str | None]:  # noqa: ARG002
+        """What the layer would run without us where it is right here, and what is wrong with its gradients."""
+        fault = self.format.native_fault(self.module)
+        if not self.format.runs(self.module) or (fault is not None and not self.format.forward_is_right(self.module)):
+            return None, fault
+        native = getattr(self, "native", None) or type(self.module).forward.__get__(self.module)
+        return lambda x, bias=None: native(x), fault  # noqa: ARG005
 
     def product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """The product itself."""
@@ -53,18 +67,24 @@ class ExactForward:
 
 class _Product(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, bias: Tensor | None, exact: ExactForward) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, bias: Tensor | None, exact: ExactForward, product: Any) -> Tensor:  # type: ignore[override]
         ctx.exact, ctx.dtype = exact, x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
-        return exact.product(x, bias)
+        result: Tensor = product(x, bias)
+        return result
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
-        needs_x, needs_bias, _ = ctx.needs_input_grad
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[override]
+        needs_x, needs_bias, *_ = ctx.needs_input_grad
         to_x = (grad @ ctx.exact.weight(grad.dtype)).to(ctx.dtype) if needs_x else None
         to_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype) if needs_bias else None
-        return to_x, to_bias, None
+        return to_x, to_bias, None, None
+
+
+def accelerates(device: torch.device) -> bool:
+    """Whether packages bring kernels of their own for a device."""
+    return device.type not in ("cpu", "meta")
 
 
 def choose_kernel(module: nn.Module, asked: str) -> tuple[str, str]:
@@ -82,7 +102,11 @@ def choose_kernel(module: nn.Module, asked: str) -> tuple[str, str]:
         return "native", ""
     fault = weight_format.native_fault(module)
     if asked == "auto":
-        return ("native", "") if fault is None else ("exact", f"multiplies exactly, by its dequantized weight: {fault}")
+        if fault is None:
+            return "native", ""
+        if weight_format.forward_is_right(module):
+            return "exact", f"runs its own kernel forward and multiplies exactly backward: {fault}"
+        return "exact", f"multiplies exactly, by its dequantized weight: {fault}"
     if asked == "native" and not weight_format.runs(module):
         raise FormatError(f"kernel='native' is not possible for this {type(module).__name__}: {fault}; use 'auto'")
     warning = f"keeps its own forward, as asked, although {fault}" if asked == "native" and fault else ""
@@ -95,13 +119,23 @@ def is_exact(module: nn.Module) -> bool:
     return isinstance(getattr(forward, "beneath", forward), ExactForward)  # or something of ours stands over it
 
 
-def use_exact(module: nn.Module) -> None:
-    """Let a layer multiply exactly from now on."""
+def is_fast(module: nn.Module) -> bool:
+    """Whether a layer that multiplies exactly may run its own kernel on an accelerator."""
+    forward = module.__dict__.get(place_of_forward(module))
+    return bool(getattr(getattr(forward, "beneath", forward), "fast", False))
+
+
+def use_exact(module: nn.Module, *, fast: bool = False) -> None:
+    """Let a layer multiply exactly from now on; ``fast``: but for what `ExactForward` leaves to the package."""
     weight_format = format_of(module)
     if weight_format is None:
         raise FormatError(f"no known format reads this {type(module).__name__}, so it cannot multiply exactly")
-    if not is_exact(module):
-        module.__dict__[place_of_forward(module)] = ExactForward(module, weight_format)
+    if is_exact(module):
+        forward = module.__dict__[place_of_forward(module)]
+        exact = getattr(forward, "beneath", forward)
+        exact.fast = exact.fast and fast
+    else:
+        module.__dict__[place_of_forward(module)] = ExactForward(module, weight_format, fast=fast)
 
 
 def use_native(module: nn.Module) -> None:

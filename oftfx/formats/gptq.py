@@ -122,6 +122,10 @@ class Gptq(PackedWords):
             return None
         return _words_of(zeros - 1, module, less=1)
 
+    def forward_is_right(self, module: nn.Module) -> bool:
+        """Of auto-gptq's kernels on a GPU."""
+        return _auto_gptq(module) is not None and bool(module.qweight.is_cuda)  # type: ignore[operator]
+
     def adds_one(self, module: nn.Module) -> bool:
         """Whether the layer's forward adds one to what is stored as zero, as for files of version 1."""
         return _auto_gptq(module) is not None

@@ -12,6 +12,7 @@ from oftfx.formats.parametrized import parametrization_of
 from oftfx.placement.base import Placement
 from oftfx.placement.rows import OPEN, rows_of
 from oftfx.placement.rows_of_weight import chain_of_call
+from oftfx.rotation.remade import remade
 
 
 class RotateComputed(Placement):
@@ -56,7 +57,10 @@ class RotateComputed(Placement):
         chain = self.in_effect(None if rows is None else chain_of_call(rows, self))
         if not chain:
             return weight
-        matrix = self.layout.turned_by(self.layout.matrix(weight), [r.effective() for r in chain])
+        return remade(self._turned, weight, *(r.effective() for r in chain))
+
+    def _turned(self, weight: torch.Tensor, *blocks: torch.Tensor) -> torch.Tensor:
+        matrix = self.layout.turned_by(self.layout.matrix(weight), list(blocks))
         return self.layout.restore(matrix, tuple(weight.shape)).to(weight.dtype).contiguous()
 
     def remove(self) -> None:

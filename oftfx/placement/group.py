@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+import weakref
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,10 +11,26 @@ from torch import Tensor
 from oftfx.placement.base import Placement
 from oftfx.placement.handout import HandOut
 from oftfx.rotation.autocast import without_autocast
-from oftfx.rotation.caching import caching
+from oftfx.rotation.caching import steps
 from oftfx.rotation.frozen import FrozenRotation
+from oftfx.rotation.kept import Kept
 from oftfx.rotation.module import Rotation, cayley_of
+from oftfx.rotation.operators import jointly_in_graph
 from oftfx.rotation.rotate import rotate_jointly
+
+
+class _Last(NamedTuple):
+    """What a rotation has made of a tensor, and the versions of both; gone when the tensor is."""
+
+    source: weakref.ref[Tensor]
+    blocks: Tensor
+    y: Tensor
+    versions: tuple[int, int]
+
+    def is_of(self, x: Tensor, blocks: Tensor | None) -> bool:
+        """Whether it is what these blocks make of this tensor now."""
+        now = x._version, self.y._version
+        return self.versions == now and self.blocks is blocks and self.source() is x
 
 
 class InputGroup:
@@ -31,8 +48,10 @@ class InputGroup:
     def __init__(self, key: str, *, local: bool = False) -> None:
         self.placements: dict[str, Placement] = {}
         self.handout = HandOut(key, local=local)
-        self._cached: tuple[Any, Tensor] | None = None
+        self._kept: Kept | None = None
         self._known: tuple[Any, dict[str, Any]] = (None, {})
+        self._shared: dict[Rotation, bool] = {}
+        self._last: _Last | None = None
 
     def add(self, placement: Placement) -> None:
         """Let a site be one of the group."""
@@ -42,12 +61,15 @@ class InputGroup:
     def rotate(self, placement: Placement, x: Tensor) -> Tensor:
         """What the rotations of one site make of ``x``; the others get theirs when they ask for the same ``x``."""
         if _is_decoding(x):
-            return placement.alone(x)
+            return self._once(placement, x)
         sites, rotations, joint = self._together(placement)
         if not sites or (joint and not _in_reach(rotations, x)):
             return placement.alone(x)
 
         def everything() -> dict[str, Tensor]:
+            if joint and all(r.is_in_graph(x) for r in rotations):
+                texts = [r.recipe_text for r in rotations]
+                return dict(zip(sites, jointly_in_graph(x, [r.tensor for r in rotations], texts), strict=True))
             if joint:
                 return dict(zip(sites, rotate_jointly(x, self._blocks(rotations, x.dtype)), strict=True))
             return dict.fromkeys(sites, placement.alone(x))
@@ -59,6 +81,35 @@ class InputGroup:
             everything,
             lambda: placement.alone(x),
         )
+
+    def _once(self, placement: Placement, x: Tensor) -> Tensor:
+        """The same for a token or a few, which the sites of one rotation get from the first of them.
+
+        Without a gradient a result is a number like any other, and needs no key but the tensors that it was made of.
+        """
+        chain = placement.in_effect()
+        rotation = chain[0] if len(chain) == 1 else None
+        if not isinstance(rotation, Rotation) or not self._is_shared(rotation) or x.is_inference():
+            return placement.alone(x)
+        blocks, last = rotation.current(x.dtype), self._last  # read once: another thread may replace it
+        if last is not None and last.is_of(x, blocks):
+            return last.y
+        y = placement.alone(x)
+        if blocks is not None and not y.is_inference() and rotation.current(x.dtype) is blocks:
+            self._last = _Last(weakref.ref(x, self._drop), blocks, y, (x._version, y._version))
+        return y
+
+    def _is_shared(self, rotation: Rotation) -> bool:
+        found = self._shared.get(rotation)
+        if found is None:
+            sites = [p for p in self.placements.values() if any(r is rotation for r in p.rotations.values())]
+            found = self._shared[rotation] = len(sites) > 1
+        return found
+
+    def _drop(self, x: weakref.ref[Tensor]) -> None:
+        last = self._last
+        if last is not None and last.source is x:
+            self._last = None
 
     def _together(self, placement: Placement) -> tuple[tuple[str, ...], list[Rotation | FrozenRotation], bool]:
         """The sites that get their results with this one, the rotations that make them, and whether each has its own.
@@ -91,25 +142,29 @@ class InputGroup:
     def _blocks(self, rotations: list[Rotation | FrozenRotation], dtype: torch.dtype) -> Tensor:
         """Blocks of several rotations side by side, ``(blocks, b, count * b)``; kept in eval mode."""
         states = [r.state() for r in rotations]
-        if None in states or not caching():
+        if None in states:
             return _side_by_side(rotations, dtype)
-        key = (*states, dtype)
-        cached = self._cached
-        if cached is None or cached[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                cached = (key, _side_by_side(rotations, dtype).contiguous())
-            if type(cached[1]) is Tensor:  # neither fake nor functional
-                self._cached = cached
-        return cached[1]
+        kept = self._kept
+        if kept is None or kept.dtype is not dtype or not _are_of(kept, rotations):
+            first, *others = [r.source(r.tensor) for r in rotations]
+            kept = self._kept = first.kept(tuple(others), tuple(r.recipe_text for r in rotations), dtype)
+        return kept.read([r.tensor for r in rotations], (*states, steps()))
 
     def forget(self) -> None:
         """Drop what is kept."""
-        self._cached = None
+        self._kept = None
         self._known = (None, {})
+        self._shared, self._last = {}, None
         self.handout.forget()
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None, "_known": (None, {})}
+        return {**self.__dict__, "_kept": None, "_known": (None, {}), "_shared": {}, "_last": None}
+
+
+def _are_of(kept: Kept, rotations: list[Rotation | FrozenRotation]) -> bool:
+    return len(kept.sources) == len(rotations) and all(
+        s.tensor() is r.tensor for s, r in zip(kept.sources, rotations, strict=True)
+    )
 
 
 _META = torch.device("meta")

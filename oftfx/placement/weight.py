@@ -20,6 +20,7 @@ from oftfx.rotation.frozen import FrozenRotation
 from oftfx.rotation.glimpse import Glimpse
 from oftfx.rotation.identity import Identity
 from oftfx.rotation.module import Rotation
+from oftfx.rotation.remade import remade
 
 
 class RotateWeight(Placement):
@@ -159,8 +160,12 @@ class RotateWeight(Placement):
         return cached[1]
 
     def _product(self, weight: torch.Tensor, chain: list[Rotation | FrozenRotation]) -> torch.Tensor:
+        # Backward has the weight and the blocks, and no float32 copy of the weight.
+        return remade(self._turned, weight, *(r.effective() for r in chain))
+
+    def _turned(self, weight: torch.Tensor, *blocks: torch.Tensor) -> torch.Tensor:
         layout = self.layout
-        matrix = layout.turned_by(layout.matrix(weight), [r.effective() for r in chain])
+        matrix = layout.turned_by(layout.matrix(weight), list(blocks))
         rotated = layout.restore(matrix, tuple(weight.shape)).to(weight.dtype)
         # Strictly: of a weight with axes of one element, the strides alone tell its memory format.
         return rotated if rotated.stride() == weight.stride() else torch.empty_like(weight).copy_(rotated)

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from oftfx.formats.unread import load_instead
 from oftfx.model.names import read_as
 from oftfx.model.structure import is_own_module
 from oftfx.planning.program import Program
@@ -56,12 +57,17 @@ def _why(program: Program, module: nn.Module, parameter: str) -> str:
         stored = (
             weight.dtype if type(weight) is nn.Parameter else type(weight).__name__
         )  # whose dtype is not its storage
-        return f"a Linear whose weight is stored as {stored}, which no known format reads"
+        return f"a Linear whose weight is stored as {stored}, which no known format reads" + _instead(module)
     if isinstance(module, nn.RNNBase):
         return "the weights of a recurrent layer are read by one fused kernel, step by step"
     if parameter not in module._parameters:
-        return f"layers of class {type(module).__name__} cannot be rotated yet"
+        return f"layers of class {type(module).__name__} cannot be rotated yet" + _instead(module)
     if program.recording is None or program.recording.rung == "tree":
         reason = program.recording.reason if program.recording else "pass example_inputs"
         return f"a parameter that {type(module).__name__} uses by itself; only a recorded forward shows how ({reason})"
     return f"the recorded forward does not use this parameter of {type(module).__name__} as a matrix"
+
+
+def _instead(module: nn.Module) -> str:
+    instead = load_instead(module)
+    return "" if instead is None else f"; {instead}"

@@ -50,12 +50,14 @@ def no_cache() -> Iterator[None]:
         _caching.reset(token)
 
 
-def caching() -> bool:
-    """Whether results may be kept from one forward to the next.
+def keeping() -> bool:
+    """Whether results may be kept from one forward to the next, by who knows what a CUDA graph does (see `kept`)."""
+    return not torch.compiler.is_compiling() and _caching.get() and not torch.jit.is_tracing()
 
-    Not in a CUDA graph that is being captured: its replays would read what was kept then, whatever has been learnt.
-    """
-    return not torch.compiler.is_compiling() and _caching.get() and not torch.jit.is_tracing() and not capturing()
+
+def caching() -> bool:
+    """The same by who does not: replays of a graph would read what was kept then, whatever has been learnt."""
+    return keeping() and not capturing()
 
 
 def capturing() -> bool:

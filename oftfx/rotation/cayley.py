@@ -11,6 +11,7 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from oftfx.rotation.autocast import without_autocast
 from oftfx.rotation.ieee import ieee_products
+from oftfx.rotation.remade import remade
 from oftfx.rotation.skew import skew_matrix
 from oftfx.rotation.triton import choose
 
@@ -67,21 +68,27 @@ def cayley(
         skew = skew.to(wide)
         if series is not None and coft_eps is None and choose.possible(skew):
             double, single = series
-            if choose.makes_series(skew, block_size, double, single, partial(_series_in_torch, block_size, *series)):
+            if choose.makes_series(skew, block_size, double, single, partial(_in_torch, block_size, series, None)):
                 from oftfx.rotation.triton.cayley import cayley_series
 
                 return cayley_series(skew, block_size, double, single)
+        if parameterization in PARAMETERIZATIONS:
+            return remade(partial(_in_torch, block_size, series, coft_eps), skew)
+    raise ValueError(f"unknown parameterization {parameterization!r}, expected one of {PARAMETERIZATIONS}")
+
+
+def _in_torch(block_size: int, series: tuple[int, bool] | None, coft_eps: float | None, skew: Tensor) -> Tensor:
+    # Once more around: backward makes this again, with autocast and settings of its own.
+    with without_autocast(skew.device), ieee_products():
         q = skew_matrix(skew, block_size)
         if coft_eps is not None:
             q = project(q, coft_eps)
-        eye = torch.eye(block_size, dtype=wide, device=skew.device).expand_as(q)
-        if parameterization == "cayley":
-            # (I - Q) and (I + Q)^-1 commute, so the left solve is the same matrix.
-            # I + Q is never singular, so nobody has to wait for the device to say so.
-            return torch.linalg.solve_ex(eye + q, eye - q, check_errors=False)[0]
+        eye = torch.eye(block_size, dtype=skew.dtype, device=skew.device).expand_as(q)
         if series is not None:
             return _neumann(q, eye, *series)
-    raise ValueError(f"unknown parameterization {parameterization!r}, expected one of {PARAMETERIZATIONS}")
+        # (I - Q) and (I + Q)^-1 commute, so the left solve is the same matrix.
+        # I + Q is never singular, so nobody has to wait for the device to say so.
+        return torch.linalg.solve_ex(eye + q, eye - q, check_errors=False)[0]
 
 
 def project(q: Tensor, eps: float) -> Tensor:
@@ -114,8 +121,3 @@ def _neumann(q: Tensor, eye: Tensor, double: int, single: bool) -> Tensor:
     for _ in range(double - 1):
         inner = torch.baddbmm(2 * eye, q, inner)
     return torch.baddbmm(eye, q, inner)
-
-
-def _series_in_torch(block_size: int, double: int, single: bool, skew: Tensor) -> Tensor:
-    q = skew_matrix(skew, block_size)
-    return _neumann(q, torch.eye(block_size, dtype=skew.dtype, device=skew.device).expand_as(q), double, single)

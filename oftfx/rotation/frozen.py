@@ -8,9 +8,9 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from oftfx.rotation.caching import caching
-from oftfx.rotation.glimpse import Glimpse
-from oftfx.rotation.identity import Identity
+from oftfx.rotation.caching import keeping, steps
+from oftfx.rotation.kept import Source, forget_kept, may_be_kept, source_of
+from oftfx.rotation.operators import in_graph, rotate_in_graph
 from oftfx.rotation.rotate import rotate
 
 
@@ -22,12 +22,11 @@ class FrozenRotation(nn.Module):
     """
 
     blocks: Tensor
+    recipe_text = ""
 
     def __init__(self, blocks: Tensor) -> None:
         super().__init__()
-        self._identity = Identity()
-        self._glimpse = Glimpse()
-        self._cached: tuple[Any, Tensor] | None = None
+        self._source: Source | None = None
         self.register_buffer("blocks", blocks)
 
     @property
@@ -36,13 +35,25 @@ class FrozenRotation(nn.Module):
         return self.blocks.shape[0], self.blocks.shape[1]
 
     @property
+    def tensor(self) -> Tensor:
+        """What the blocks are made from: themselves."""
+        return self.blocks
+
+    @property
     def device(self) -> torch.device:
         """Where the blocks are."""
         return self.blocks.device
 
     def stamp(self) -> tuple[Any, ...]:
         """What tells this rotation from another, and from itself after a change."""
-        return self._identity.of(self.blocks), 0 if self.blocks.is_inference() else self.blocks._version
+        return self.source(self.blocks).stamp(self.blocks)
+
+    def source(self, blocks: Tensor) -> Source:
+        """What is known of the tensor that stands here now."""
+        source = self._source  # read once: another thread may replace it
+        if source is None or source.tensor() is not blocks:
+            source = self._source = source_of(blocks)
+        return source
 
     def effective(self) -> Tensor:
         """Blocks ``(blocks, b, b)``."""
@@ -50,35 +61,31 @@ class FrozenRotation(nn.Module):
 
     def state(self) -> tuple[Any, ...] | None:
         """What the blocks depend on; see `Rotation.state`."""
-        if not caching() or self.blocks.is_meta or self.blocks.is_inference():
-            return None
-        blocks = self.blocks
-        return self._identity.of(blocks), blocks._version, blocks.data_ptr(), self._glimpse.of(blocks), blocks.device
+        return self.source(self.blocks).state(self.blocks) if keeping() and may_be_kept(self.blocks) else None
+
+    def is_in_graph(self, *xs: Tensor) -> bool:
+        """See `Rotation.is_in_graph`."""
+        return in_graph(self.blocks, *xs)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""
         blocks = self.blocks
-        return rotate(x, blocks if blocks.dtype == x.dtype else self._in(x.dtype))
-
-    def _in(self, dtype: torch.dtype) -> Tensor:
-        """The blocks in the dtype of activations, kept: casting them costs as much as the product for one token."""
-        state = self.state()
-        if state is None:
-            return self.blocks.to(dtype)
-        key, cached = (*state, dtype), self._cached
-        if cached is None or cached[0] != key:
-            with torch.inference_mode(False), torch.no_grad():
-                cached = (key, self.blocks.to(dtype))
-            if type(cached[1]) is Tensor:  # neither fake nor functional
-                self._cached = cached
-        return cached[1]
+        # Casting blocks costs as much as the product for one token.
+        if blocks.dtype != x.dtype:
+            if self.is_in_graph(x):
+                return rotate_in_graph(x, blocks, self.recipe_text)
+            state = self.state()
+            if state is not None:
+                kept = self.source(blocks).kept((), (self.recipe_text,), x.dtype)
+                blocks = kept.read((blocks,), (state, steps()))
+        return rotate(x, blocks)
 
     def _apply(self, fn: Any, recurse: bool = True) -> FrozenRotation:
-        self._cached = None
+        forget_kept(self.blocks)
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_source": None}
 
     def extra_repr(self) -> str:
         return f"blocks={self.blocks.shape[0]}, block_size={self.blocks.shape[1]}"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -11,14 +10,14 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.rotation.accelerate import HOOK, keep_here
-from oftfx.rotation.caching import caching, count_steps, steps
-from oftfx.rotation.cayley import cayley
+from oftfx.rotation.caching import count_steps, keeping, steps
 from oftfx.rotation.cayley import project as project_norm
 from oftfx.rotation.frozen import FrozenRotation
-from oftfx.rotation.glimpse import Glimpse
-from oftfx.rotation.identity import Identity
+from oftfx.rotation.kept import Kept, Source, forget_kept, may_be_kept, source_of
+from oftfx.rotation.operators import blocks_in_graph, in_graph, rotate_in_graph
+from oftfx.rotation.recipe import Recipe, blocks_by
 from oftfx.rotation.rotate import rotate
-from oftfx.rotation.skew import remembered, skew_matrix, skew_size, skew_vector
+from oftfx.rotation.skew import skew_matrix, skew_size, skew_vector
 from oftfx.rotation.spec import OFT
 
 
@@ -58,7 +57,8 @@ class Rotation(nn.Module):
     In eval mode without gradients the blocks are computed once and kept until the parameter's version changes
     (an optimiser step, ``load_state_dict``, ``copy_``), an optimiser steps, it moves, or the module changes mode.
     Writing through ``.data`` is invisible to torch. On a CPU a look at a few bytes of the tensor sees what writes all
-    of it (averaged weights, scaling); otherwise call `oftfx.refresh`.
+    of it (averaged weights, scaling); otherwise call `oftfx.refresh`. A CUDA graph's replays look at nothing, and
+    `oftfx.refresh` says when it has to be called for them.
 
     Args:
         in_features: length of the axis that one rotation turns.
@@ -104,17 +104,27 @@ class Rotation(nn.Module):
         super().__init__()
         count_steps()
         self.spec = spec
-        self._identity = Identity()
-        self._glimpse = Glimpse()
+        self._source: Source | None = None
+        self._kept: Kept | None = None
         self.copies, self.tied = copies, tied
         self.in_features = in_features * copies
         blocks, self.block_size = spec.geometry(in_features, where)
         self.blocks = blocks * copies
+        self.recipe = Recipe(
+            blocks=self.blocks,
+            block_size=self.block_size,
+            parameterization=spec.parameterization,
+            terms=spec.terms,
+            coft_eps=spec.coft_eps,
+            block_share=spec.block_share,
+            copies=copies,
+            tied=tied,
+        )
+        self.recipe_text = self.recipe.text()
         rows = skew_rows(spec, blocks, copies, tied)
         self.skew = nn.Parameter(torch.empty(rows, skew_size(self.block_size), dtype=dtype, device=device))
         self.dropout = BlockDropout(spec.dropout) if spec.dropout else None
         self.reset()
-        self.forget()
 
     def reset(self) -> None:
         """Set skew to the start that the spec asks for."""
@@ -125,35 +135,21 @@ class Rotation(nn.Module):
                 self.skew.zero_()
 
     def forget(self) -> None:
-        """Drop what eval mode has cached, here and wherever the blocks went."""
-        self._cached: tuple[Any, Tensor] | None = None
-        self._identity.forget()
-        self._glimpse.forget()
+        """Drop what eval mode has kept, here and wherever the blocks went."""
+        self._source = self._kept = None
+        forget_kept(self._parameters.get("skew"))
 
     def matrices(self) -> Tensor:
-        """Blocks ``(blocks, b, b)`` in float32 or wider: without dropout, never cached, differentiable."""
-        return self.spread(self.formula(whole(self.skew)))
+        """Blocks ``(blocks, b, b)`` in float32 or wider: without dropout, never kept, differentiable."""
+        return self.recipe(whole(self.skew))
 
     def formula(self, skew: Tensor) -> Tensor:
         """A block ``(rows, b, b)`` for each row of ``skew``, by this rotation's parameterization."""
-        spec = self.spec
-        return cayley(
-            skew,
-            self.block_size,
-            parameterization=spec.parameterization,
-            terms=spec.terms,
-            # The bound of one rotation counts its own blocks only.
-            coft_eps=None if spec.coft_eps is None else spec.coft_eps * self.copies**0.5,
-        )
+        return self.recipe.formula(skew)
 
     def spread(self, rows: Tensor) -> Tensor:
         """One entry a block ``(blocks, ...)`` from one a row of ``skew``, where blocks share a row."""
-        if rows.shape[0] == self.blocks:
-            return rows
-        if self.spec.block_share:
-            tail = (-1,) * (rows.dim() - 1)
-            return rows.unsqueeze(1).expand(-1, self.blocks // self.copies, *tail).flatten(0, 1)
-        return rows.index_select(0, remembered(_rows, self.tied, rows.device))
+        return self.recipe.spread(rows)
 
     def every_skew(self) -> Tensor:
         """``skew`` as files hold it: a row a block, also of tied ones; one row with ``block_share``."""
@@ -167,8 +163,17 @@ class Rotation(nn.Module):
         self.skew.copy_(skew)
 
     def effective(self) -> Tensor:
-        """Blocks ``(blocks, b, b)`` of this forward: in training with dropout."""
+        """Blocks ``(blocks, b, b)`` of this forward, to be read only: in training with dropout, in eval mode kept."""
+        if self.is_in_graph():
+            return blocks_in_graph(self.skew, self.recipe_text)
+        state = self.state()
+        if state is not None:
+            return self._read(state, torch.promote_types(self.skew.dtype, torch.float32))
         return self.dropped(self.matrices())
+
+    def is_in_graph(self, *xs: Tensor) -> bool:
+        """Whether what is compiled now asks for the blocks instead of making them; see `in_graph`."""
+        return in_graph(self.skew, *xs) and not self.training
 
     def dropped(self, blocks: Tensor) -> Tensor:
         """Blocks after dropout, in training."""
@@ -180,6 +185,11 @@ class Rotation(nn.Module):
         return self.blocks, self.block_size
 
     @property
+    def tensor(self) -> Tensor:
+        """What the blocks are made from."""
+        return self.skew
+
+    @property
     def device(self) -> torch.device:
         """Where the parameter is."""
         return self.skew.device
@@ -187,9 +197,14 @@ class Rotation(nn.Module):
     def stamp(self) -> tuple[Any, ...]:
         """What tells this rotation from another, and from itself after a change."""
         skew = self.skew
-        version = 0 if skew.is_inference() else skew._version
-        seen = self._glimpse.of(skew) if type(skew) is nn.Parameter and not torch.compiler.is_compiling() else b""
-        return self._identity.of(skew), version, seen, steps(), skew.requires_grad, self.training
+        return *self.source(skew).stamp(skew), steps(), skew.requires_grad, self.training
+
+    def source(self, skew: Tensor) -> Source:
+        """What is known of the tensor that stands here now."""
+        source = self._source  # read once: another thread may replace it
+        if source is None or source.tensor() is not skew:
+            source = self._source = source_of(skew)
+        return source
 
     def state(self) -> tuple[Any, ...] | None:
         """What the blocks depend on, where they may be kept for the next forward; None where they may not."""
@@ -198,30 +213,42 @@ class Rotation(nn.Module):
         skew = self._parameters.get("skew")  # quicker than by the attribute, and this is asked for every token
         if skew is None or not self._cacheable(skew):
             return None
-        # The glimpse starts with the address.
-        return self._identity.of(skew), skew._version, self._glimpse.at(skew), skew.device, steps()
+        return self.source(skew).state(skew)
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x (..., n)``; shape and dtype are kept."""
+        blocks = self.current(x.dtype)
+        if blocks is not None:
+            return rotate(x, blocks)
         state = self.state()
-        if state is None:
-            return rotate(x, self.effective())
-        # A cast a forward would cost as much as the product for one token, so the dtype is part of the key.
-        key = (*state, x.dtype)
-        cached = self._cached
-        if cached is None or cached[0] != key:
-            # A tensor made under inference_mode could not be used by a later training forward.
-            with torch.inference_mode(False), torch.no_grad():
-                cached = (key, self.matrices().to(x.dtype).contiguous())
-            if type(cached[1]) is Tensor:  # neither fake nor functional
-                self._cached = cached
-        return rotate(x, cached[1])
+        if state is not None:
+            return rotate(x, self._read(state, x.dtype))
+        if self.is_in_graph(x):
+            return rotate_in_graph(x, self.skew, self.recipe_text)
+        return rotate(x, self.dropped(self.matrices()))
+
+    def current(self, dtype: torch.dtype) -> Tensor | None:
+        """The blocks that this rotation had last, where they are still right; asked for every token, so it is quick."""
+        if self.training or not keeping():
+            return None
+        skew, kept = self._parameters.get("skew"), self._kept
+        if kept is None or skew is None or kept.dtype is not dtype or kept.sources[0].tensor() is not skew:
+            return None
+        here: Tensor = skew
+        return None if torch.is_grad_enabled() and here.requires_grad else kept.current(here)
+
+    def _read(self, state: tuple[Any, ...], dtype: torch.dtype) -> Tensor:
+        """The blocks that are kept, in a dtype: a cast a forward would cost as much as the product for one token."""
+        skew, source, kept = self.skew, self._source, self._kept
+        if kept is None or kept.dtype is not dtype or kept.sources[0] is not source:
+            kept = self._kept = self.source(skew).kept((), (self.recipe_text,), dtype)
+        return kept.read((skew,), (state, steps()))
 
     def _cacheable(self, skew: Tensor) -> bool:
-        if (torch.is_grad_enabled() and skew.requires_grad) or not caching():
+        if (torch.is_grad_enabled() and skew.requires_grad) or not keeping():
             return False
         # No plain parameter: `functional_call` has put a tensor in its place, or FSDP a shard.
-        return type(skew) is nn.Parameter and not skew.is_meta and not skew.is_inference()
+        return type(skew) is nn.Parameter and may_be_kept(skew)
 
     @torch.no_grad()
     def project_(self) -> None:
@@ -239,7 +266,7 @@ class Rotation(nn.Module):
         super().__setattr__(name, value)
         if name == HOOK:
             keep_here(self, value)
-        if name == "skew" and "_cached" in self.__dict__:
+        if name == "skew" and "_kept" in self.__dict__:
             self.forget()
 
     def train(self, mode: bool = True) -> Rotation:
@@ -248,12 +275,17 @@ class Rotation(nn.Module):
             self.forget()
         return super().train(mode)
 
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self.forget()
+        super()._load_from_state_dict(*args, **kwargs)
+        self.forget()  # what a captured graph reads is written anew at once
+
     def _apply(self, fn: Any, recurse: bool = True) -> Rotation:
         self.forget()
         return super()._apply(fn, recurse)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_cached": None}
+        return {**self.__dict__, "_source": None, "_kept": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         count_steps()
@@ -264,11 +296,6 @@ class Rotation(nn.Module):
         return f"{self.in_features}, blocks={self.blocks}, block_size={self.block_size}, {spec.parameterization}"
 
 
-@lru_cache(maxsize=256)
-def _rows(tied: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(tied, device=device)
-
-
 def skew_rows(spec: OFT, blocks: int, copies: int = 1, tied: tuple[int, ...] = ()) -> int:
     """Rows of ``skew`` for ``blocks`` blocks a rotation."""
     return copies if spec.block_share else len(set(tied)) or copies * blocks
@@ -276,17 +303,8 @@ def skew_rows(spec: OFT, blocks: int, copies: int = 1, tied: tuple[int, ...] = (
 
 def cayley_of(rotations: Sequence[Rotation | FrozenRotation]) -> list[Tensor]:
     """`Rotation.effective` of several rotations of one size; those of one spec in one batch."""
-    first = rotations[0]
-    if isinstance(first, FrozenRotation) or first.spec.coft_eps is not None or len(rotations) == 1:
-        return [r.effective() for r in rotations]
     trainable = [r for r in rotations if isinstance(r, Rotation)]
-    if any(_formula(r) != _formula(first) for r in trainable):
+    if not trainable:
         return [r.effective() for r in rotations]
-    rows = first.formula(torch.cat([whole(r.skew) for r in trainable]))
-    parts = rows.split([r.skew.shape[0] for r in trainable])
-    return [r.dropped(r.spread(p)) for r, p in zip(trainable, parts, strict=True)]
-
-
-def _formula(rotation: Rotation) -> tuple[Any, ...]:
-    spec = rotation.spec
-    return spec.parameterization, spec.terms, spec.coft_eps, rotation.block_size, rotation.skew.dtype
+    blocks = blocks_by([r.recipe for r in trainable], [whole(r.skew) for r in trainable])
+    return [r.dropped(b) for r, b in zip(trainable, blocks, strict=True)]

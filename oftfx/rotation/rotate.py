@@ -9,6 +9,7 @@ from torch.overrides import handle_torch_function, has_torch_function_variadic
 
 from oftfx.rotation.autocast import without_autocast
 from oftfx.rotation.ieee import ieee_products
+from oftfx.rotation.lean import without_input
 from oftfx.rotation.triton import choose
 
 
@@ -32,6 +33,8 @@ def rotate(x: Tensor, blocks: Tensor) -> Tensor:
     count, size, _ = blocks.shape
     if not torch.compiler.is_compiling() and x.numel() == count * size:  # one token: nothing to transpose
         return torch.bmm(x.reshape(count, 1, size), _as(x, blocks)).reshape(x.shape)
+    if torch.is_grad_enabled() and (ys := without_input(x, blocks, _in_torch)) is not None:
+        return ys[0]
     if choose.possible(x) and choose.rotates(x, blocks, _in_torch):
         from oftfx.rotation.triton.rotate import rotate as by_triton
 
@@ -70,6 +73,8 @@ def rotate_jointly(x: Tensor, blocks: Tensor) -> tuple[Tensor, ...]:
     """
     if has_torch_function_variadic(x, blocks):
         return handle_torch_function(rotate_jointly, (x, blocks), x, blocks)
+    if torch.is_grad_enabled() and (ys := without_input(x, blocks, _jointly_in_torch)) is not None:
+        return ys
     if choose.possible(x) and choose.rotates(x, blocks, _jointly_in_torch):
         from oftfx.rotation.triton.rotate import rotate_jointly as by_triton
 
@@ -84,6 +89,21 @@ def _jointly_in_torch(x: Tensor, blocks: Tensor) -> tuple[Tensor, ...]:
         return tuple(part.transpose(0, 1).reshape(x.shape) for part in turned.split(size, dim=2))
     ordered = turned.unflatten(2, (width // size, size)).permute(2, 1, 0, 3)
     return ordered.reshape(width // size, *x.shape).unbind(0)
+
+
+def rotate_apart(x: Tensor, blocks: Tensor) -> list[Tensor]:
+    """`rotate_jointly` without a gradient, into contiguous tensors that share no memory."""
+    if choose.possible(x) and choose.rotates(x, blocks, _jointly_in_torch):
+        from oftfx.rotation.triton.rotate import rotate_jointly as by_triton
+
+        return list(by_triton(x, blocks))
+    count, size, _ = blocks.shape
+    turned = torch.bmm(x.reshape(-1, count, size).transpose(0, 1), _as(x, blocks))
+    return [_copied(part.transpose(0, 1), x) for part in turned.split(size, dim=2)]
+
+
+def _copied(part: Tensor, x: Tensor) -> Tensor:
+    return x.new_empty(part.shape).copy_(part).view(x.shape)
 
 
 def rotate_weight(weight: Tensor, blocks: Tensor) -> Tensor:

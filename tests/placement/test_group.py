@@ -68,11 +68,12 @@ def products(monkeypatch, forward):
 
     import oftfx.placement.group as group
     import oftfx.rotation.module as module
+    import oftfx.rotation.recipe as recipe
 
     with monkeypatch.context() as patch:
         patch.setattr(module, "rotate", count("rotate", module.rotate))
         patch.setattr(group, "rotate_jointly", count("rotate_jointly", group.rotate_jointly))
-        patch.setattr(module, "cayley", count("cayley", module.cayley))
+        patch.setattr(recipe, "cayley", count("cayley", recipe.cayley))
         result = forward()
     return counts, result
 
@@ -206,7 +207,8 @@ def test_compiled_models_evaluate_each_group_once_and_break_nowhere(spec, checkp
     products = []
 
     def count(graph, _):
-        products.append(sum("bmm.default" in str(n.target) and "badd" not in str(n.target) for n in graph.graph.nodes))
+        names = [str(n.target) for n in graph.graph.nodes]
+        products.append(sum(n in ("aten.bmm.default", "oftfx.turned.default") for n in names))
         return make_boxed_func(graph.forward)
 
     model = make(spec, checkpoint).train()
@@ -342,7 +344,7 @@ def test_another_adapter_of_a_removed_ones_name_acts_with_its_own_rotations(spec
         assert all(g._known[1] for g in groups)
         with pytest.warns(OftfxWarning, match="'second' acts now"):
             oftfx.remove_adapter(model, "default")
-        assert all(g._known == (None, {}) and g._cached is None and not g.handout.waiting for g in groups)
+        assert all(g._known == (None, {}) and g._kept is None and not g.handout.waiting for g in groups)
 
 
 @pytest.mark.parametrize("spec", [OFT(4), OFT(4, share_input=True)], ids=["own", "shared"])

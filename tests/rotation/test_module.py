@@ -6,6 +6,7 @@ import torch
 
 from oftfx import OFT, OftfxError
 from oftfx.rotation import Rotation
+from oftfx.rotation.recipe import Recipe
 from tests.reference import dense_rotation, rel
 
 
@@ -35,8 +36,8 @@ def test_block_share_uses_one_block_of_parameters():
 def test_eval_mode_computes_the_blocks_once_until_the_parameter_changes(monkeypatch):
     rotation = make().eval()
     calls = []
-    original = Rotation.matrices
-    monkeypatch.setattr(Rotation, "matrices", lambda self: calls.append(1) or original(self))
+    original = Recipe.__call__
+    monkeypatch.setattr(Recipe, "__call__", lambda self, skew: calls.append(1) or original(self, skew))
     x = torch.randn(3, 20)
     with torch.no_grad():
         first = rotation(x)
@@ -48,6 +49,8 @@ def test_eval_mode_computes_the_blocks_once_until_the_parameter_changes(monkeypa
         assert not torch.equal(first, second)
         rotation(x.double())
         assert len(calls) == 3  # another dtype
+        assert torch.equal(rotation(x), second)
+        assert len(calls) == 3  # beside the first
     rotation(x)
     assert len(calls) == 4  # gradients are wanted, so nothing may be cached
     rotation.train()
@@ -157,6 +160,7 @@ def test_copies_are_independent_and_pickles_carry_no_cache():
     torch.save(rotation, buffer)
     buffer.seek(0)
     again = torch.load(buffer, weights_only=False)
-    assert again._cached is None
+    assert again._kept is None
+    assert again._source is None
     with torch.no_grad():
         assert torch.equal(again(x), expected)

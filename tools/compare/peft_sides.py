@@ -7,7 +7,7 @@ import torch
 from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
 
 import oftfx
-import oftfx.rotation.module
+import oftfx.rotation.recipe
 
 
 class Peft:
@@ -60,7 +60,7 @@ class Peft:
 class Oftfx:
     """Our side, in our words."""
 
-    name, transforms = "oftfx", (oftfx.rotation.module, "cayley")
+    name, transforms = "oftfx", (oftfx.rotation.recipe, "cayley")
 
     def __init__(self, case, base=None):
         self.case = case

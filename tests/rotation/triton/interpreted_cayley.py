@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from oftfx.rotation import cayley, skew_size
-from oftfx.rotation.cayley import _series_in_torch
+from oftfx.rotation.cayley import _in_torch
 from oftfx.rotation.triton import cayley as operators
 from tests.reference import rel
 from tests.rotation.triton.dense import dense_series
@@ -18,8 +18,8 @@ def test_forward_and_backward_equal_explicit_powers_and_torchs_operators(size, d
     found = []
     for function, leaf in (
         (lambda s: operators.cayley_series(s, size, double, single), skew),
-        (lambda s: _series_in_torch(size, double, single, s), skew),
-        (lambda s: _series_in_torch(size, double, single, s), skew.detach().double().requires_grad_()),
+        (lambda s: _in_torch(size, (double, single), None, s), skew),
+        (lambda s: _in_torch(size, (double, single), None, s), skew.detach().double().requires_grad_()),
     ):
         blocks = function(leaf)
         found.append((blocks, *torch.autograd.grad(blocks, leaf, of_blocks.to(leaf.dtype))))
@@ -60,7 +60,7 @@ def test_gradients_of_gradients():
     found = []
     for function, leaf in (
         (lambda s: operators.cayley_series(s, 5, 3, True), first),
-        (lambda s: _series_in_torch(5, 3, True, s), second),
+        (lambda s: _in_torch(5, (3, True), None, s), second),
     ):
         (of_leaf,) = torch.autograd.grad((function(leaf) ** 3).sum(), leaf, create_graph=True)
         found.append(torch.autograd.grad(of_leaf.sin().sum(), leaf)[0])

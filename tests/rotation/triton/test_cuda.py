@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from oftfx.rotation import cayley, rotate, skew_size
-from oftfx.rotation.cayley import _series_in_torch
+from oftfx.rotation.cayley import _in_torch
 from oftfx.rotation.rotate import _jointly_in_torch, rotate_jointly
 from oftfx.rotation.triton import choose
 from tests.reference import rel
@@ -71,7 +71,7 @@ def test_series_equal_explicit_powers(size):
     blocks = operators.cayley_series(there, size, 3, True)
     (got,) = torch.autograd.grad(blocks, there, of_blocks.cuda())
     wide = skew.detach().double().requires_grad_()
-    (expected,) = torch.autograd.grad(_series_in_torch(size, 3, True, wide), wide, of_blocks.double())
+    (expected,) = torch.autograd.grad(_in_torch(size, (3, True), None, wide), wide, of_blocks.double())
     assert rel(blocks.cpu(), dense_series(skew, size, 3, True)) < 5e-7
     assert rel(got.cpu(), expected) < 1e-6
 
