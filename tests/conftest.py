@@ -34,6 +34,8 @@ SLOW = (
     "tests/demo/test_stages.py",
     "tests/trace/test_record.py",
     "tests/ecosystem/test_compile.py",
+    "tests/ecosystem/test_compiled_eval.py",
+    "tests/test_gpu_bench.py::test_all",
     "tests/ecosystem/test_distributed.py",
     "tests/test_packaging.py",
     "tests/placement/test_group.py::test_compiled",

@@ -212,3 +212,19 @@ def test_on_a_device(compiled, spec):
         optimizer.step()
         with torch.no_grad():
             assert rel(run(x).clone(), model(x)) < 1e-5
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_another_stream_waits_for_blocks_that_are_being_made():
+    model = nn.Sequential(nn.Linear(4096, 64))
+    model = randomize(oftfx.transform(model, {"*": OFT(64)}), std=0.05).eval().cuda()
+    x = torch.randn(1, 4096, device="cuda")
+    with torch.no_grad():
+        for seed in range(20):
+            randomize(model, std=0.05, seed=seed)
+            torch.cuda.synchronize()
+            y = model(x)
+            with torch.cuda.stream(torch.cuda.Stream()):
+                z = model(x)
+            torch.cuda.synchronize()
+            assert torch.equal(y, z)
