@@ -21,6 +21,9 @@ LAYERS |= {"optimum.quanto", "torchao"}
 
 
 SLOW = (
+    "tests/onnx/decoders/",
+    "tests/onnx/fused/",
+    "tests/onnx/test_accuracy.py",
     "tests/onnx/test_adapters.py",
     "tests/onnx/test_decoder.py",
     "tests/onnx/test_export.py",

@@ -21,6 +21,7 @@ class Attempt:
         signature: how both are called.
         outputs: names of the outputs.
         opset: of the file.
+        dialect: whose operators it may have.
         deviation: largest relative change of a quantized weight that the file may make; see `lower_quantized`.
     """
 
@@ -30,4 +31,5 @@ class Attempt:
     signature: Signature
     outputs: tuple[str, ...]
     opset: int
+    dialect: str
     deviation: float = 0.0

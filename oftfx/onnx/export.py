@@ -17,11 +17,12 @@ from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_of
 from oftfx.model.compressed import keep_compressed
 from oftfx.model.structure import structural_copy
+from oftfx.onnx.accuracy import check_level, set_level
 from oftfx.onnx.adapters import MODES
 from oftfx.onnx.attempt import Attempt
 from oftfx.onnx.checks.bisect import first_difference
 from oftfx.onnx.checks.verify import DifferentError, Verification, verify_onnx
-from oftfx.onnx.decoders.decoder import Decoder
+from oftfx.onnx.decoders.fused import FusedDecoder, decoder_of
 from oftfx.onnx.describe import describe
 from oftfx.onnx.exportable import Exportable, onnx_program
 from oftfx.onnx.finish import finish
@@ -33,6 +34,7 @@ from oftfx.passes.protocol import PassManager
 from oftfx.placement.find import check_unaware
 from oftfx.placement.rows import check_no_rows
 from oftfx.planning.program import Program
+from oftfx.serving.copied.runtime.contract import ATTENTION
 from oftfx.trace.inputs import ExampleInputs, capture_settings
 
 Dialect = Literal["ort", "standard", "openvino"]
@@ -52,6 +54,7 @@ class ExportReport:
         operators: how often each operator occurs.
         nbytes: size of the file and its external data.
         adapters: adapters in the file, or that a swappable one was checked with; empty for a folded or plain model.
+        attention: of a decoder: the operator that a fused one has, or why it has none; empty where none was asked for.
         checks: one `Verification` a shape, and a choice of adapters; empty without ``verify``.
 
     Examples:
@@ -72,11 +75,13 @@ class ExportReport:
     nbytes: int
     adapters: tuple[str, ...]
     checks: tuple[Verification, ...]
+    attention: str = ""
 
     def __str__(self) -> str:
         lines = [
             f"{self.path}: {self.nbytes / 2**20:.1f} MiB, {sum(self.operators.values())} nodes, opset {self.opset}"
         ]
+        lines += [f"attention: {self.attention}"] if self.attention else []
         lines += [f"verified in ONNX Runtime on {c}" for c in self.checks]
         return "\n".join(lines)
 
@@ -88,6 +93,8 @@ def export_onnx(
     *,
     adapters: Adapters = "fixed",
     cache: bool = False,
+    fused: bool | None = False,
+    accuracy_level: int | None = None,
     dynamic_shapes: DynamicShapes | Literal["auto"] | None = "auto",
     dialect: Dialect = "ort",
     opset: int | None = None,
@@ -112,6 +119,14 @@ def export_onnx(
         cache: of a causal language model, also take and give its cache, so that one graph reads a prompt and decodes;
             see `oftfx.onnx.decoders.decoder.Decoder` for the names and `oftfx.export_genai` for a directory that ONNX
             Runtime GenAI runs.
+        fused: with ``cache``, attention as ONNX Runtime's ``GroupQueryAttention``, which also rotates queries and keys
+            and can write into a cache that is as long as the context. Prompts are padded on the right then, and there
+            are no ``position_ids`` where it rotates; see `oftfx.onnx.decoders.fused.FusedDecoder`. False: attention in
+            plain operators, which takes padding on the left. None: fused where the model's attention is what the
+            operator computes; the report says what came of it.
+        accuracy_level: what ``MatMulNBits`` may round activations to, ``4``: int8, which is faster and not exact. The
+            file is first verified without it; then its error with it, which nothing bounds, is among ``checks``. None:
+            floats.
         dynamic_shapes: ``"auto"``: batches and sequences, by the inputs' names and lengths; see
             `oftfx.onnx.inputs.auto_dynamic_shapes`. Or ``{input: {axis: name}}``; or None for fixed shapes.
         dialect: ``"ort"`` may use ONNX Runtime's own operators; ``"standard"`` only those of the ONNX standard;
@@ -136,6 +151,7 @@ def export_onnx(
     """
     _require_packages(verify)
     _check_arguments(adapters, dialect)
+    check_level(accuracy_level, dialect)
     path = Path(path)
     check_place(path, ExportError)
     model = unwrapped(model)
@@ -143,10 +159,14 @@ def export_onnx(
     check_unaware(model, "an export")
     inputs = named_inputs(model, example_inputs)
     exact = exact_copy(model)
+    attention = ""
     if cache:
         if dynamic_shapes != "auto":
             raise ExportError("cache=True: the axes of a decoder's inputs are all dynamic; leave dynamic_shapes out")
-        signature: Signature = Decoder(exact, inputs)
+        signature: Signature
+        signature, attention = decoder_of(exact, inputs, fused, dialect)
+    elif fused:
+        raise ExportError("fused=True is for decoders with their cache; pass cache=True as well, or leave it out")
     else:
         shapes = auto_dynamic_shapes(inputs) if dynamic_shapes == "auto" else _plain(dynamic_shapes, inputs)
         vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
@@ -154,18 +174,21 @@ def export_onnx(
     mode = MODES[adapters](exact, adapters)
     reference = _frozen(structural_copy(exact))
     lowered, least, needs, deviation = lower_quantized(structural_copy(reference), dialect)
+    if isinstance(signature, FusedDecoder):
+        signature.fusion.install(lowered)
     _check_dtypes(lowered)
     chosen = _opset(opset, least, needs, dialect)
     mode = mode.prepared(lowered)
     with capture_settings(lowered), capture_settings(reference), capture_settings(exact):
         with torch.no_grad():
             outputs = signature.outputs(reference)
-        attempt = Attempt(lowered, reference, mode, signature, outputs, chosen, deviation)
+        attempt = Attempt(lowered, reference, mode, signature, outputs, chosen, dialect, deviation)
         program = onnx_program(Exportable(lowered, signature, mode), outputs, chosen)
         # Under its final name, by which external data is found.
         with landing(path.parent, path.name, ExportError, stale=[f"{path.name}.data"]) as folder:
             made = folder / path.name
-            operators, nbytes = finish(program, made, describe(model, mode), mode)
+            notes = describe(model, mode) | ({ATTENTION: attention} if isinstance(signature, FusedDecoder) else {})
+            operators, nbytes = finish(program, made, notes, mode, dialect)
             checks: tuple[Verification, ...] = ()
             if verify:
                 try:
@@ -173,8 +196,11 @@ def export_onnx(
                 except DifferentError as error:
                     where = first_difference(attempt, error)
                     raise ExportError(f"{error}. {where}") from None
+            if accuracy_level is not None:
+                set_level(made, accuracy_level)
+                checks += verify_onnx(made, attempt, accuracy_level) if verify else ()
     every = {n: dict(axes) for n, axes in (*signature.shapes.items(), *mode.shapes(signature).items())}
-    return ExportReport(path, every, outputs, chosen, operators, nbytes, mode.named, checks)
+    return ExportReport(path, every, outputs, chosen, operators, nbytes, mode.named, checks, attention)
 
 
 def _require_packages(verify: bool) -> None:

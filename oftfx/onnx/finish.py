@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from oftfx.onnx.adapters import AdapterMode
-from oftfx.onnx.optimize import optimize
+from oftfx.onnx.fused.norms import blank_unused, fuse_norms, known_to_checker
+from oftfx.onnx.optimize import optimize, tidy
 
 LARGE = 1_500_000_000  # a protobuf ends at 2 GiB
 SMALL = 1024  # bytes; smaller tensors stay in the model file
 
 
-def finish(program: Any, path: Path, metadata: Mapping[str, str], mode: AdapterMode) -> tuple[dict[str, int], int]:
+def finish(
+    program: Any, path: Path, metadata: Mapping[str, str], mode: AdapterMode, dialect: str
+) -> tuple[dict[str, int], int]:
     """Write an ``ONNXProgram`` and check the file.
 
     Args:
@@ -22,6 +25,7 @@ def finish(program: Any, path: Path, metadata: Mapping[str, str], mode: AdapterM
         path: the file; large weights go to ``<path>.data`` beside it.
         metadata: goes into the file's ``metadata_props``.
         mode: gives its inputs their defaults.
+        dialect: ``"ort"`` gets ONNX Runtime's own operators for what they compute exactly.
 
     Returns:
         How often each operator occurs, and the bytes written.
@@ -31,6 +35,9 @@ def finish(program: Any, path: Path, metadata: Mapping[str, str], mode: AdapterM
 
     model = program.model
     optimize(model)
+    if dialect == "ort" and fuse_norms(model):
+        tidy(model)
+        blank_unused(model)
     mode.set_defaults(model.graph)
     for graph in (model.graph, *(f.graph for f in model.functions.values())):
         # The exporter leaves stack traces with local paths in every node: most of a small file.
@@ -51,7 +58,8 @@ def finish(program: Any, path: Path, metadata: Mapping[str, str], mode: AdapterM
         ir.save(model, path, external_data=f"{path.name}.data", size_threshold_bytes=SMALL)
     else:
         ir.save(model, path)
-    onnx.checker.check_model(str(path), full_check=True)
+    with known_to_checker():
+        onnx.checker.check_model(str(path), full_check=True)
     operators = Counter(f"{n.domain}::{n.op_type}" if n.domain else n.op_type for n in model.graph.all_nodes())
     written = path.stat().st_size + sum(p.stat().st_size for p in path.parent.glob(f"{path.name}.data"))
     return dict(operators.most_common()), written

@@ -15,6 +15,7 @@ from oftfx.files import landing, write
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks
 from oftfx.onnx.adapters.file import export_onnx_adapter
 from oftfx.onnx.decoders.decoder import PAST, PRESENT, Decoder
+from oftfx.onnx.decoders.fused import OPERATOR
 from oftfx.onnx.export import ExportReport, exact_copy, export_onnx
 from oftfx.serving.copied.runtime.contract import SUFFIX
 
@@ -28,6 +29,8 @@ def export_genai(
     tokenizer: Any = None,
     adapters: Literal["fixed", "swappable"] = "fixed",
     context_length: int | None = None,
+    fused: bool | None = None,
+    accuracy_level: int | None = None,
     opset: int | None = None,
     verify: bool = True,
 ) -> ExportReport:
@@ -45,6 +48,10 @@ def export_genai(
         adapters: the active adapters in the graph, or all of them beside it. GenAI feeds no other inputs, so the other
             modes of `export_onnx` are not for it.
         context_length: largest number of tokens; the config's ``max_position_embeddings`` where None.
+        fused: see `export_onnx`; None: attention in one operator where the model's is what that computes, and its cache
+            is one buffer of ``max_length`` that GenAI keeps. A batch of prompts is padded on the right then. The
+            report says what came of it.
+        accuracy_level: see `export_onnx`.
         opset: see `export_onnx`.
         verify: see `export_onnx`.
 
@@ -69,6 +76,7 @@ def export_genai(
         raise ExportError(f"adapters: got {adapters!r}, expected 'fixed' or 'swappable'; GenAI feeds no other inputs")
     model, directory = unwrapped(model), Path(directory)
     config = genai_config(model, tokenizer, context_length)
+    fused, too_long = _within_tables(model, config["model"]["context_length"], fused)
     store = find_store(model) if adapters == "swappable" else None
     if store is not None and len(store.active) == 1:
         slots = Slots.of(model, store.active[0])
@@ -77,14 +85,26 @@ def export_genai(
     # Without its settings a directory does not load, so half of another model is never taken for a whole one.
     with landing(directory, CONFIG, ExportError, stale=[f"{GRAPH}.data"]) as made:
         report = export_onnx(
-            model, made / GRAPH, _inputs(model), adapters=adapters, cache=True, opset=opset, verify=verify
+            model,
+            made / GRAPH,
+            _inputs(model),
+            adapters=adapters,
+            cache=True,
+            fused=fused,
+            accuracy_level=accuracy_level,
+            opset=opset,
+            verify=verify,
         )
+        if report.attention == OPERATOR:
+            decoder = config["model"]["decoder"]
+            decoder["inputs"] = {n: v for n, v in decoder["inputs"].items() if n in report.inputs or "%d" in v}
+            config["search"]["past_present_share_buffer"] = True
         for name in store.adapters if store is not None else ():
             export_onnx_adapter(model, made / f"{name}{SUFFIX}", adapter=name, graph=made / GRAPH)
         if tokenizer is not None:
             tokenizer.save_pretrained(made)
         write(made / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-    return replace(report, path=directory / GRAPH)
+    return replace(report, path=directory / GRAPH, attention=too_long or report.attention)
 
 
 def genai_config(model: nn.Module, tokenizer: Any = None, context_length: int | None = None) -> dict[str, Any]:
@@ -155,10 +175,22 @@ def genai_config(model: nn.Module, tokenizer: Any = None, context_length: int | 
             "top_k": setting("top_k", 50),
             "top_p": setting("top_p", 1.0),
             "repetition_penalty": setting("repetition_penalty", 1.0),
-            # The graph makes the longer cache anew; it does not write into the shorter one.
+            # In plain operators a graph makes the longer cache anew; it does not write into the shorter one.
             "past_present_share_buffer": False,
         },
     }
+
+
+def _within_tables(model: nn.Module, context: int, fused: bool | None) -> tuple[bool | None, str]:
+    """What ``fused`` becomes, and why: the operator rotates by tables as long as the config's positions."""
+    whole: Any = model.config
+    positions = getattr(whole.get_text_config(decoder=True), "max_position_embeddings", None) or context
+    if fused is False or context <= positions:
+        return fused, ""
+    reason = f"context_length={context} is over the config's max_position_embeddings={positions}"
+    if fused:
+        raise ExportError(f"fused=True: {reason}, for which the operator has tables; leave one of the two out")
+    return False, f"in plain operators: {reason}"
 
 
 def _inputs(model: nn.Module) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from oftfx.onnx.fused.leftovers import drop_empty_rotations, drop_round_trips, has_fused_attention
 from oftfx.onnx.markers import keeps, resolve
 
 RULES = [
@@ -53,15 +54,27 @@ def optimize(model: Any) -> None:
     resolve(model)
     transpose_weights(model)
     weights = set(model.graph.initializers)
+    fused = has_fused_attention(model)
     for _ in range(2):
         fold_constants(model, onnx_shape_inference=True, should_fold=keeps)
         common.RemoveUnusedNodesPass()(model)
+        if fused:
+            drop_empty_rotations(model)
         rewrite(model, [getattr(rules, name) for name in RULES])
     common.RemoveUnusedNodesPass()(model)
     common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
     merge_constants(model, keep=weights)
+    if fused:
+        drop_round_trips(model)
+    common.CommonSubexpressionEliminationPass()(model)
+    tidy(model)
+
+
+def tidy(model: Any) -> None:
+    """Drop what is unused, and give values and nodes names of their own."""
+    import onnx_ir.passes.common as common
+
     for step in (
-        common.CommonSubexpressionEliminationPass(),
         common.RemoveUnusedNodesPass(),
         common.RemoveUnusedFunctionsPass(),
         common.RemoveUnusedOpsetsPass(),

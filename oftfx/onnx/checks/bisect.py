@@ -56,7 +56,8 @@ def first_difference(attempt: Attempt, seen: DifferentError) -> str:
     try:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "tapped.onnx"
-            finish(onnx_program(Exportable(copied, signature, mode, taps), names, attempt.opset), path, {}, mode)
+            program = onnx_program(Exportable(copied, signature, mode, taps), names, attempt.opset)
+            finish(program, path, {}, mode, attempt.dialect)
             values = run_session(open_session(path), names, {**seen.inputs, **seen.case.given})
     except ExportError as error:
         return f"Where, cannot be told: {error}"

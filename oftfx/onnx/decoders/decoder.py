@@ -71,22 +71,29 @@ class Decoder(Signature):
 
     def run(self, model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Call the model with a cache of the past; its results and the cache by their names."""
+        return self.stepped(model, inputs)[1]
+
+    def stepped(self, model: Callable[..., Any], inputs: Mapping[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Also the `oftfx.onnx.fused.past.Step` that it was."""
         from transformers import DynamicCache
-        from transformers.cache_utils import DynamicLayer
+
+        from oftfx.onnx.fused.past import STEP, PastLayer, Step
 
         cache = DynamicCache()
         for index in range(len(self.layers)):
-            layer = DynamicLayer()
-            layer.keys, layer.values = (inputs[PAST.format(index, kind)] for kind in ("key", "value"))
-            layer.dtype, layer.device, layer.is_initialized = layer.keys.dtype, layer.keys.device, True
-            cache.layers.append(layer)
+            cache.layers.append(PastLayer(*(inputs[PAST.format(index, kind)] for kind in ("key", "value"))))
         tokens = {n: v for n, v in inputs.items() if not n.startswith("past_key_values.")}
-        result = model(**tokens, **{self._cache: cache}, use_cache=True, return_dict=True)
+        step = Step(cache, inputs["attention_mask"])
+        token = STEP.set(step)
+        try:
+            result = model(**tokens, **{self._cache: cache}, use_cache=True, return_dict=True)
+        finally:
+            STEP.reset(token)
         cache, others = _parted(result)
         found = dict(flat_outputs(others, tuple(inputs)))
         for index, layer in enumerate(cache.layers):
             found[PRESENT.format(index, "key")], found[PRESENT.format(index, "value")] = layer.keys, layer.values
-        return found
+        return step, found
 
     def fresh(self, sizes: Mapping[str, int], seed: int, *, padded: bool = True) -> dict[str, Tensor]:
         """Random tokens, and the model's own cache of random tokens before; each row is padded by two more.
@@ -98,8 +105,7 @@ class Decoder(Signature):
         batch, sequence, past = (sizes[n] for n in ("batch", "sequence", "past_sequence"))
         total = past + sequence
         ids = torch.randint(self.vocabulary or 2, (batch, total), generator=generator).to(self._device)
-        padding = torch.arange(batch)[:, None].mul(2).clamp(max=total - 1) * int(padded)
-        mask = (torch.arange(total)[None] >= padding).long().to(self._device)
+        mask = (self.mask(sizes) if padded else torch.ones(batch, total, dtype=torch.long)).to(self._device)
         whole = self._tokens(ids, mask)
         cache = {n: torch.zeros(batch, heads, 0, head, dtype=self._dtype) for n, (heads, head) in self._past()}
         cache = {n: v.to(self._device) for n, v in cache.items()}
@@ -111,6 +117,12 @@ class Decoder(Signature):
                 n: self.comparable("present.", found[p], before) for n, p in zip(cache, self._present(), strict=True)
             }
         return {n: v if n == "attention_mask" else v[:, past:].contiguous() for n, v in whole.items()} | cache
+
+    def mask(self, sizes: Mapping[str, int]) -> Tensor:
+        """``attention_mask`` of rows of several lengths."""
+        total = sizes["past_sequence"] + sizes["sequence"]
+        padding = torch.arange(sizes["batch"])[:, None].mul(2).clamp(max=total - 1)
+        return (torch.arange(total)[None] >= padding).long()
 
     def sizes(self) -> list[dict[str, int]]:
         """A prompt, a step, a part of a prompt after another part, and a prompt of one token."""

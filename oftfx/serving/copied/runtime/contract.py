@@ -20,6 +20,9 @@ ROTATIONS = "oftfx.rotations"
 MODEL = "oftfx.model"
 """Metadata: the class of the model."""
 
+ATTENTION = "oftfx.attention"
+"""Metadata of a decoder whose attention is one operator: its name. Prompts are padded on the right there."""
+
 ADAPTER_INDEX = "adapter_index"
 """Input of a mixed file: for each row its adapter's place in the stack."""
 
