@@ -251,7 +251,7 @@ def test_float16(tiny_llama, tmp_path):
 @pytest.mark.needs("onnxruntime_genai")
 @pytest.mark.parametrize("fused", [None, False])
 def test_genai_generates_the_same_tokens(tenants, tmp_path, fused):  # noqa: F811
-    """Also after a rewind, into the same buffer."""
+    """One adapter after another over the same files."""
     import onnxruntime_genai as genai
 
     report = oftfx.export_genai(tenants, tmp_path, adapters="swappable", fused=fused)
