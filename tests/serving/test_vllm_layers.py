@@ -40,14 +40,20 @@ class Layer:
         self.added[index] = lora_a[0].sum()
 
     def apply(self, x, bias=None):
-        return x @ self.weight.T + (0 if bias is None else bias)
+        return self._apply_lora_to_output(x, x @ self.weight.T + (0 if bias is None else bias))
+
+    def _apply_lora_to_output(self, x, output):
+        if not torch.compiler.is_compiling():
+            self.asked = getattr(self, "asked", 0) + 1
+        index = self.punica_wrapper._token_lora_indices[: len(x.flatten(0, -2))]
+        return output + self.added[index].to(output.dtype).view(*output.shape[:-1], 1) * x.sum(-1, keepdim=True)
 
 
 @pytest.fixture
 def layer(monkeypatch):
     monkeypatch.setenv("OFTFX_VLLM_BLOCK_SIZE", "6")
     made = turning(Layer)()
-    made.create_lora_weights(3, SimpleNamespace(lora_dtype=torch.float64))
+    made.create_lora_weights(3, SimpleNamespace(lora_dtype=torch.float64, fully_sharded_loras=False))
     return made
 
 
@@ -125,12 +131,36 @@ def test_lora_takes_the_place_of_a_rotation_and_leaves_none(layer):
     assert layer.added[1] == 2 * WIDTH
     layer.punica_wrapper = tokens([1, 1])
     x = torch.randn(2, WIDTH, dtype=torch.float64)
-    assert torch.equal(layer.apply(x), Layer.apply(layer, x))
+    assert rel(layer.apply(x), x @ layer.weight.T + 2 * WIDTH * x.sum(1, keepdim=True)) < 1e-14
     layer.set_lora(1, [layer.fitted(turn(6, 4, 1), torch.float64)] * 2, [None, None])
     assert layer.added[1] == 0
     layer.reset_lora(1)
     assert torch.equal(layer.apply(x), Layer.apply(layer, x))
     assert layer.slots == 4  # one more than asked for: see `create_lora_weights`
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_lora_and_rotations_in_one_batch(monkeypatch, sharded):
+    """LoRA is asked once, for its own tokens, however often the layer multiplies; not at all where none has one."""
+    monkeypatch.setenv("OFTFX_VLLM_BLOCK_SIZE", "6")
+    layer = turning(Layer)()
+    layer.create_lora_weights(3, SimpleNamespace(lora_dtype=torch.float64, fully_sharded_loras=sharded))
+    one, two = turn(6, 4, 1), turn(3, 8, 2)
+    layer.set_lora(0, [layer.fitted(t, torch.float64) for t in (one, two)], [None, None])
+    layer.set_lora(1, [torch.full((1, 1), 0.5), None], [None, None])
+    x, index = torch.randn(5, WIDTH, dtype=torch.float64), [0, 1, -1, 1, 0]
+    layer.punica_wrapper = tokens(index)
+    wanted = expected(layer, x, index, {0: (dense(one), dense(two))})
+    wanted += (torch.tensor(index) == 1).double()[:, None] * 0.5 * x.sum(1, keepdim=True)
+    assert rel(layer.apply(x), wanted) < 1e-14
+    assert layer.asked == (2 if sharded else 1)
+    layer.punica_wrapper = tokens([0, -1, 0, 0, -1])
+    layer.apply(x)
+    assert layer.asked == (4 if sharded else 1)
+    layer.punica_wrapper = tokens([-1] * 5)
+    assert rel(layer.apply(x), x @ layer.weight.T) < 1e-14
+    assert layer.asked == (4 if sharded else 1)
+    assert rel(torch.compile(layer.apply, backend="eager", fullgraph=True)(x), x @ layer.weight.T) < 1e-14
 
 
 def test_a_rank_takes_the_blocks_of_its_inputs(monkeypatch):
@@ -141,7 +171,7 @@ def test_a_rank_takes_the_blocks_of_its_inputs(monkeypatch):
     for rank in (0, 1):
         made = turning(Layer)()
         made.base_layer.input_size, made.tp_rank, made.n_slices = 48, rank, 1
-        made.create_lora_weights(1, SimpleNamespace(lora_dtype=torch.float64))
+        made.create_lora_weights(1, SimpleNamespace(lora_dtype=torch.float64, fully_sharded_loras=False))
         made.set_lora(0, made.fitted(whole, torch.float64), torch.zeros(1, 1))
         made.punica_wrapper = tokens([0] * 4)
         made.weight = torch.eye(24, dtype=torch.float64)
@@ -149,7 +179,7 @@ def test_a_rank_takes_the_blocks_of_its_inputs(monkeypatch):
     assert rel(torch.cat(halves, 1), x @ dense(whole, 48)) < 1e-12
     made.input_size = 20
     with pytest.raises(ValueError, match="20 of a layer's 48 inputs, no whole blocks of 6"):
-        made.create_lora_weights(1, SimpleNamespace(lora_dtype=torch.float64))
+        made.create_lora_weights(1, SimpleNamespace(lora_dtype=torch.float64, fully_sharded_loras=False))
 
 
 def test_what_there_is_room_for(monkeypatch):
@@ -210,7 +240,7 @@ def test_an_adapter_is_fitted_whole_or_not_at_all(layer):
     whole = SimpleNamespace(
         modules={"a.qkv": layer, "a.other": object()},
         packed_modules={"a.qkv": ["a.q", "a.k"]},
-        lora_config=SimpleNamespace(lora_dtype=torch.float64),
+        lora_config=SimpleNamespace(lora_dtype=torch.float64, fully_sharded_loras=False),
     )
 
     def adapter(**turns):
@@ -252,4 +282,6 @@ def test_a_vllm_that_this_does_not_fit(monkeypatch):
 
 def test_the_mixin_overrides_what_the_contract_names():
     named = {where.rpartition(".")[2] for where in contract._CALLS if "BaseLinearLayer" in where}
-    assert named == {n for n in ("apply", "create_lora_weights", "reset_lora", "set_lora") if n in vars(Turns)}
+    assert named == {n for n in ("apply", "create_lora_weights", "reset_lora", "set_lora") if n in vars(Turns)} | {
+        "_apply_lora_to_output"
+    }

@@ -11,6 +11,7 @@ turns. Times are of 1 and of 8 requests: a prompt of 128 tokens, and a token aft
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
@@ -121,12 +122,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as made:
         folder = Path(made)
         base.save_pretrained(folder / "base")
+        expected = {"base": [greedy(base, p) for p in prompts]}
+        lora(copy.deepcopy(base), folder / "lora")
         model = oftfx.load_adapter(base, args.adapter, adapter="oft").eval()
         oftfx.set_adapter(model, "oft")
         folded = oftfx.fold(model).model.eval()
         folded.save_pretrained(folder / "folded")
-        expected = {"base": [greedy(base, p) for p in prompts], "OFT": [greedy(model, p) for p in prompts]}
-        lora(base, folder / "lora")
+        expected["OFT"] = [greedy(model, p) for p in prompts]
         one, other = Engine(folder / "base", 2), Engine(folder / "folded")
         plain = Engine(folder / "base")
         ways = {

@@ -44,6 +44,7 @@ _CALLS = {
     ),
     "vllm.lora.worker_manager:WorkerLoRAManager._load_adapter": ("self", "lora_request"),
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.apply": ("self", "x", "bias"),
+    "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA._apply_lora_to_output": ("self", "x", "output"),
     "vllm.lora.layers.base_linear:BaseLinearLayerWithLoRA.create_lora_weights": (
         "self",
         "max_loras",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -48,6 +49,8 @@ class Turns:
         turns: ``(slots + 1, slices, blocks, b, b)`` of this rank's inputs.
         room: ``b``.
         alike: for each slot, whether its slices turn alike.
+        turning: for each slot, whether it has a rotation; ``adding``: whether it has a LoRA.
+        silent: while LoRA adds nothing.
     """
 
     base_layer: Any
@@ -74,7 +77,10 @@ class Turns:
         self.unturned = torch.eye(self.room, dtype=lora_config.lora_dtype, device=self.device)
         self.turns = self.unturned.repeat(max_loras + 1, self.n_slices, self.input_size // self.room, 1, 1)
         self.alike = [True] * (max_loras + 1)
-        self.turning = [False] * (max_loras + 1)
+        self.turning, self.adding = ([False] * (max_loras + 1) for _ in range(2))
+        self.silent = False
+        # Sharded LoRA, and one on a stream of its own, do not go through `_apply_lora_to_output`.
+        self.adds_lora_here = not (lora_config.fully_sharded_loras or getattr(self, "_enable_aux_cuda_stream", False))
 
     @property
     def whole_width(self) -> int:
@@ -93,7 +99,7 @@ class Turns:
         """The base model in a slot."""
         super().reset_lora(index)  # type: ignore[misc]
         self.turns[index] = self.unturned
-        self.alike[index], self.turning[index] = True, False
+        self.alike[index], self.turning[index], self.adding[index] = True, False, False
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Put an adapter of either kind into a slot; blocks are told from LoRA's matrices by their dimensions."""
@@ -101,6 +107,7 @@ class Turns:
         if all(part is None or part.dim() != 3 for part in parts):
             self.reset_lora(index)
             super().set_lora(index, lora_a, lora_b)  # type: ignore[misc]
+            self.adding[index] = True
             return
         if len(parts) != self.n_slices:
             raise AdapterFileError(f"{len(parts)} rotations for a layer of {self.n_slices} parts")
@@ -117,12 +124,37 @@ class Turns:
         """The layer with what turns in front of it, once for each way in which its parts turn."""
         apply = super().apply  # type: ignore[misc]
         rows = x.flatten(0, -2)
-        turn = self._static if rows.device.type != "cpu" or torch.compiler.is_compiling() else self._sorted
-        turned, alike = turn(rows)
+        if rows.device.type != "cpu" or torch.compiler.is_compiling():
+            turned, alike, has_lora = *self._static(rows), True
+        else:
+            turned, alike, has_lora = self._sorted(rows)
         if alike:
-            return apply(turned(0).view_as(x), bias)
-        whole = [apply(turned(part).view_as(x), bias) for part in range(self.n_slices)]
-        return torch.cat([w.split(self.output_slices, -1)[part] for part, w in enumerate(whole)], -1)
+            with self._silent(not has_lora):
+                return apply(turned(0).view_as(x), bias)
+        # LoRA's tokens are not turned, so its part is the same for every product and is added to them all at once;
+        # where vLLM adds it in another way, each product has it, and keeps its own columns of it.
+        at_once = not torch.compiler.is_compiling() and self.adds_lora_here
+        with self._silent(at_once):
+            whole = [apply(turned(part).view_as(x), bias) for part in range(self.n_slices)]
+        made = torch.cat([w.split(self.output_slices, -1)[part] for part, w in enumerate(whole)], -1)
+        return self._apply_lora_to_output(x, made) if at_once and has_lora else made
+
+    def _apply_lora_to_output(self, x: Tensor, output: Tensor) -> Tensor:
+        """What LoRA adds; nothing where no request of the batch has one, or somebody else adds it."""
+        if self.silent:
+            return output
+        return super()._apply_lora_to_output(x, output)  # type: ignore[misc]
+
+    @contextmanager
+    def _silent(self, silent: bool) -> Iterator[None]:
+        if not silent or torch.compiler.is_compiling():
+            yield
+            return
+        self.silent = True
+        try:
+            yield
+        finally:
+            self.silent = False
 
     def _static(self, rows: Tensor) -> tuple[Callable[[int], Tensor], bool]:
         """Every slot turns every token, and each token takes its own: nothing depends on the requests."""
@@ -136,9 +168,10 @@ class Turns:
 
         return turned, self.n_slices == 1
 
-    def _sorted(self, rows: Tensor) -> tuple[Callable[[int], Tensor], bool]:
-        """Each slot turns its own tokens."""
-        tokens = {slot: at for slot, at in tokens_of(self.punica_wrapper, len(rows)).items() if self.turning[slot]}
+    def _sorted(self, rows: Tensor) -> tuple[Callable[[int], Tensor], bool, bool]:
+        """Each slot turns its own tokens; and whether a slot of the batch has a LoRA."""
+        slots = tokens_of(self.punica_wrapper, len(rows))
+        tokens = {slot: at for slot, at in slots.items() if self.turning[slot]}
 
         def turned(part: int) -> Tensor:
             made = rows
@@ -149,7 +182,8 @@ class Turns:
                 made = made.index_copy(0, at, _product(rows.index_select(0, at), blocks))
             return made
 
-        return turned, self.n_slices == 1 or all(self.alike[slot] for slot in tokens)
+        alike = self.n_slices == 1 or all(self.alike[slot] for slot in tokens)
+        return turned, alike, any(self.adding[slot] for slot in slots)
 
 
 def tokens_of(wrapper: Any, count: int) -> dict[int, Tensor]:
