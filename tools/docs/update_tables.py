@@ -346,6 +346,15 @@ def hot_swap():
     )
 
 
+def in_vllm():
+    """Milliseconds of each way in vLLM, and their ratio to a server without adapters."""
+    seconds = json.loads((ROOT / "tools/results/vllm.json").read_text())["seconds"]
+    base = seconds["base"]
+    table = [(n, *(f"{1000 * t[k]:.0f} ({t[k] / base[k]:.2f})" for k in base)) for n, t in seconds.items()]
+    heads = [f"{what} of {n} request{'s' * (n != '1')}" for what, n in (key.split(", ") for key in base)]
+    return markdown(("ms (ratio to the base alone)", *heads), table)
+
+
 def tables():
     return {
         "headline": headline(),
@@ -367,6 +376,7 @@ def tables():
         "streamed": streamed(),
         "onnx": onnx(),
         "serving": serving(),
+        "vllm": in_vllm(),
         "ocr": ocr(),
         "zoo": zoo(),
         "peft": against_peft(),
