@@ -16,6 +16,7 @@ NEEDS = {
     "language_model_4bit": ("transformers", "accelerate", "bitsandbytes", "onnx", "onnxruntime", "onnxscript"),
     "many_adapters": ("transformers",),
     "onnx_swappable": ("transformers", "onnx", "onnxruntime", "onnxscript"),
+    "quantize_for_vllm": ("transformers", "accelerate", "bitsandbytes", "compressed_tensors"),
     "rules": ("transformers",),
     "save_folded": ("transformers", "accelerate", "bitsandbytes"),
     "serve_adapters": ("transformers", "onnx", "onnxruntime", "onnxscript"),
