@@ -210,7 +210,9 @@ def fold(
             if before is None:  # a copy to run afterwards would keep the old weights alive while the new ones are made
                 seen += [on_cpu(_seen(target, names, b, quantized is not None)) for b in batches[:_MEASURED]]
                 for _, placement in rotated_sites(target):
-                    placement.forget()  # as would rotated weights that the runs have kept
+                    placement.forget()  # as would rotated weights, and blocks, that the runs have kept
+                    for rotation in placement.rotations.values():
+                        rotation.forget()
             program, folds, distilled = Program.of(target), list[Folds](), None
             plans = [store.adapters[name].plan for name in names]
             readers = CheckReaders(plans, batches[0] if batches else None)
