@@ -238,8 +238,8 @@ def test_directories_that_are_none(tmp_path):
 
 def test_an_adapter_is_fitted_whole_or_not_at_all(layer):
     whole = SimpleNamespace(
-        modules={"a.qkv": layer, "a.other": object()},
-        packed_modules={"a.qkv": ["a.q", "a.k"]},
+        modules={"a.qkv": layer, "a.joined": layer, "a.other": object()},
+        packed_modules={"a.qkv": ["a.q", "a.k"], "a.joined": ["a.x", "a.y", "a.z"]},
         lora_config=SimpleNamespace(lora_dtype=torch.float64, fully_sharded_loras=False),
     )
 
@@ -251,7 +251,11 @@ def test_an_adapter_is_fitted_whole_or_not_at_all(layer):
     fine = adapter(a_q=turn(6, 4, 1), a_k=turn(3, 8, 1))
     fit(fine, whole, "x")
     assert [w.lora_a.shape for w in fine.loras.values()] == [(4, 6, 6)] * 2
-    for name, reason in (("a_v", "a.v is not a layer of this server's model"), ("a_other", "is a object")):
+    for name, reason in (
+        ("a_v", "a.v is not a layer of this server's model"),
+        ("a_other", "is a object"),
+        ("a_y", "of other parts"),
+    ):
         with pytest.raises(ValueError, match=reason):
             fit(adapter(a_q=turn(6, 4, 1), **{name: turn(6, 4, 1)}), whole, "x")
     with pytest.raises(ValueError, match=r"x: a\.q: it turns 48 inputs"):

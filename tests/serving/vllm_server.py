@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import torch
 
 from tests.serving.servers import Server, environment, free_ports
+from tools.bench import bench_vllm
 
 QUIET = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -79,16 +80,9 @@ def engine(folder, runs, prompts, count=16):
     return json.loads(result.read_text())
 
 
-@torch.no_grad()
 def greedy(model, prompt, count=16):
     """torch's greedy tokens, and by how much each was ahead of the second best."""
-    ids, tokens, margins = torch.tensor([prompt]), [], []
-    for _ in range(count):
-        best = model(input_ids=ids, use_cache=False).logits[0, -1].float().topk(2)
-        tokens.append(int(best.indices[0]))
-        margins.append(float(best.values[0] - best.values[1]))
-        ids = torch.cat([ids, best.indices[:1].unsqueeze(0)], 1)
-    return tokens, margins
+    return bench_vllm.greedy(model, prompt, count)
 
 
 def same(got, expected, tie):

@@ -78,10 +78,10 @@ class Engine:
 
 
 @torch.no_grad()
-def greedy(model: nn.Module, ids: list[int]) -> tuple[list[int], list[float]]:
+def greedy(model: nn.Module, ids: list[int], count: int = COUNT) -> tuple[list[int], list[float]]:
     """torch's tokens, and by how much each was ahead of the second best."""
     given, tokens, margins = torch.tensor([ids]), [], []
-    for _ in range(COUNT):
+    for _ in range(count):
         best = model(input_ids=given, use_cache=False).logits[0, -1].float().topk(2)
         tokens.append(int(best.indices[0]))
         margins.append(float(best.values[0] - best.values[1]))

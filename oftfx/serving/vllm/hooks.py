@@ -106,13 +106,18 @@ def fit(adapter: Any, manager: Any, where: str) -> None:
     """
     layers = dict(manager.modules)
     for whole, parts in manager.packed_modules.items():
-        layers |= {part: manager.modules[whole] for part in parts if whole in manager.modules}
+        if whole in manager.modules:
+            # Seen here, an adapter that a layer joins in another way is refused before it has a slot.
+            fits = getattr(manager.modules[whole], "n_slices", 0) == len(parts)
+            layers |= dict.fromkeys(parts, manager.modules[whole] if fits else None)
     for path, weights in adapter.loras.items():
         layer = layers.get(path)
         if not isinstance(layer, Turns):
-            kind = "is not a layer of this server's model" if layer is None else f"is a {type(layer).__name__}"
+            kind = "is not a layer of this server's model" if path not in layers else f"is a {type(layer).__name__}"
+            if path in layers and layer is None:
+                kind = "is in a layer that vLLM makes of other parts"
             close = difflib.get_close_matches(path, layers, 1)
-            nearest = f"; nearest: {close[0]}" if close and layer is None else ""
+            nearest = f"; nearest: {close[0]}" if close and path not in layers else ""
             raise ValueError(f"OFT adapter {where}: {path} {kind}, and cannot be turned here{nearest}")
         try:
             weights.lora_a = layer.fitted(getattr(weights, _MARK), manager.lora_config.lora_dtype)
