@@ -82,3 +82,42 @@ def byte_bar(title: str) -> Iterator[Advance]:
     with Progress(*columns, console=Console(stderr=True)) as progress:
         task = progress.add_task(title, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+Remarked = Callable[[int, str], None]
+
+
+@contextmanager
+def remark_bar(title: str, total: int) -> Iterator[Remarked]:
+    """Progress of a known number of steps on standard error, with a remark beside it; it gets (done, remark).
+
+    Where standard error is no terminal, a line for every tenth.
+
+    Raises:
+        MissingExtraError: `rich` is not installed.
+    """
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+        from rich.progress import TimeRemainingColumn as Remaining
+    except ImportError as error:
+        raise MissingExtraError("rich", "report", "A progress bar") from error
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        tenths = {max(1, total * i // 10) for i in range(1, 11)}
+        yield lambda done, remark: console.print(f"{title}: {done}/{total} {remark}") if done in tenths else None
+        return
+    pace = TextColumn("{task.fields[pace]}")
+    remarks = TextColumn("{task.fields[remark]}")
+    title_column, clocks = TextColumn("{task.description}"), (TimeElapsedColumn(), Remaining())
+    columns = (title_column, BarColumn(), MofNCompleteColumn(), *clocks, pace, remarks)
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task(title, total=total, remark="", pace="")
+        shown = next(t for t in progress.tasks if t.id == task)
+
+        def advance(done: int, remark: str) -> None:
+            speed = shown.speed
+            pace = "" if not speed else f"{speed:.1f}/s" if speed >= 1 else f"{1 / speed:.1f} s each"
+            progress.update(task, completed=done, remark=remark, pace=pace)
+
+        yield advance

@@ -63,7 +63,7 @@ def test_an_adapter_saved_here_gives_the_same_logits_in_peft(smollm2, adapted, t
 
 @pytest.mark.needs("onnx", "onnxruntime", "onnxscript")
 def test_onnx_runtime_agrees_on_another_batch_and_length(adapted, tokens, tmp_path):
-    from oftfx.demo.perplexity import in_onnxruntime, in_torch
+    from oftfx.evaluation.perplexity import in_onnxruntime, in_torch
 
     folded = oftfx.fold(adapted).model
     oftfx.export_onnx(folded, tmp_path / "m.onnx", tokens, verify=False)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from oftfx.version import __version__
 NOTE = "oftfx_fold.json"
 _VERSION = 1
 _CONFIG = "config.json"
+_COMPANIONS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+               "*.model", "preprocessor_config.json", "processor_config.json")  # fmt: skip
 _WAYS: tuple[type[Checkpoint], ...] = (FourBitState, QuantoState, Hqq, Transformers, Plain)
 
 
@@ -39,8 +42,9 @@ def save_folded(
     *,
     save_as: str | None = None,
     server: str | None = None,
+    beside: Sequence[Path] = (),
 ) -> Path:
-    """See `oftfx.FoldResult.save`."""
+    """See `oftfx.FoldResult.save`; files ``beside`` it are copied and land with it."""
     from safetensors import SafetensorError
 
     directory = Path(directory)
@@ -61,6 +65,9 @@ def save_folded(
             ) from error
         except (ValueError, NotImplementedError) as error:
             raise FoldError(f"{directory}: {way.name} cannot write this {type(model).__name__}: {error}") from error
+        for file in beside:
+            if not (made / file.name).exists():
+                shutil.copyfile(file, made / file.name)
         rotated = any(p.fixed for _, p in rotated_sites(model))
         if rotated:
             save_rotations(model, made)
@@ -174,6 +181,11 @@ def own_files(directory: Path) -> list[str]:
             "replaced; choose another directory, or remove it first"
         )
     return []
+
+
+def companions(base: Path) -> list[Path]:
+    """What belongs to a checkpoint besides its weights and configuration: its tokenizer or processor."""
+    return sorted({file for pattern in _COMPANIONS for file in base.glob(pattern) if file.is_file()})
 
 
 def file_sum(path: Path) -> str:

@@ -4,71 +4,164 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from oftfx.cli import show
+from oftfx.cli.options import Adapter, Base, DryRun, Html, Json, Quiet, Text, Threads, use_threads
+
+if TYPE_CHECKING:
+    from oftfx.folding.report import FoldReport
+
 
 def fold(
-    base: Annotated[Path, typer.Argument(help="Checkpoint: config.json with model.safetensors, or shards and index.")],
-    adapter: Annotated[Path, typer.Argument(help="Adapter directory of oftfx or PEFT (OFT).")],
-    out: Annotated[Path, typer.Argument(help="Directory for the result.")],
+    base: Base,
+    adapter: Adapter,
+    out: Annotated[Path, typer.Argument(help="Directory for the result.", show_default=False)],
     quantized: Annotated[
-        str | None, typer.Option(help="Quantized layers: keep (default), requantize, calibrate, float or reference.")
+        str | None,
+        typer.Option(
+            help="Quantized layers: keep (default), requantize, calibrate, float, reference.", show_default=False
+        ),
     ] = None,
-    reference: Annotated[Path | None, typer.Option(help="The original float checkpoint, for 'reference'.")] = None,
-    calibration: Annotated[
-        Path | None,
-        typer.Option(help='Texts for \'calibrate\': .jsonl with "text" or "messages", or plain text.'),
+    reference: Annotated[
+        Path | None, typer.Option(help="The original float checkpoint, for 'reference'.", show_default=False)
     ] = None,
-    tokens: Annotated[int, typer.Option(help="How many tokens of them to use.")] = 8192,
-    sequence: Annotated[int, typer.Option(help="Tokens of one sequence.")] = 512,
-    hidden_states: Annotated[
-        str, typer.Option(help="Where the hidden states of these texts are kept: memory, or disk (slower).")
-    ] = "memory",
+    calibration: Text = None,
+    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of the calibration texts to use.")] = 8192,
+    sequence: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 512,
+    distil: Annotated[int, typer.Option(min=0, help="Passes over them in which the scales learn; in memory.")] = 0,
+    into: Annotated[
+        str, typer.Option(help="'site', or 'producer': into the layer before, where exact; in memory.")
+    ] = "site",
+    save_as: Annotated[
+        str | None,
+        typer.Option(help="'compressed-tensors': another file format, to the bit; in memory.", show_default=False),
+    ] = None,
+    server: Annotated[
+        str | None,
+        typer.Option(help="'vllm': write only what it reads, or say what does; in memory.", show_default=False),
+    ] = None,
+    in_memory: Annotated[
+        bool, typer.Option("--in-memory", help="Load the whole model, and measure its output.")
+    ] = False,
+    hidden_states: Annotated[str, typer.Option(help="Of the calibration texts: memory, or disk (slower).")] = "memory",
     name: Annotated[str, typer.Option(help="Of the adapter, for the report.")] = "default",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier result in OUT.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the report as JSON, and no progress.")] = False,
+    html: Html = None,
+    force: Annotated[bool, typer.Option("--force", "--overwrite", help="Replace an earlier result in OUT.")] = False,
+    dry_run: DryRun = False,
+    threads: Threads = None,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> None:
-    """Fold an adapter into a checkpoint, without the model in memory.
+    """Fold an adapter into a checkpoint, from files to files, without the model in memory.
 
-    Prints what was done to each layer. With --quantized calibrate the model runs on the texts, layer by layer, with
-    the weights of one decoder layer in memory at a time.
+    Prints what was done to each layer, and whether the adapter arrived. With --quantized calibrate the model runs on
+    the texts, layer by layer, with the weights of one decoder layer in memory at a time. Options that say so load the
+    whole model; so does an adapter whose scales were trained for its fold.
     Interrupted, killed or out of room, the same command goes on where it was.
-    Started by torchrun (torchrun --nproc-per-node 4 -m oftfx.cli fold ...), the processes share the work, but for what
-    is calibrated, which the first one does.
-
-    Exit status: 0 when all files are in OUT; 1 after an error, which is named; 2 for wrong arguments; 130 when
-    interrupted.
+    Started by torchrun (torchrun --nproc-per-node 4 -m oftfx fold ...), the processes share the work, but for what is
+    calibrated, which the first one does.
     """
-    from oftfx.streaming.directory_fold import check_fold, fold_checkpoint
-    from oftfx.streaming.memory import let_large_tensors_go
-    from oftfx.streaming.texts import calibration_from
+    from oftfx.adapter.scales import SCALE_FILE
 
-    options: dict[str, Any] = {"quantized": quantized, "reference": reference, "overwrite": overwrite}
-    if calibration is not None:
-        let_large_tensors_go()
-        inputs = calibration_from(base, calibration, tokens, sequence)
-        options |= {"calibration": inputs, "hidden_states": hidden_states}
-    if dry_run:
-        job = check_fold(base, adapter, out, **options)
-        job.check_room()
-        typer.echo(job.summary())
-        return
-    try:
-        report = fold_checkpoint(
+    use_threads(threads)
+    trained = quantized is None and (adapter / SCALE_FILE).is_file()
+    whole = in_memory or distil or into != "site" or save_as or server or trained
+    options: dict[str, Any] = {"quantized": quantized, "reference": reference}
+    if whole:
+        inputs = _texts(base, calibration, tokens, sequence)
+        more = {"distil": distil, "into": into, "name": name, "trained": trained}
+        report = _in_memory(
             base,
             adapter,
             out,
-            **options,
-            name=name,
-            distributed=int(os.environ.get("WORLD_SIZE", "1")) > 1,
-            progress=not json,
+            {**options, "calibration": inputs},
+            more,
+            (save_as, server),
+            force,
+            dry_run,
+            quiet or json,
         )
-    except KeyboardInterrupt:  # which typer itself would call an abort
-        typer.echo("interrupted; start the same command again to continue")
-        raise typer.Exit(130) from None
-    if int(os.environ.get("RANK", "0")):
-        return  # the first process says it
-    typer.echo(report.to_json() if json else report.table(), nl=json)
+    else:
+        more = {"hidden_states": hidden_states, "name": name, "overwrite": force}
+        report = _by_files(base, adapter, out, options, more, (calibration, tokens, sequence), dry_run, quiet or json)
+    if report is None:
+        return
+    if html is not None:
+        report.to_html(html)
+        show.say(f"written: {html}")
+    show.result(report.to_json() if json else report.table())
+
+
+def _texts(base: Path, file: Path | None, tokens: int, sequence: int) -> Any:
+    from oftfx.streaming.texts import calibration_from
+
+    return None if file is None else calibration_from(base, file, tokens, sequence)
+
+
+def _by_files(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    options: dict[str, Any],
+    more: dict[str, Any],
+    texts: tuple[Path | None, int, int],
+    dry_run: bool,
+    quiet: bool,
+) -> FoldReport | None:
+    from oftfx.streaming.directory_fold import check_fold, fold_checkpoint
+    from oftfx.streaming.memory import let_large_tensors_go
+
+    name = more.pop("name")
+    if texts[0] is not None:
+        let_large_tensors_go()
+        options |= {"calibration": _texts(base, *texts), "hidden_states": more["hidden_states"]}
+    options["overwrite"] = more["overwrite"]
+    if dry_run:
+        job = check_fold(base, adapter, out, **options)
+        job.check_room()
+        show.result(job.summary())
+        return None
+    distributed = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    report = fold_checkpoint(base, adapter, out, **options, name=name, distributed=distributed, progress=not quiet)
+    return None if int(os.environ.get("RANK", "0")) else report  # the first process says it
+
+
+def _in_memory(
+    base: Path,
+    adapter: Path,
+    out: Path,
+    options: dict[str, Any],
+    more: dict[str, Any],
+    kind: tuple[Any, Any],
+    force: bool,
+    dry_run: bool,
+    quiet: bool,
+) -> FoldReport | None:
+    from oftfx.adapter.folded import NOTE, companions, own_files, save_folded
+    from oftfx.adapter.load import load_adapter
+    from oftfx.adapter.switch import set_adapter
+    from oftfx.errors import FoldError
+    from oftfx.files import check_place
+    from oftfx.foldaware import fold_aware
+    from oftfx.folds import fold as fold_model
+    from oftfx.opened import open_model
+
+    check_place(out / NOTE, FoldError)
+    if own_files(out) and not force:
+        raise show.OutputError(f"{out} holds an earlier result; choose another place, or replace it: --force")
+    name, trained = more.pop("name"), more.pop("trained")
+    model = load_adapter(open_model(base), adapter, adapter=name)
+    set_adapter(model, name)
+    if trained:
+        awareness = fold_aware(model, "calibrate", adapter=name, calibration=adapter)
+        show.say(f"{awareness.sites} layers have codes and scales that were trained for this fold")
+    if dry_run:
+        show.result(f"{adapter} fits {base}; it would be folded in memory and written to {out}")
+        return None
+    with show.counted("fold", quiet=quiet) as progress:
+        done = fold_model(model, **options, **more, inplace=True, progress=progress or False)
+    save_folded(done.model, done.report, out, save_as=kind[0], server=kind[1], beside=companions(base))
+    return done.report

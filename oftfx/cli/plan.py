@@ -7,37 +7,43 @@ from typing import Annotated, Any
 
 import typer
 
-from oftfx.errors import MissingExtraError, OftfxError
+from oftfx.cli import show
+from oftfx.cli.options import Base, Json
 
 
 def plan(
-    model: Annotated[Path, typer.Argument(help="Directory with a transformers config.json.")],
-    rules: Annotated[str, typer.Option(help="'all-linear' or a .toml file with [[rule]] tables.")] = "all-linear",
-    block_size: Annotated[int | None, typer.Option(min=1, help="Block size for 'all-linear'.")] = None,
+    model: Base,
+    target: Annotated[str, typer.Option(help="Layers: names as in PEFT, q_proj,v_proj; or globs.")] = "all-linear",
+    rules: Annotated[
+        Path | None,
+        typer.Option(help="Instead: a .toml file of rules, or a PEFT adapter_config.json.", show_default=False),
+    ] = None,
+    block_size: Annotated[int | None, typer.Option(min=1, help="Block size, with --target; 32 by default.")] = None,
+    share_input: Annotated[
+        bool, typer.Option("--share-input", help="One rotation for layers that read the same.")
+    ] = False,
     full: Annotated[bool, typer.Option("--full", help="One row a site.")] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    json: Json = False,
 ) -> None:
-    """Show what a transform would do, from the model's config alone: no weights are loaded."""
-    from oftfx.rotation.spec import OFT
+    """Show what would be rotated, what not, and why; of a quantized model in its formats. No weights are loaded."""
+    from oftfx.opened import open_bare
     from oftfx.surgery import plan as plan_of
 
-    asked: Any = {"all-linear": OFT(block_size)} if block_size and rules == "all-linear" else rules
-    result = plan_of(_meta_model(model), asked)
-    print(result.to_json() if json else result.table(full=full))  # noqa: T201
+    made = plan_of(open_bare(model), asked_rules(target, rules, block_size, share_input))
+    show.result(made.to_json() if json else made.table(full=full))
 
 
-def _meta_model(directory: Path) -> Any:
-    import torch
+def asked_rules(target: str, rules: Path | None, block_size: int | None, share_input: bool) -> Any:
+    """What `oftfx.plan` takes, of the options that say it.
 
-    if not (directory / "config.json").is_file():
-        raise OftfxError(f"{directory} has no config.json; expected a directory that transformers saved a model to")
-    try:
-        import transformers
-    except ImportError as error:
-        raise MissingExtraError("transformers", "hf", "Planning from a config") from error
-    config = transformers.AutoConfig.from_pretrained(directory)
-    name = (config.architectures or ["AutoModel"])[0]
-    with torch.device("meta"):
-        return (
-            getattr(transformers, name)(config) if name != "AutoModel" else transformers.AutoModel.from_config(config)
-        )
+    Raises:
+        OutputError: two of them do not go together.
+    """
+    from oftfx.planning.read_rules import names_of
+    from oftfx.rotation.spec import OFT
+
+    if rules is None:
+        return {name: OFT(block_size, share_input=share_input) for name in names_of(target)}
+    if target != "all-linear" or block_size is not None or share_input:
+        raise show.OutputError("--rules says the layers and their rotations itself; leave the other options out")
+    return rules

@@ -16,10 +16,11 @@ from torch import Tensor
 
 import oftfx
 from oftfx.demo import figures, smollm, text
-from oftfx.demo import perplexity as ppl
-from oftfx.demo.interleaved import ratios
 from oftfx.demo.job_table import COLUMNS, table_rows
 from oftfx.demo.train import train
+from oftfx.evaluation import perplexity as ppl
+from oftfx.evaluation.evaluate import stored_bytes
+from oftfx.evaluation.interleaved import ratios
 from oftfx.files import write_whole
 from oftfx.model.structure import structural_copy
 from oftfx.terminal import render
@@ -232,7 +233,7 @@ class Job:
     # -- bookkeeping ----------------------------------------------------------------------------
 
     def _torch_row(self, name: str, model: Callable[[], nn.Module], held_out: Tensor) -> None:
-        self._row(name, "torch", lambda: _bytes(model()) / 2**20, cache(lambda: ppl.in_torch(model())), held_out)
+        self._row(name, "torch", lambda: stored_bytes(model()) / 2**20, cache(lambda: ppl.in_torch(model())), held_out)
 
     def _row(
         self,
@@ -280,20 +281,3 @@ class Job:
 def _greedy(model: nn.Module, prompt: Any) -> Tensor:
     with torch.no_grad():
         return model.eval().generate(**prompt, max_new_tokens=24, do_sample=False)  # type: ignore[operator]
-
-
-def _bytes(model: nn.Module) -> int:
-    """Every stored tensor once; of quantized sites codes and scales."""
-    from oftfx.formats.registry import format_of
-
-    total, counted = 0, set()
-    for module in model.modules():
-        weight_format = format_of(module)
-        if weight_format is not None and not weight_format.lossless:
-            total += weight_format.nbytes(module)
-            counted.add(id(module._parameters["weight"]))
-    for tensor in [*model.parameters(), *model.buffers()]:
-        if id(tensor) not in counted:
-            counted.add(id(tensor))
-            total += tensor.numel() * tensor.element_size()
-    return total

@@ -19,8 +19,8 @@ from torch import Tensor
 
 import oftfx
 from oftfx.demo import figures, ocr, words
-from oftfx.demo.train import minimise
 from oftfx.terminal import render
+from oftfx.training.minimise import Schedule, minimise
 
 RULES = {
     # 36 divides every 3x3 kernel but the first: a block turns the 3x3 patches of four channels.
@@ -143,7 +143,7 @@ def train(model: nn.Module, *, steps: int, folder: Path, report: Callable[[int, 
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.eval()  # its statistics are the base model's
-    losses = minimise(loss, oftfx.adapter_parameters(model), steps=steps, rate=RATE, folder=folder, report=report)
+    losses = minimise(loss, oftfx.adapter_parameters(model), Schedule(steps, RATE), folder=folder, report=report)
     model.eval()
     return losses
 

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from oftfx import OFT
+from tests.cli.conftest import make_tokenizer
 from tests.streaming.compare import adapter_for, sums
 
 pytestmark = [pytest.mark.needs("typer", "rich", "transformers"), pytest.mark.slow]
@@ -19,19 +20,8 @@ def parts(tiny_llama, tmp_path):
     return str(tmp_path / "base"), str(adapter), str(tmp_path / "out")
 
 
-def make_tokenizer(path):
-    """Words w0 to w28 after <unk>, <s> and </s>."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i + 3 for i in range(29)}
-    made = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    made.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>", unk_token="<unk>").save_pretrained(path)
-
-
 def oftfx(*arguments):
-    return subprocess.run([sys.executable, "-m", "oftfx.cli", *arguments], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, "-m", "oftfx", *arguments], capture_output=True, text=True, check=False)
 
 
 def test_a_fold_and_its_table(parts, tmp_path):
@@ -45,8 +35,8 @@ def test_a_fold_and_its_table(parts, tmp_path):
     assert "folded default into 14 sites: 14 folded" in done.stdout
     done = oftfx("fold", *parts)
     assert done.returncode == 1
-    assert "error:" in done.stdout
-    assert "holds an earlier result" in done.stdout
+    assert "error:" in done.stderr
+    assert "holds an earlier result" in done.stderr
     done = oftfx("fold", *parts, "--overwrite", "--json", "--name", "mine")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["adapters"] == ["mine"]
@@ -59,7 +49,7 @@ def test_help_and_wrong_arguments(parts):
     assert oftfx("fold", parts[0]).returncode == 2
     done = oftfx("fold", *parts, "--quantized", "calibrate")
     assert done.returncode == 1
-    assert "'calibrate' needs calibration=" in done.stdout
+    assert "'calibrate' needs calibration=" in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
 
 
@@ -110,7 +100,7 @@ def test_interrupted_and_gone_on_with(parts, tmp_path):
     process.send_signal(signal.SIGINT)
     out, errors = process.communicate()
     assert process.returncode == 130, (out, errors)
-    assert "start the same command again to continue" in out
+    assert "the same command goes on with it" in errors
     assert "Traceback" not in out + errors
     assert oftfx("fold", *parts).returncode == 0
     assert sums(tmp_path / "out") == sums(tmp_path / "undisturbed")

@@ -7,7 +7,7 @@ pytestmark = pytest.mark.needs("typer", "rich", "onnx", "onnxruntime")
 
 
 def oftfx(*arguments):
-    command = [sys.executable, "-m", "oftfx.cli", "repository", *map(str, arguments)]
+    command = [sys.executable, "-m", "oftfx", "repository", *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, check=False)
 
 
@@ -26,9 +26,9 @@ def test_a_repository_from_the_command_line(tmp_path):
     assert (out / "m/3/adapters/a2.onnx_adapter").is_file()
     twice = oftfx(model, out, "--server", "triton", *words, *words)
     assert twice.returncode == 1
-    assert "'a1' is given twice" in twice.stdout
+    assert "'a1' is given twice" in twice.stderr
     bad = oftfx(model, out, "--server", "triton", "--adapter", "a1")
     assert bad.returncode == 1
-    assert "expected NAME=FILE.onnx_adapter" in bad.stdout
+    assert "expected NAME=FILE.onnx_adapter" in bad.stderr
     assert "Traceback" not in bad.stdout + bad.stderr
-    assert "expected 'triton' or 'mlserver'" in oftfx(model, out, "--server", "flask").stdout
+    assert "expected 'triton' or 'mlserver'" in oftfx(model, out, "--server", "flask").stderr

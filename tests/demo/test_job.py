@@ -10,9 +10,9 @@ from oftfx import OFT
 from oftfx.demo import text
 from oftfx.demo.job import QUICK, Job
 from oftfx.demo.job_table import table_rows
-from oftfx.demo.perplexity import in_torch, perplexity
 from oftfx.demo.train import train
 from oftfx.errors import OftfxError
+from oftfx.evaluation.perplexity import in_torch, perplexity
 
 pytestmark = pytest.mark.needs("transformers")
 

@@ -58,7 +58,7 @@ def test_commands(kind, ports, exported):
     free = {str(ports[0]): str(http), str(ports[1]): str(grpc)}
     moved = re.compile("|".join(free))
     more = ["--http-port", str(http), "--grpc-port", str(grpc)]  # the guide's are the defaults
-    command = [sys.executable, "-m", "oftfx.cli", *shlex.split(write)[1:], *more]
+    command = [sys.executable, "-m", "oftfx", *shlex.split(write)[1:], *more]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     start = moved.sub(lambda m: free[m.group()], start)
     # It is also the command that the writing printed, with the environment named.

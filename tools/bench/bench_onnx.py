@@ -26,7 +26,7 @@ import torch.nn as nn
 from torch import Tensor
 
 import oftfx
-from oftfx.demo import perplexity as ppl
+from oftfx.evaluation import perplexity as ppl
 from oftfx.files import write_whole
 from tools.bench.fold_cost import resident
 from tools.bench.fold_models import Language

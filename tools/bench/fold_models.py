@@ -19,7 +19,7 @@ from torch import Tensor
 
 import oftfx
 from oftfx.demo import smollm, text
-from oftfx.demo.train import minimise
+from oftfx.training.minimise import Schedule, minimise
 from tools.bench.fold_bases import CALIBRATED, as_floats, quantized
 from tools.bench.fold_peers import gptq, merged_in_floats
 
@@ -165,8 +165,7 @@ class Task(ABC):
         minimise(
             lambda step: self.loss(model, step),
             oftfx.adapter_parameters(model),
-            steps=self.steps,
-            rate=rate,
+            Schedule(self.steps, rate),
             folder=where / "steps",
             report=lambda step, loss: (
                 say(f"{where.relative_to(folder)}: step {step}, loss {loss:.4f}") if step % 10 == 0 else None

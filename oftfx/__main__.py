@@ -1,4 +1,4 @@
-"""``python -m oftfx.cli``."""
+"""``python -m oftfx``."""
 
 from oftfx.cli.main import main
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from oftfx.demo import interleaved
+from oftfx.evaluation import interleaved
 
 
 class Clock:

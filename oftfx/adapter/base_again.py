@@ -1,0 +1,65 @@
+"""The base, out of a fold that has kept its weights."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from oftfx.adapter.folded import NOTE, read_note
+from oftfx.adapter.kept import CONFIG_KEY
+from oftfx.adapter.kept import FILE as ROTATIONS
+from oftfx.errors import FoldError
+from oftfx.files import landing, write
+from oftfx.folding.checkpoint import ROTATION
+
+_CONFIG = "config.json"
+_KEPT = ("kept", "untouched")
+
+
+def base_again(folded: Path, out: Path) -> int:
+    """Write the checkpoint without rotations and without our notes; the number of sites that had one.
+
+    Raises:
+        FoldError: a site's weight was changed by the fold.
+        AdapterFileError: it is no fold, or not complete.
+    """
+    sites = read_note(folded)["report"]["sites"]
+    changed = [s for s in sites if s["action"] not in _KEPT]
+    if changed:
+        raise FoldError(
+            f"{folded}: {changed[0]['fqn']} was {changed[0]['action']}"
+            + (f", like {len(changed) - 1} more" if changed[1:] else "")
+            + "; the base's weights are not in there any more. Use the checkpoint that was folded"
+        )
+    with landing(out, _CONFIG, FoldError) as made:
+        for file in sorted(folded.iterdir()):
+            if file.name in (NOTE, ROTATIONS, _CONFIG) or file.name.startswith(".") or file.is_dir():
+                continue
+            if not _without_rotations(file, made / file.name):
+                shutil.copyfile(file, made / file.name)
+        config = json.loads((folded / _CONFIG).read_text(encoding="utf-8"))
+        config.pop(CONFIG_KEY, None)
+        write(made / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+    return sum(s["action"] == "kept" for s in sites)
+
+
+def _without_rotations(file: Path, target: Path) -> bool:
+    """Write a file of weights, or their index, without what belongs to rotations; False where there is nothing such."""
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as opened:
+            names = [*opened.keys()]
+            own = [n for n in names if not ROTATION.search(n)]
+            if own == names:
+                return False
+            save_file({n: opened.get_tensor(n) for n in own}, target, metadata=opened.metadata())
+        return True
+    if file.name.endswith(".index.json"):
+        index = json.loads(file.read_text(encoding="utf-8"))
+        index["weight_map"] = {n: f for n, f in index["weight_map"].items() if not ROTATION.search(n)}
+        write(target, (json.dumps(index, indent=2) + "\n").encode())
+        return True
+    return False

@@ -1,0 +1,134 @@
+"""The commands ``oftfx export``, ``oftfx genai`` and ``oftfx export-adapter``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from oftfx.cli import show
+from oftfx.cli.options import Base, Force, Html, Json, Threads, use_threads
+
+_Adapters = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="An adapter directory, or NAME=DIRECTORY; may be repeated.", show_default=False),
+]
+_Mode = Annotated[
+    str, typer.Option(help="fixed: in the file; swappable: beside it; mixed: a row's choice; inputs: see the guide.")
+]
+_Dtype = Annotated[str, typer.Option(help="auto, float32 or float16.")]
+
+
+def export(
+    model: Base,
+    out: Annotated[Path, typer.Argument(help="The .onnx file.", show_default=False)],
+    adapter: _Adapters = None,
+    mode: _Mode = "fixed",
+    cache: Annotated[bool, typer.Option("--cache", help="Take and give a decoder's keys and values.")] = False,
+    fused: Annotated[
+        bool, typer.Option("--fused", help="With --cache: attention in one operator, where it is that.")
+    ] = False,
+    accuracy_level: Annotated[
+        int | None, typer.Option(help="4: int8 products, faster, not exact.", show_default=False)
+    ] = None,
+    dialect: Annotated[str, typer.Option(help="ort, standard or openvino.")] = "ort",
+    opset: Annotated[int | None, typer.Option(help="Of the standard operators.", show_default=False)] = None,
+    dtype: _Dtype = "auto",
+    verify: Annotated[
+        bool, typer.Option(help="Run ONNX Runtime against torch, and refuse a file that differs.")
+    ] = True,
+    html: Html = None,
+    force: Force = False,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Write a model, with adapters or folded, as an ONNX file, and check it in ONNX Runtime."""
+    from oftfx.onnx.export import export_onnx
+
+    use_threads(threads)
+    show.check_new(out, force=force)
+    made = _with_adapters(model, adapter or [], dtype)
+    asked: dict[str, Any] = {"adapters": mode, "dialect": dialect}  # checked there
+    with show.waiting(f"export{' and verify' if verify else ''} {out.name}", quiet=json):
+        report = export_onnx(
+            made, out, **asked, cache=cache, fused=None if fused else False, accuracy_level=accuracy_level, opset=opset,
+            verify=verify,
+        )  # fmt: skip
+    _end(report, html, json)
+
+
+def genai(
+    model: Base,
+    out: Annotated[Path, typer.Argument(help="The directory.", show_default=False)],
+    adapter: _Adapters = None,
+    mode: Annotated[str, typer.Option(help="fixed: in the graph; swappable: a file beside it for each.")] = "fixed",
+    context_length: Annotated[int | None, typer.Option(help="Largest number of tokens.", show_default=False)] = None,
+    accuracy_level: Annotated[
+        int | None, typer.Option(help="4: int8 products, faster, not exact.", show_default=False)
+    ] = None,
+    dtype: _Dtype = "auto",
+    verify: Annotated[
+        bool, typer.Option(help="Run ONNX Runtime against torch, and refuse a file that differs.")
+    ] = True,
+    html: Html = None,
+    force: Force = False,
+    threads: Threads = None,
+    json: Json = False,
+) -> None:
+    """Write a language model as a directory that ONNX Runtime GenAI loads: graph, settings, tokenizer, adapters."""
+    from oftfx.onnx.genai import export_genai
+    from oftfx.opened import open_tokenizer
+
+    use_threads(threads)
+    show.check_new(out, force=force)
+    made, tokenizer = _with_adapters(model, adapter or [], dtype), open_tokenizer(model)
+    asked: dict[str, Any] = {"adapters": mode}
+    with show.waiting(f"export{' and verify' if verify else ''} {out.name}", quiet=json):
+        report = export_genai(
+            made, out, tokenizer=tokenizer, **asked, context_length=context_length, accuracy_level=accuracy_level,
+            verify=verify,
+        )  # fmt: skip
+    _end(report, html, json)
+
+
+def export_adapter(
+    model: Base,
+    adapter: Annotated[Path, typer.Argument(help="The adapter's directory.", show_default=False)],
+    out: Annotated[Path, typer.Argument(help="The .onnx_adapter file.", show_default=False)],
+    graph: Annotated[
+        Path | None, typer.Option(help="The swappable .onnx file that it is for, to fit it.", show_default=False)
+    ] = None,
+    force: Force = False,
+) -> None:
+    """Write one adapter as the file that ONNX Runtime loads beside a swappable model."""
+    from oftfx.adapter.load import load_adapter
+    from oftfx.onnx.adapters.file import export_onnx_adapter
+    from oftfx.opened import open_model
+
+    show.check_new(out, force=force)
+    made = load_adapter(open_model(model), adapter)
+    show.result(f"{export_onnx_adapter(made, out, graph=graph)}")
+
+
+def _with_adapters(directory: Path, words: list[str], dtype: str) -> Any:
+    """The model with its adapters; the first of them acts, all of them are there."""
+    from oftfx.adapter.load import load_adapter
+    from oftfx.opened import open_model
+
+    model, names = open_model(directory, dtype=dtype), set[str]()
+    for word in words:
+        name, equals, path = word.partition("=")
+        name, path = (name, path) if equals else ("default" if len(words) == 1 else Path(word).name, word)
+        if name in names:
+            raise show.OutputError(f"--adapter: {name!r} is given twice; say NAME=DIRECTORY")
+        names.add(name)
+        load_adapter(model, path, adapter=name)
+    return model
+
+
+def _end(report: Any, html: Path | None, json: bool) -> None:
+    if html is not None:
+        report.to_html(html)
+        show.say(f"written: {html}")
+    show.result(report.to_json() if json else str(report))
