@@ -38,6 +38,16 @@ _HOME = {
     "adapter_rows": "oftfx.adapter.rows",
     "save_adapter": "oftfx.adapter.save",
     "load_adapter": "oftfx.adapter.load",
+    "blend": "oftfx.blending.blend",
+    "BlendReport": "oftfx.blending.blend_report",
+    "rotation_angles": "oftfx.blending.angles",
+    "AngleReport": "oftfx.blending.angles",
+    "adapter_distance": "oftfx.blending.distance",
+    "DistanceReport": "oftfx.blending.distance",
+    "retention": "oftfx.blending.retention",
+    "RetentionCurve": "oftfx.blending.retention",
+    "to_lora": "oftfx.lora.convert",
+    "LoraReport": "oftfx.lora.report",
     "fold": "oftfx.folds",
     "unfold": "oftfx.folds",
     "quantize": "oftfx.quantizing",
@@ -73,6 +83,11 @@ if TYPE_CHECKING:
         remove_adapter,
         set_adapter,
     )
+    from oftfx.blending.angles import AngleReport, rotation_angles
+    from oftfx.blending.blend import blend
+    from oftfx.blending.blend_report import BlendReport
+    from oftfx.blending.distance import DistanceReport, adapter_distance
+    from oftfx.blending.retention import RetentionCurve, retention
     from oftfx.errors import OftfxError
     from oftfx.foldaware import fold_aware
     from oftfx.folding.policies import Budget
@@ -80,6 +95,8 @@ if TYPE_CHECKING:
     from oftfx.folds import FoldResult, fold, unfold
     from oftfx.formats.base import WeightFormat
     from oftfx.formats.registry import register_format
+    from oftfx.lora.convert import to_lora
+    from oftfx.lora.report import LoraReport
     from oftfx.model.site import Site
     from oftfx.onnx.adapters.file import export_onnx_adapter
     from oftfx.onnx.export import ExportReport, export_onnx

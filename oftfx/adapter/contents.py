@@ -17,13 +17,19 @@ from oftfx.planning.plans import Plan
 
 def adapter_tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[str, Tensor]]:
     """What a file of one adapter holds: skews and whole parameters by their keys."""
-    plan = store.adapters[adapter].plan
     rotations = rotation_by_site(root, store, adapter)
-    result: list[tuple[str, Tensor]] = [(peft_files.key_of_skew(e.site), rotations[e.fqn].every_skew()) for e in plan]
+    plan = store.adapters[adapter].plan
+    skews = [(peft_files.key_of_skew(e.site), rotations[e.fqn].every_skew()) for e in plan]
+    return skews + whole_tensors(root, store, adapter)
+
+
+def whole_tensors(root: nn.Module, store: AdapterStore, adapter: str) -> list[tuple[str, Tensor]]:
+    """What it holds besides rotations: whole parameters and their buffers."""
+    plan = store.adapters[adapter].plan
     rotated = [e.fqn for e in plan]
     store.take_back(root)
     named = (*plan.train, *plan.brought)
-    result += [(peft_files.key_of_parameter(n, rotated), store.trained[adapter][n]) for n in named]
+    result = [(peft_files.key_of_parameter(n, rotated), store.trained[adapter][n]) for n in named]
     return result + [(peft_files.PREFIX + n, store.buffers.own[adapter][n]) for n in saved_buffers(root, plan)]
 
 

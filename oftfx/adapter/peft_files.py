@@ -87,7 +87,7 @@ def config_for(plan: Plan, root: nn.Module) -> dict[str, Any]:
             )
     config = {
         "auto_mapping": None,
-        "base_model_name_or_path": getattr(getattr(root, "config", None), "_name_or_path", None) or None,
+        "base_model_name_or_path": base_name(root),
         "bias": {"oft": "oft_only"}.get(plan.train_bias, plan.train_bias),
         "block_share": spec.block_share,
         "coft": spec.coft_eps is not None,
@@ -99,20 +99,25 @@ def config_for(plan: Plan, root: nn.Module) -> dict[str, Any]:
         "layers_pattern": None,
         "layers_to_transform": None,
         "module_dropout": spec.dropout,
-        "modules_to_save": _whole(plan, root) or None,
+        "modules_to_save": whole_modules(plan, root) or None,
         "num_cayley_neumann_terms": spec.terms,
         "oft_block_size": 0 if spec.blocks else spec.block_size,
         "peft_type": "OFT",
         "peft_version": VERSION,
         "r": spec.blocks or 0,
         "revision": None,
-        "target_modules": _targets(plan, root),
+        "target_modules": targets(plan, root),
         "task_type": None,
         "use_cayley_neumann": spec.parameterization != "cayley",
     }
     if spec.parameterization == "cayley_neumann_016":
         del config["peft_version"]  # PEFT then knows that the file has the old meaning
     return config
+
+
+def base_name(root: nn.Module) -> str | None:
+    """What a transformers model was loaded from."""
+    return getattr(getattr(root, "config", None), "_name_or_path", None) or None
 
 
 def unusable_reason(site: Site, module: nn.Module) -> str:
@@ -135,7 +140,7 @@ def _peft_block_size(spec: OFT, in_features: int) -> int:
     return found if spec.blocks is None else in_features // found
 
 
-def _whole(plan: Plan, root: nn.Module) -> list[str]:
+def whole_modules(plan: Plan, root: nn.Module) -> list[str]:
     """Ends of paths that select exactly the modules that train whole; PEFT compares letters, not parts of paths."""
     paths = [n for n, m in root.named_modules(remove_duplicate=False) if n and not is_own_module(m)]
     modules = dict(root.named_modules(remove_duplicate=False))
@@ -151,7 +156,7 @@ def _whole(plan: Plan, root: nn.Module) -> list[str]:
     )
 
 
-def _targets(plan: Plan, root: nn.Module) -> list[str]:
+def targets(plan: Plan, root: nn.Module) -> list[str]:
     """Last parts of the paths where those select exactly the plan's sites, else whole paths."""
     sites = {e.fqn for e in plan}
     ends = sorted({fqn.rpartition(".")[2] for fqn in sites})

@@ -20,6 +20,7 @@ NEEDS = {
     "rules": ("transformers",),
     "save_folded": ("transformers", "accelerate", "bitsandbytes"),
     "serve_adapters": ("transformers", "onnx", "onnxruntime", "onnxscript"),
+    "strength": ("transformers",),
     "trainer": ("transformers", "accelerate"),
     "write_a_format": (),
     "write_a_pass": (),
