@@ -8,6 +8,7 @@ from oftfx.errors import AdapterError, PassError
 from oftfx.formats.exact import use_exact
 from oftfx.formats.registry import format_named
 from oftfx.model.index import ModelIndex
+from oftfx.model.site import Site
 from oftfx.model.sites import weight_device
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.placement.attach import attach
@@ -115,16 +116,20 @@ def _group(entry: SitePlan, known: dict[str, Placement]) -> None:
     mine.join(group or InputGroup(entry.fqn, local=entry.local_input))
 
 
+def skew_dtype(site: Site) -> torch.dtype:
+    """Of the rotation of a site: float64 for float64 weights, else float32."""
+    return torch.float64 if site.dtype == "float64" else torch.float32
+
+
 def rotation_for(entry: SitePlan, device: torch.device) -> Rotation:
     """The rotation of one site, at the identity or as its spec begins."""
     site = entry.site
-    wide = torch.float64 if site.dtype == "float64" else torch.float32
     return Rotation(
         site.in_features,
         entry.spec,
         where=entry.fqn,
         copies=entry.copies,
         tied=entry.tied_blocks,
-        dtype=wide,
+        dtype=skew_dtype(site),
         device=device,
     )

@@ -18,11 +18,12 @@ from oftfx.blending.turns import check_departure, log_of, rotations_of, turn_of
 from oftfx.blending.union import Member, plan_of, union_of
 from oftfx.blending.whole_parts import blend_whole
 from oftfx.errors import AdapterError
+from oftfx.passes.insert_rotations import skew_dtype
 from oftfx.placement.find import rotated_sites
 from oftfx.placement.rows import check_no_rows
 from oftfx.planning.program import Program
 from oftfx.rotation.cayley import cayley
-from oftfx.rotation.logarithm import NEAREST_PI, cayley_root, joined, principal_angles
+from oftfx.rotation.logarithm import NEAREST_PI, cayley_root, joined
 from oftfx.rotation.module import Rotation
 from oftfx.rotation.skew import skew_vector
 
@@ -87,14 +88,16 @@ def blend(model: nn.Module, weights: Mapping[str, float], *, into: str, bound: f
     store.take_back(root)
     others = blend_whole(store, weights)
     plans = {name: store.adapters[name].plan for name in weights}
-    members = union_of(plans, [fqn for fqn, _ in rotated_sites(root)])
+    program = Program.of(root)
+    sites = {s.fqn: s for s in program.sites}
+    members = [m.on(sites) for m in union_of(plans, [fqn for fqn, _ in rotated_sites(root)])]
     skews, lines = dict[str, Tensor](), list[SiteBlend]()
     for member in members:
         if member.entry.owner == member.entry.fqn:
             mine = {name: rotations[name][member.entry.fqn] for name in member.parts}
             skews[member.entry.fqn], line = _blended(member, mine, weights, bound)
             lines.append(line)
-    insert(root, Program.of(root).with_(plan=plan_of(members, list(plans.values()))), into, trainable=False)
+    insert(root, program.with_(plan=plan_of(members, list(plans.values()))), into, trainable=False)
     _fill(root, store, into, skews, others)
     store.activate(root, store.active)
     return BlendReport(into, tuple(weights.items()), tuple(lines))
@@ -123,11 +126,11 @@ def _blended(
         log = joined(log_of(turn, entry.fqn, name), entry.block_size) * weights[name]
         total = log if total is None else total + log
     assert total is not None
-    first = next(iter(rotations.values()))
     rows = total[_first_blocks(member)]
-    largest = _check_exponential(rows, entry.fqn, weights)
-    exact = skew_vector(cayley_root(rows))
-    skew = exact.to(first.skew.dtype)
+    root, angles = cayley_root(rows)
+    largest = _check_angles(angles, entry.fqn, weights)
+    exact = skew_vector(root)
+    skew = exact.to(skew_dtype(entry.site))
     moved = [cayley(s.double(), entry.block_size, "cayley") for s in (skew, exact)]
     error = float(torch.linalg.matrix_norm(moved[0] - moved[1]).max())
     if error > _ROUNDING:
@@ -140,13 +143,12 @@ def _blended(
     return skew, SiteBlend(*shown, largest, departure, error, member.remark)
 
 
-def _check_exponential(logs: Tensor, fqn: str, weights: Mapping[str, float]) -> float:
-    """The largest angle of ``exp(L)``.
+def _check_angles(largest: Tensor, fqn: str, weights: Mapping[str, float]) -> float:
+    """The largest angle of all blocks.
 
     Raises:
         AdapterError: one is pi, which no Cayley transform reaches.
     """
-    largest = principal_angles(logs).amax(-1)
     if bool((largest > math.pi - NEAREST_PI).any()):
         raise AdapterError(
             f"{fqn}: by weights {dict(weights)} block {int(largest.argmax())} turns by {float(largest.max()):.7f}, "

@@ -12,7 +12,7 @@ from oftfx.adapter.contents import check_in_place, rotation_by_site
 from oftfx.adapter.store import AdapterStore
 from oftfx.errors import AdapterError
 from oftfx.placement.find import rotated_sites
-from oftfx.rotation.logarithm import NEAREST_PI, angles_of, logarithm, nearest_rotation
+from oftfx.rotation.logarithm import NEAREST_PI, logarithm, nearest_rotation
 from oftfx.rotation.module import Rotation, whole
 
 
@@ -51,8 +51,12 @@ def turn_of(rotation: Rotation, fqn: str, adapter: str) -> tuple[Tensor, float]:
         ``(blocks, b, b)`` float64, orthogonal; and the largest factor by which a block stretches a vector, less one.
 
     Raises:
-        AdapterError: numbers that are not finite.
+        AdapterError: numbers that are not finite, or none.
     """
+    if rotation.device.type == "meta":
+        raise AdapterError(
+            f"adapter {adapter!r}: {fqn}: the rotation is on the meta device and has no numbers; load it"
+        )
     rows = rotation.formula(whole(rotation.skew).detach().double())
     if not bool(torch.isfinite(rows).all()):
         raise AdapterError(f"adapter {adapter!r}: {fqn}: the rotation holds numbers that are not finite")
@@ -80,10 +84,10 @@ def log_of(turn: Tensor, fqn: str, adapter: str) -> Tensor:
     Raises:
         AdapterError: an angle of pi, where there is none or are several.
     """
-    largest = angles_of(turn).amax(-1)
+    log, largest = logarithm(turn)
     if bool((largest > math.pi - NEAREST_PI).any()):
         raise AdapterError(
             f"adapter {adapter!r}: {fqn}: block {int(largest.argmax())} turns by {float(largest.max()):.7f}, which is "
             "pi: half of that could be either way round. Such a rotation cannot be blended"
         )
-    return logarithm(turn)
+    return log

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from oftfx.model.site import Site
 from oftfx.planning.plans import Plan
 from oftfx.planning.site_plan import Producer, SitePlan
 
@@ -21,6 +22,12 @@ class Member:
 
     entry: SitePlan
     parts: Mapping[str, SitePlan]
+
+    def on(self, sites: Mapping[str, Site]) -> Member:
+        """The same, with what its layer is now: a model may have been cast since the adapters were made."""
+        found, site = sites.get(self.entry.fqn), self.entry.site
+        same = found is not None and found.is_layer == site.is_layer
+        return replace(self, entry=replace(self.entry, site=found)) if same and found is not None else self
 
     @property
     def remark(self) -> str:

@@ -8,13 +8,14 @@ functions of a Hermitian matrix, and equal eigenvalues need no care.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 NEAREST_PI = 1e-6
 """How near to pi an angle may be. There the logarithm loses as many digits as its distance from pi has zeros."""
+_NEAR, _STEPS = 0.1, 6
+"""So near to a rotation so many steps, each of which squares the distance, leave rounding only."""
 
 
 def nearest_rotation(blocks: Tensor) -> tuple[Tensor, Tensor]:
@@ -24,13 +25,21 @@ def nearest_rotation(blocks: Tensor) -> tuple[Tensor, Tensor]:
         blocks: ``(blocks, b, b)`` float64, finite.
 
     Returns:
-        ``U V^T (blocks, b, b)`` and ``max |s - 1| (blocks,)`` over the singular values s: the factor by which a block
-        stretches some vector, less one.
+        The orthogonal factor ``(blocks, b, b)`` of the polar decomposition; and ``max |s - 1| (blocks,)`` over the
+        singular values s: the factor by which a block stretches some vector, less one.
 
-    Source: polar decomposition; Higham, Functions of Matrices (2008), theorem 8.4.
+    Source: polar decomposition and the iteration of Newton and Schulz; Higham, Functions of Matrices (2008), chapter 8.
     """
-    left, values, right = torch.linalg.svd(blocks)
-    return left @ right, (values - 1).abs().amax(-1)
+    gram = blocks.mT @ blocks
+    departure = (torch.linalg.eigvalsh(gram).clamp(min=0).sqrt() - 1).abs().amax(-1)
+    if not bool((departure < _NEAR).all()):
+        left, _, right = torch.linalg.svd(blocks)
+        return left @ right, departure
+    eye = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    for _ in range(_STEPS):
+        blocks = blocks @ (1.5 * eye - 0.5 * gram)
+        gram = blocks.mT @ blocks
+    return blocks, departure
 
 
 def angles_of(rotations: Tensor) -> Tensor:
@@ -48,33 +57,41 @@ def angles_of(rotations: Tensor) -> Tensor:
     return 2 * torch.atan2(sines, cosines)
 
 
-def logarithm(rotations: Tensor) -> Tensor:
-    """The skew-symmetric ``L`` with ``exp(L) = R`` and angles below pi: ``(blocks, b, b)`` float64.
+def logarithm(rotations: Tensor) -> tuple[Tensor, Tensor]:
+    """The skew-symmetric ``L`` with ``exp(L) = R`` and angles below pi.
 
     Args:
-        rotations: ``(blocks, b, b)`` float64, orthogonal. Where an angle is pi there is no such L, or are several.
+        rotations: ``(blocks, b, b)`` float64, orthogonal.
+
+    Returns:
+        ``L (blocks, b, b)``, and the largest angle of each block ``(blocks,)``. Where that is pi there is no such L, or
+        there are several, and what is returned is none; see `NEAREST_PI`.
 
     Source: principal logarithm of a normal matrix; Higham, Functions of Matrices (2008), sections 1.4 and 11.
     """
     eye = torch.eye(rotations.shape[-1], dtype=rotations.dtype, device=rotations.device).expand_as(rotations)
     # (I - R) and (I + R)^-1 commute. Large entries stand for angles near pi, where the logarithm is as sensitive.
-    q = torch.linalg.solve(rotations + eye, eye - rotations)
-    return _of_hermitian(q, lambda values: -2 * torch.atan(values))
+    q, failed = torch.linalg.solve_ex(rotations + eye, eye - rotations, check_errors=False)
+    there = (failed == 0) & torch.isfinite(q).flatten(1).all(1)
+    values, vectors = torch.linalg.eigh(-1j * _skew(torch.where(there.view(-1, 1, 1), q, 0.0)))
+    angles = -2 * torch.atan(values)
+    largest = torch.where(there, angles.abs().amax(-1), math.pi)
+    return _from_angles(angles, vectors), largest
 
 
-def cayley_root(logarithms: Tensor) -> Tensor:
-    """The skew-symmetric ``Q`` with ``(I - Q)(I + Q)^-1 = exp(L)``: ``(blocks, b, b)`` float64.
+def cayley_root(logarithms: Tensor) -> tuple[Tensor, Tensor]:
+    """The skew-symmetric ``Q`` with ``(I - Q)(I + Q)^-1 = exp(L)``.
 
     Args:
-        logarithms: ``(blocks, b, b)`` float64, skew-symmetric, of any size; no angle an odd multiple of pi.
+        logarithms: ``(blocks, b, b)`` float64, skew-symmetric, of any size.
+
+    Returns:
+        ``Q (blocks, b, b)``, and the largest angle of ``exp(L)`` in [0, pi] ``(blocks,)``. Where that is pi there is no
+        Q.
     """
-    return _of_hermitian(logarithms, lambda values: -torch.tan(values / 2))
-
-
-def principal_angles(logarithms: Tensor) -> Tensor:
-    """Angles in [0, pi] of ``exp(L)``, ``(blocks, b)`` ascending, for L of any size."""
-    turns = torch.linalg.eigvalsh(-1j * _skew(logarithms))
-    return torch.remainder(turns + math.pi, 2 * math.pi).sub_(math.pi).abs_().sort(-1).values
+    values, vectors = torch.linalg.eigh(-1j * _skew(logarithms))
+    turns = torch.remainder(values + math.pi, 2 * math.pi).sub_(math.pi).abs_()
+    return _from_angles(-torch.tan(values / 2), vectors), turns.amax(-1)
 
 
 def joined(blocks: Tensor, size: int) -> Tensor:
@@ -89,11 +106,9 @@ def joined(blocks: Tensor, size: int) -> Tensor:
     return result.view(count // several, size, size)
 
 
-def _of_hermitian(matrix: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
-    """``V diag(i f(t)) V^H`` for the skew-symmetric ``V diag(it) V^H`` and an odd f."""
-    values, vectors = torch.linalg.eigh(-1j * _skew(matrix))
-    made = (vectors * function(values).unsqueeze(-2)) @ vectors.mH  # i times it is real
-    return _skew(-made.imag)
+def _from_angles(values: Tensor, vectors: Tensor) -> Tensor:
+    """``V diag(i t) V^H``, which is real."""
+    return _skew(-((vectors * values.unsqueeze(-2)) @ vectors.mH).imag)
 
 
 def _skew(matrix: Tensor) -> Tensor:

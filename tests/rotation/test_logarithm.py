@@ -9,7 +9,6 @@ from oftfx.rotation.logarithm import (
     joined,
     logarithm,
     nearest_rotation,
-    principal_angles,
 )
 
 SIZES = [1, 2, 3, 5, 8, 17]
@@ -39,8 +38,9 @@ def dense_logarithm(r):
 @pytest.mark.parametrize("size", SIZES)
 def test_the_logarithm_is_that_of_the_definition(size):
     r = torch.stack([rotation(size, seed=seed) for seed in range(3)])
-    found = logarithm(r)
+    found, largest = logarithm(r)
     assert torch.equal(found, -found.mT)
+    assert (largest - torch.linalg.eigvals(r).angle().abs().amax(-1)).abs().max() < 1e-13
     assert (torch.matrix_exp(found) - r).abs().max() < 1e-13
     for one, block in zip(found, r, strict=True):
         assert (one - dense_logarithm(block)).abs().max() < 1e-12
@@ -49,9 +49,10 @@ def test_the_logarithm_is_that_of_the_definition(size):
 @pytest.mark.parametrize("angles", [[0.3, 0.3, 0.3, 0.3], [0, 0, 0, 1e-9], [0, 0, 0, 0], [2.0, 2.0, 1e-6, 0]])
 def test_equal_and_tiny_angles(angles):
     r = rotation(9, angles)[None]
-    found = logarithm(r)
+    found, largest = logarithm(r)
     assert (torch.matrix_exp(found) - r).abs().max() < 1e-13
     assert (torch.matrix_exp(found / 2) @ torch.matrix_exp(found / 2) - r).abs().max() < 1e-13
+    assert abs(float(largest) - max(angles)) < 1e-14
     expected = sorted([*angles, *angles, 0])
     assert (angles_of(r)[0] - torch.tensor(expected, dtype=torch.float64)).abs().max() < 1e-14
 
@@ -59,7 +60,8 @@ def test_equal_and_tiny_angles(angles):
 @pytest.mark.parametrize("short", [1e-2, 1e-4, 1e-6])
 def test_near_pi_it_is_as_good_as_the_problem_allows(short):
     r = rotation(7, [math.pi - short, 0.2, 1e-3])[None]
-    found = logarithm(r)
+    found, largest = logarithm(r)
+    assert abs(float(largest) - (math.pi - short)) < 1e-14
     # The sensitivity of the logarithm there is pi / short.
     assert (torch.matrix_exp(found) - r).abs().max() < 1e-15 * math.pi / short * 10
     assert abs(float(angles_of(r).max()) - (math.pi - short)) < 1e-14
@@ -75,19 +77,31 @@ def test_angles_up_to_pi_and_of_a_reflection():
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("weight", [0.0, 0.5, 1.0, -1.0, 1.7, 9.0])
 def test_the_cayley_transform_of_the_root_is_the_exponential(size, weight):
-    logs = logarithm(torch.stack([rotation(size, seed=s) for s in range(2)])) * weight
-    q, eye = cayley_root(logs), torch.eye(size, dtype=torch.float64)
+    logs = logarithm(torch.stack([rotation(size, seed=s) for s in range(2)]))[0] * weight
+    (q, largest), eye = cayley_root(logs), torch.eye(size, dtype=torch.float64)
     assert torch.equal(q, -q.mT)
     expected = torch.matrix_exp(logs)
     assert ((eye - q) @ torch.linalg.inv(eye + q) - expected).abs().max() < 1e-11
-    assert (principal_angles(logs) - angles_of(expected)).abs().max() < 1e-12
+    assert (largest - angles_of(expected).amax(-1)).abs().max() < 1e-12
 
 
-def test_the_nearest_rotation_and_its_distance():
-    r, stretch = rotation(4), torch.diag(torch.tensor([1.0, 1.02, 0.97, 1.0], dtype=torch.float64))
-    found, departure = nearest_rotation((r @ stretch)[None])
+@pytest.mark.parametrize("most", [1e-12, 0.03, 0.09, 0.11, 0.8])
+def test_the_nearest_rotation_and_its_distance(most):
+    r = rotation(5)
+    stretch = torch.tensor([1.0, 1 + most / 2, 1 - most, 1.0, 1 + most / 3], dtype=torch.float64)
+    other = rotation(5, seed=4)
+    found, departure = nearest_rotation((r @ other @ torch.diag(stretch) @ other.T)[None])
     assert (found[0] - r).abs().max() < 1e-14
-    assert abs(float(departure) - 0.03) < 1e-14
+    assert abs(float(departure) - most) < 1e-14
+
+
+def test_a_half_turn_and_a_reflection_have_no_logarithm():
+    half = torch.diag(torch.tensor([-1.0, -1.0, 1.0], dtype=torch.float64))
+    mirror = torch.diag(torch.tensor([1.0, -1.0, 1.0], dtype=torch.float64))
+    good = rotation(3, [0.7])
+    found, largest = logarithm(torch.stack([half, good, mirror, rotation(3, [math.pi], seed=3)]))
+    assert (largest > math.pi - 1e-7).tolist() == [True, False, True, True]
+    assert (found[1] - dense_logarithm(good)).abs().max() < 1e-14
 
 
 def test_joined_blocks_are_the_same_matrix():
