@@ -24,7 +24,7 @@ from oftfx.folding.inputs import batches_of
 from oftfx.folding.lockstep import Lockstep
 from oftfx.folding.still import held_still
 from oftfx.formats.sharded import is_sharded
-from oftfx.lora.fit import Fit, energy_of, raised
+from oftfx.lora.fit import Fit, energy_of, raised, rank_for
 from oftfx.lora.peft_layout import config_for, tensors_of, unable
 from oftfx.lora.report import LoraReport, SiteLora
 from oftfx.lora.seen import Seen, see
@@ -127,7 +127,7 @@ class _Job:
     left: dict[nn.Module, tuple[Site, Placement]]
     lines: dict[str, SiteLora]
     tensors: dict[str, dict[str, Tensor]]
-    fits: dict[str, Tensor]
+    energies: dict[str, Tensor]
 
     @classmethod
     def of(cls, root: nn.Module, store: AdapterStore, adapter: str, rank: int | None, energy: float | None) -> _Job:
@@ -137,10 +137,10 @@ class _Job:
         left = dict[nn.Module, tuple[Site, Placement]]()
         for entry in plan:
             placement = found[entry.fqn]
-            if any(adapter in names and not aware.turns for names, aware in placement.through.items()):
+            if any(adapter in names for names in placement.through):
                 raise AdapterError(
-                    f"adapter {adapter!r} is fold-aware: {entry.fqn} computes with codes and scales, which are no "
-                    "low-rank update. Let the rotations act again first: oftfx.fold_aware(model, None)"
+                    f"adapter {adapter!r} is fold-aware: {entry.fqn} computes with the weight that its fold will "
+                    "write, not with its rotation. Let the rotations act again first: oftfx.fold_aware(model, None)"
                 )
             reason = unable(entry.site, placement)
             if is_sharded(placement.module._parameters.get(placement.parameter)):
@@ -193,7 +193,7 @@ class _Job:
         error = (loss * float(fit.energies.sum()) / size) ** 0.5 if size else 0.0
         tokens = None if seen is None else seen.tokens
         self.lines[site.fqn] = SiteLora(site.fqn, weight_format.name, rank, fit.full, loss, error, tokens, note)
-        self.fits[site.fqn] = fit.energies.cpu()
+        self.energies[site.fqn] = fit.energies.cpu()
         dtype = weight_format.dtype(module)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         a, b = (t.to("cpu", wide).contiguous() for t in fit.factors(rank))
@@ -201,10 +201,10 @@ class _Job:
 
     def needed(self, loss: float) -> dict[str, int]:
         """The rank at which each site loses no more than that."""
-        return {fqn: Fit(e, e, e).rank_for(loss) for fqn, e in self.fits.items()}
+        return {fqn: rank_for(energies, loss) for fqn, energies in self.energies.items()}
 
     def _by_energy(self, fit: Fit) -> int | None:
-        return None if self.energy is None else fit.rank_for(1 - self.energy)
+        return None if self.energy is None else rank_for(fit.energies, 1 - self.energy)
 
 
 def _less_identity(rotation: Rotation, device: torch.device) -> Tensor:

@@ -60,18 +60,12 @@ class Fit:
     @property
     def full(self) -> int:
         """The rank of the update, as far as its digits go."""
-        return int((self.energies > _NOTHING * self.energies[0]).sum()) if len(self.energies) else 0
+        return rank_for(self.energies, 0.0)
 
     def loss(self, rank: int) -> float:
         """Share of the energy that an approximation of this rank loses."""
         whole = float(self.energies.sum())
         return float(self.energies[rank:].sum()) / whole if whole else 0.0
-
-    def rank_for(self, loss: float) -> int:
-        """The smallest rank that loses no more than this share."""
-        lost = self.energies.flip(0).cumsum(0).flip(0)  # of the ranks 0, 1, ...
-        whole = float(lost[0]) if len(lost) else 0.0
-        return min(self.full, int((lost > loss * whole).sum()))
 
     def factors(self, rank: int) -> tuple[Tensor, Tensor]:
         """``A (rank, in)`` and ``B (out, rank)``, their rows and columns of equal norms; zeros beyond the full rank."""
@@ -85,6 +79,15 @@ class Fit:
         a, b = a * share.unsqueeze(1), b / share
         missing = rank - chosen.shape[1]
         return torch.nn.functional.pad(a, (0, 0, 0, missing)), torch.nn.functional.pad(b, (0, missing))
+
+
+def rank_for(energies: Tensor, loss: float) -> int:
+    """The smallest rank that loses no more than this share of energies, which descend; rounding does not count."""
+    if not len(energies):
+        return 0
+    lost = energies.flip(0).cumsum(0).flip(0)  # of the ranks 0, 1, ...
+    full = int((energies > _NOTHING * energies[0]).sum())
+    return min(full, int((lost > loss * lost[0]).sum()))
 
 
 def gram_of(update: Tensor, moments: Tensor | None) -> Tensor:

@@ -22,8 +22,10 @@ _CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 def unable(site: Site, placement: Placement) -> str:
     """Why PEFT's LoRA cannot stand for the rotation of a site; empty where it can."""
     module: Any = placement.module
-    if site.kind not in ("linear", "conv1d_gpt2", "embedding", *_CONVOLUTIONS) or not site.is_layer:
-        return f"LoRA knows linear, embedding and convolution layers, not a {site.kind} weight that other code reads"
+    if not site.is_layer:
+        return "LoRA is of layers that are called, and other code reads this weight"
+    if site.kind not in ("linear", "conv1d_gpt2", "embedding", *_CONVOLUTIONS):
+        return f"PEFT's LoRA knows no layers of kind {site.kind!r}"
     if placement.fixed:
         return "a rotation that an earlier fold has left in front of its weight acts first"
     if is_offloaded(module):

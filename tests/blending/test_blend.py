@@ -334,6 +334,7 @@ def test_codes_of_a_fold_are_no_rotation():
         lambda: oftfx.blend(model, {"default": 0.5}, into="b"),
         lambda: oftfx.rotation_angles(model),
         lambda: oftfx.retention(model, {"t": lambda m: 0.0}),
+        lambda: oftfx.to_lora(model, "unused", rank=4),
     ):
         with pytest.raises(AdapterError, match="fold_aware"):
             call()

@@ -184,9 +184,9 @@ REFUSED = {
     "groups": (nn.Conv2d(8, 8, 3, groups=2), OFT(9), "in 2 groups"),
     "dilation": (nn.Conv2d(4, 8, 3, dilation=2), OFT(9), "forgets its dilation"),
     "padding": (nn.Conv2d(4, 8, 3, padding=1, padding_mode="reflect"), OFT(9), "not by 'reflect'"),
-    "transposed": (nn.ConvTranspose2d(4, 8, 3), OFT(4), "not a conv_transpose weight"),
+    "transposed": (nn.ConvTranspose2d(4, 8, 3), OFT(4), "no layers of kind 'conv_transpose'"),
     "max_norm": (nn.Embedding(9, 8, max_norm=1.0), OFT(4), "max_norm"),
-    "attention": (nn.MultiheadAttention(8, 2), OFT(4), "weight that other code reads"),
+    "attention": (nn.MultiheadAttention(8, 2), OFT(4), "other code reads this weight"),
 }
 
 
