@@ -16,7 +16,7 @@ from oftfx.adapter.fingerprint import fingerprint
 from oftfx.adapter.folded import save_folded
 from oftfx.adapter.kept import guard_saving
 from oftfx.adapter.store import AdapterStore, drop_store, located
-from oftfx.errors import AdapterError, FoldError
+from oftfx.errors import AdapterError, FoldError, warn
 from oftfx.folding.aware import forget_all
 from oftfx.folding.inputs import batches_of
 from oftfx.folding.journal import Journal
@@ -27,6 +27,7 @@ from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.reference import Reference, ReferenceWeights
 from oftfx.folding.report import FoldReport
 from oftfx.folding.still import held_still
+from oftfx.formats.mxfp4_experts import born_in_mxfp4
 from oftfx.formats.sharded import is_sharded, reshard
 from oftfx.model.huggingface import note_float_layers
 from oftfx.model.running import Inputs
@@ -188,8 +189,12 @@ def fold(
     sharded = reshard(root) and any(is_sharded(p.module._parameters.get(p.parameter)) for _, p in rotated_sites(root))
     if sharded and (not inplace or into == "producer"):
         raise FoldError("weights that FSDP has sharded are folded where they are: inplace=True, into='site'")
+    if empty := next((n for n, p in root.named_parameters() if p.is_meta), None):
+        raise FoldError(f"{empty} is on the meta device and has no numbers; load the weights before the fold")
     hashes = {name: fingerprint(root, name) for name in names}
     batches = batches_of(calibration)
+    if quantized in ("requantize", "calibrate", "reference") and not _any_quantized(root):
+        warn(f"quantized={quantized!r} has nothing to do: no rotated layer is quantized, and float ones fold exactly")
     original = None if reference is None else ReferenceWeights(reference)
     keeps = not inplace if undo is None else undo
     if distil and (distil < 0 or not batches):
@@ -286,6 +291,10 @@ def unfold(result: FoldResult) -> nn.Module:
         >>> torch.equal(again(x), model(x)), oftfx.active_adapters(again)
         (True, ('default',))
     """
+    if not isinstance(result, FoldResult):
+        raise FoldError(
+            f"unfold: got a {type(result).__name__}, expected what oftfx.fold returned: only that knows the old weights"
+        )
     if result._before is not None:
         return own_copy(result._before)
     if result._undo is None:
@@ -293,6 +302,12 @@ def unfold(result: FoldResult) -> nn.Module:
     result._undo.check(result.model)
     result._undo.restore(result.model)
     return result.model
+
+
+def _any_quantized(root: nn.Module) -> bool:
+    """Or to be rounded again into the codes that they were made from."""
+    found = ((placement.weight_format(), placement.module) for _, placement in rotated_sites(root))
+    return any(f is not None and (not f.lossless or born_in_mxfp4(f, m) is not None) for f, m in found)
 
 
 def _producers(store: AdapterStore, names: Sequence[str]) -> dict[str, Producer | str]:

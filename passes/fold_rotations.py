@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -207,10 +206,10 @@ class FoldRotations(Pass):
         for option in options[:-1]:
             if option == "calibrate" and shown is None:
                 continue
-            bound = one.policy.error if isinstance(one.policy, Budget) else math.inf
+            bound = one.policy if isinstance(one.policy, Budget) else None
             if (done := self._of(option).fold(site, bench, shown, bound)) is not None:
                 return done
-        last = self._of(options[-1]).fold(site, bench, shown, math.inf)
+        last = self._of(options[-1]).fold(site, bench, shown, None)
         if last is None:
             raise FoldError(f"{one.fqn}: policy {options[-1]!r} was to be taken as it is and has folded nothing")
         return last

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Sequence
 
 import torch.nn as nn
@@ -55,7 +56,8 @@ class MatchRules(Pass):
         modules = program.index.modules
         hits = [0] * len(self.rules)
         wins = [0] * len(self.rules)
-        entries, skipped, faults = [], [], []
+        entries, skipped = list[SitePlan](), list[Skipped]()
+        faults = dict[str, list[str]]()  # by what is wrong, the sites
         for site in program.sites:
             matching = [i for i, r in enumerate(self.rules) if r.matches(site, modules[site.module])]
             for index in matching:
@@ -73,9 +75,9 @@ class MatchRules(Pass):
             try:
                 entries.append(_entry(site, rule, rule.spec, modules[site.module]))
             except RuleError as fault:
-                faults.append(str(fault))
+                faults.setdefault(str(fault).removeprefix(f"{site.fqn}: "), []).append(site.fqn)
         if faults:
-            raise RuleError("\n".join([*faults[:5], *([f"... and {len(faults) - 5} more"] if len(faults) > 5 else [])]))
+            raise RuleError("\n".join(f"{_some(sites)}: {fault}" for fault, sites in faults.items()))
         unfit = self._reached_without_site(program, modules, hits, wins)
         skipped += [s for found in unfit.values() for s in found]
         self._check_hits(program, hits, unfit)
@@ -179,7 +181,7 @@ def _inside(whole: Sequence[str], modules: dict[str, nn.Module], kind: str) -> t
 
 def _entry(site: Site, rule: Rule, spec: OFT, module: nn.Module) -> SitePlan:
     placement = choose_placement(site, spec)
-    blocks, block_size = spec.geometry(site.in_features, site.fqn)
+    blocks, block_size = spec.geometry(site.in_features, site.fqn, _patch(site, module))
     notes = []
     if spec.asked not in (block_size, blocks):
         notes.append(f"size {spec.asked} does not divide {site.in_features}; the nearest that does is used")
@@ -203,6 +205,20 @@ def _entry(site: Site, rule: Rule, spec: OFT, module: nn.Module) -> SitePlan:
         placement=placement,
         kernel=kernel,
     )
+
+
+def _patch(site: Site, module: nn.Module) -> str:
+    """What the rotated axis of a convolution is made of, for a message."""
+    kernel = getattr(module, "kernel_size", ())
+    if not isinstance(kernel, tuple) or math.prod(kernel) <= 1 or site.in_features % math.prod(kernel):
+        return ""
+    sizes = " x ".join(map(str, kernel))
+    return f" ({site.in_features // math.prod(kernel)} channels of a group x kernel {sizes})"
+
+
+def _some(sites: Sequence[str]) -> str:
+    """The first of several, and how many more."""
+    return sites[0] + (f" and {len(sites) - 1} more" if sites[1:] else "")
 
 
 def _nearest(rule: Rule, program: Program) -> str:

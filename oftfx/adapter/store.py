@@ -11,6 +11,8 @@ import torch.nn as nn
 
 from oftfx.adapter.buffers import BufferVersions
 from oftfx.errors import AdapterError
+from oftfx.folding.note import fold_notes
+from oftfx.model.given import check_given
 from oftfx.model.index import ModelIndex
 from oftfx.placement.encoder import unwatch_encoders, watch_encoders
 from oftfx.placement.find import rotated_sites
@@ -203,7 +205,12 @@ _WRAPPERS = ("DistributedDataParallel", "DataParallel", "FullyShardedDataParalle
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, FSDP, ``torch.compile`` or a recorded graph; ``model`` itself where it is none of these."""
+    """The model inside DDP, FSDP, ``torch.compile`` or a recorded graph; ``model`` itself where it is none of these.
+
+    Raises:
+        AdapterError: it is no model, or one of PEFT; see `check_given`.
+    """
+    check_given(model)
     while True:
         inner = model.__dict__.get("eager") or model._modules.get("_orig_mod")
         if inner is None and type(model).__name__ in _WRAPPERS:
@@ -225,6 +232,12 @@ def located(model: nn.Module) -> tuple[nn.Module, AdapterStore]:
         return root, store
     if part := transformed_part(root):
         raise AdapterError(f"{type(root).__name__} has no adapters itself, but its part {part!r} has; pass that part")
+    folded = [name for note in fold_notes(root) for name in note.get("adapters", ())]
+    if folded:
+        raise AdapterError(
+            f"{type(root).__name__} has no adapters any more: {', '.join(dict.fromkeys(folded))} was folded into it "
+            "already. oftfx.unfold(result) brings it back; or put another one in front of the folded weights"
+        )
     raise AdapterError(
         f"{type(root).__name__} has no adapters; put rotations into it with oftfx.transform or oftfx.load_adapter"
     )
@@ -246,10 +259,8 @@ def check_no_part(model: nn.Module) -> None:
 
 def find_store(model: nn.Module) -> AdapterStore | None:
     """The store of a model, or None where it was never transformed."""
-    try:
-        return located(model)[1]
-    except AdapterError:
-        return None
+    store = unwrapped(model).__dict__.get(ATTRIBUTE)
+    return store if isinstance(store, AdapterStore) else None
 
 
 def store_of(model: nn.Module) -> AdapterStore:

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from oftfx.errors import FoldError
+from oftfx.errors import FoldError, OftfxError
 from oftfx.model.running import Inputs, tensors_of
 
 
@@ -40,3 +40,21 @@ def batches_of(calibration: Any) -> list[Inputs]:
     if wrong := [b for b in batches if not isinstance(b, (Mapping, tuple))]:
         raise FoldError(f"calibration: a {type(wrong[0]).__name__} among the inputs; each is a dict or a tuple")
     return batches
+
+
+def not_taken(batch: Inputs, error: Exception) -> FoldError:
+    """What to say of an input with which a model cannot be run; the error itself is its cause."""
+    parts = batch.items() if isinstance(batch, Mapping) else enumerate(batch)
+    shown = ", ".join(f"{name} {_kind(value)}" for name, value in parts) or "nothing"
+    return FoldError(f"calibration: the model cannot be run on ({shown}): {type(error).__name__}: {error}")
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    return repr(value)[:40]
+
+
+def is_of_input(error: BaseException) -> bool:
+    """Whether an error of a forward can be laid to what it was given, and is not said better by itself."""
+    return isinstance(error, Exception) and not isinstance(error, (OftfxError, MemoryError, torch.OutOfMemoryError))

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from oftfx.folding.inputs import is_of_input, not_taken
 from oftfx.folding.spill import Spill, Watch
 from oftfx.model.running import Inputs, call_once, evaluating, input_name
 
@@ -120,6 +121,8 @@ class Lockstep:
         run.resume.release()
         moved = self._messages.get()
         if moved.error is not None:
+            if is_of_input(moved.error):
+                raise not_taken(moved.inputs, moved.error) from moved.error
             raise moved.error
 
     def _forward(self, run: _Run, modes: Callable[[], ExitStack]) -> None:

@@ -12,6 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
 
+from oftfx.folding.inputs import is_of_input, not_taken
 from oftfx.model.running import Inputs, call_once, evaluating, tensors_of
 from oftfx.precision import squared_error
 
@@ -68,7 +69,12 @@ def on_cpu(pair: tuple[Seen, Seen]) -> tuple[Seen, Seen]:
 def see(model: nn.Module, batch: Inputs) -> Seen:
     """Run a model in eval mode, without a cache of keys and values."""
     with evaluating(model):
-        output = call_once(model, batch)
+        try:
+            output = call_once(model, batch)
+        except Exception as error:
+            if is_of_input(error):
+                raise not_taken(batch, error) from error
+            raise
     floats = tuple(t.detach() for t in tensors_of(output) if t.is_floating_point())
     return Seen(floats, _next_token(model, batch, output))
 

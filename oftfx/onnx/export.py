@@ -39,6 +39,7 @@ from oftfx.trace.inputs import ExampleInputs, capture_settings
 
 Dialect = Literal["ort", "standard", "openvino"]
 Adapters = Literal["fixed", "swappable", "inputs", "mixed"]
+LEAST_OPSET = 18  # below, what the exporter writes cannot be said
 DEFAULT_OPSET = 20  # what torch's exporter writes and ONNX Runtime >= 1.18 loads
 
 
@@ -233,6 +234,8 @@ def _plain(shapes: DynamicShapes | None, inputs: Mapping[str, Any]) -> dict[str,
 
 
 def _opset(asked: int | None, least: int, needs: str, dialect: str) -> int:
+    if asked is not None and asked < LEAST_OPSET:
+        raise ExportError(f"opset={asked}: files are written in opset {LEAST_OPSET} or later; leave it out")
     if asked is not None and asked < least:
         raise ExportError(
             f"{needs}: its quantized weight needs opset {least} in dialect {dialect!r}, and opset={asked} was asked "

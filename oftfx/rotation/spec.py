@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import functools
+import inspect
+from collections.abc import Callable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, Literal
 
@@ -102,12 +104,13 @@ class OFT:
         """The size of blocks, or their number, whichever was given."""
         return next(v for v in (self.blocks, self.block_size) if v is not None)
 
-    def geometry(self, in_features: int, where: str) -> tuple[int, int]:
+    def geometry(self, in_features: int, where: str, made_of: str = "") -> tuple[int, int]:
         """``(blocks, block_size)`` for an axis of ``in_features``.
 
         Args:
             in_features: length of the rotated axis.
             where: module path, for the message.
+            made_of: what the axis is, where its length alone does not show it.
 
         Raises:
             RuleError: the size does not divide ``in_features``; the message lists the divisors.
@@ -117,7 +120,7 @@ class OFT:
             if self.on_indivisible == "error":
                 what = "block_size" if self.blocks is None else "blocks"
                 raise RuleError(
-                    f"{where}: {what} {asked} does not divide in_features {in_features}. Divisors: "
+                    f"{where}: {what} {asked} does not divide in_features {in_features}{made_of}. Divisors: "
                     f"{', '.join(map(str, divisors(in_features)))}. Choose one, or OFT(on_indivisible='nearest')"
                 )
             asked = nearest_divisor(in_features, asked)
@@ -136,10 +139,42 @@ class OFT:
         Raises:
             RuleError: an unknown field, with the known ones.
         """
-        known = [f.name for f in dataclasses.fields(cls)]
-        if unknown := sorted(set(values) - set(known)):
-            raise RuleError(f"OFT has no field {unknown[0]!r}; its fields are {', '.join(sorted(known))}")
         return cls(**values)
+
+
+_WORDS = {
+    "r": "blocks, their number",
+    "oft_block_size": "block_size",
+    "module_dropout": "dropout",
+    "coft": "coft_eps, a number, which switches it on",
+    "eps": "coft_eps",
+    "use_cayley_neumann": 'parameterization: "cayley_neumann" or "cayley"',
+    "num_cayley_neumann_terms": "terms",
+    "target_modules": "the rules: oftfx.transform(model, {name: OFT(...)}), or a list of names",
+    "modules_to_save": "oftfx.transform(..., train=[...])",
+    "bias": "oftfx.transform(..., train_bias=...)",
+    "rank": "blocks or block_size; a rotation has no rank",
+    "init_weights": 'init: "identity" or "normal"',
+}
+"""PEFT's words for fields, and ours."""
+
+
+def _answering(make: Callable[..., None]) -> Callable[..., None]:
+    """An ``__init__`` that answers words of PEFT with ours, instead of saying that it does not know them."""
+    known = set(inspect.signature(make).parameters)
+
+    @functools.wraps(make)
+    def checked(self: OFT, *arguments: Any, **options: Any) -> None:
+        if unknown := sorted(set(options) - known):
+            said = f"PEFT's {unknown[0]} is {_WORDS[unknown[0]]} here" if unknown[0] in _WORDS else ""
+            fields = ", ".join(f.name for f in dataclasses.fields(OFT))
+            raise RuleError(f"OFT has no field {unknown[0]!r}; {said or f'its fields are {fields}'}")
+        make(self, *arguments, **options)
+
+    return checked
+
+
+OFT.__init__ = _answering(OFT.__init__)  # type: ignore[method-assign]
 
 
 def _is_int(value: object, least: int) -> bool:

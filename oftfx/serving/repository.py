@@ -188,6 +188,11 @@ def _files(model: Path, adapters: Mapping[str, str | Path]) -> dict[str, Path]:
             raise ExportError(f"adapters: {name!r} cannot name an adapter; use letters, digits, '_', '.' and '-'")
         files[f"adapters/{name}{SUFFIX}"] = Path(path)
     if missing := [path for path in files.values() if not path.is_file()]:
+        if missing[0].is_dir():
+            raise ExportError(
+                f"{missing[0]} is a directory; a server takes {SUFFIX} files, which oftfx.export_onnx_adapter (oftfx "
+                "export-adapter) makes of an adapter"
+            )
         raise ExportError(f"{missing[0]} is not there")
     return files
 
@@ -196,7 +201,10 @@ def _external(model: Path) -> set[str]:
     """The files beside the model that hold its large weights, by the names under which the model looks for them."""
     import onnx
 
-    tensors = onnx.load(str(model), load_external_data=False).graph.initializer
+    try:
+        tensors = onnx.load(str(model), load_external_data=False).graph.initializer
+    except Exception as error:  # protobuf's own types
+        raise ExportError(f"{model} is not an ONNX file, or is damaged; expected one of oftfx.export_onnx") from error
     return {entry.value for tensor in tensors for entry in tensor.external_data if entry.key == "location"}
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from oftfx.errors import FoldError
+from oftfx.folding.policies import Budget
 from oftfx.folding.record import SiteFold
 from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned, norm, share
@@ -40,7 +41,7 @@ class AsTrained(QuantizedPolicy):
     def __init__(self, distilled: Mapping[str, SiteFold] | None = None) -> None:
         self.distilled = distilled or {}
 
-    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold | None:  # noqa: ARG002
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: Budget | None) -> SiteFold | None:  # noqa: ARG002
         """Pack them."""
         return self.line(site, bench)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 from oftfx.folding.lockstep import Lockstep
+from oftfx.folding.policies import Budget
 from oftfx.folding.record import SiteFold
 from oftfx.folding.shown import Showing, Shown
 from oftfx.folding.spill import Spill
@@ -47,7 +48,7 @@ class Calibrate(QuantizedPolicy):
     name = "calibrate"
     preserves = "lossy"
 
-    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold | None:  # noqa: ARG002
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: Budget | None) -> SiteFold | None:  # noqa: ARG002
         """Round."""
         if shown is None:
             return write_rounded(site, rounded(site, site.target, None), "requantized", None, bound)

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 
 from oftfx.errors import FoldError
+from oftfx.folding.policies import Budget
 from oftfx.folding.record import SiteFold
 from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned
@@ -38,7 +39,7 @@ class Dequantize(QuantizedPolicy):
     name = "dequantize"
     preserves = "rounding"
 
-    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold:  # noqa: ARG002
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: Budget | None) -> SiteFold:  # noqa: ARG002
         """Make the layer."""
         dtype = activation_dtype(bench.model, site.format.dtype(site.module))
         if isinstance(site.format, (Bnb4Experts, Mxfp4Experts)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from oftfx.folding.policies import Budget
 from oftfx.folding.record import SiteFold
 from oftfx.folding.reference import ReferenceWeights
 from oftfx.folding.shown import Shown
@@ -35,7 +36,7 @@ class FromReference(QuantizedPolicy):
     def __init__(self, reference: ReferenceWeights) -> None:
         self.reference = reference
 
-    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold | None:  # noqa: ARG002
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: Budget | None) -> SiteFold | None:  # noqa: ARG002
         """Rotate the original and round it, compensated where moments are known."""
         wanted = site.turned(self.reference.weight(site.fqn, tuple(site.base.shape)).to(site.base.device))
         if shown is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from oftfx.folding.policies import Budget
 from oftfx.folding.record import SiteFold
 from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned
@@ -29,7 +30,7 @@ class Keep(QuantizedPolicy):
     name = "keep"
     preserves = "rounding"
 
-    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold:  # noqa: ARG002
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: Budget | None) -> SiteFold:  # noqa: ARG002
         """Freeze the rotation."""
         bench.freezer.freeze(site.placement)
         after = site.before + sum(b.numel() * b.element_size() for b in site.chain)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from dataclasses import replace
 
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from oftfx.errors import FoldError
 from oftfx.folding.journal import Journal
+from oftfx.folding.policies import Budget
 from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned, untouched
@@ -31,14 +31,14 @@ class QuantizedPolicy(Pass):
     after = ("insert_rotations",)
 
     @abstractmethod
-    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold | None:
-        """Fold one site; None, and nothing changed, where the error would be over the bound.
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: Budget | None) -> SiteFold | None:
+        """Fold one site; None, and nothing changed, where it would not be good enough.
 
         Args:
             site: the weight and what its rotations make of it.
             bench: what the folds of this model share.
             shown: what the layer reads, where calibration inputs have shown it.
-            bound: largest relative error: of the layer's output where its inputs are known, else of the weight.
+            bound: what is good enough; None: anything.
 
         Raises:
             FoldError: the result is not finite.
@@ -61,7 +61,7 @@ class QuantizedPolicy(Pass):
                 site = Turned.of(fqn, placement, weight_format, bench.remark(placement))
                 if site is None:
                     lines.append(untouched(fqn, placement, weight_format))
-                elif (done := self.fold(site, bench, shown, math.inf)) is not None:
+                elif (done := self.fold(site, bench, shown, None)) is not None:
                     lines.append(done)
             bench.finish()
         return lines
@@ -78,18 +78,18 @@ def write_rounded(
     state: WeightState,
     action: str,
     shown: Shown | None,
-    bound: float,
+    bound: Budget | None,
     *,
     judged: tuple[float, float] | None = None,
 ) -> SiteFold | None:
-    """Write a weight on its format's grid and measure it; None, and the old one again, where it is over the bound.
+    """Write a weight on its format's grid and measure it; None, and the old one again, where it is not good enough.
 
     Args:
         site: the weight.
         state: what it becomes.
         action: for the report.
         shown: inputs to measure the layer's outputs on.
-        bound: on the error of the outputs where that is known, else of the weight.
+        bound: what is good enough; None: anything.
         judged: error and survival of the outputs, where they have been measured already.
     """
     module, weight_format = site.module, site.format
@@ -98,7 +98,7 @@ def write_rounded(
     got = site.arrived(weight_format, module, None if shown is None else shown.seen)
     if judged is not None:
         got = replace(got, output_error=judged[0], output_survival=judged[1])
-    if (got.error if got.output_error is None else got.output_error) > bound:
+    if bound is not None and not bound.allows(got):
         weight_format.write(module, old)
         return None
     site.placement.drop()

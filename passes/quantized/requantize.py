@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from oftfx.folding.policies import Budget
 from oftfx.folding.record import SiteFold
 from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned
@@ -28,6 +29,6 @@ class Requantize(QuantizedPolicy):
     name = "requantize"
     preserves = "lossy"
 
-    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: float) -> SiteFold | None:  # noqa: ARG002
+    def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: Budget | None) -> SiteFold | None:  # noqa: ARG002
         """Round."""
         return write_rounded(site, rounded(site, site.target, None), "requantized", shown, bound)

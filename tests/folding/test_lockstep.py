@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 
 import oftfx
+from oftfx.errors import FoldError
 from oftfx.folding.lockstep import Lockstep
 from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned
@@ -175,7 +176,7 @@ def mixed(model):
 def test_an_error_inside_a_forward_arrives_in_the_caller():
     model, before = Faulty(), threads()
     wanted, shown = mixed(model), []
-    with pytest.raises(ValueError, match="three rows"):
+    with pytest.raises(FoldError, match=r"cannot be run on \(x float32 \(3, 6\).*ValueError: three rows"):
         Lockstep(model, [getattr(model, n) for n in LAYERS]).run(batches(), lambda m, *_: shown.append(m))
     assert shown == [model.left, model.right]
     assert threads() == before

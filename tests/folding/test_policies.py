@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 import oftfx
 from oftfx import OFT, Budget
 from oftfx.errors import FoldError, OftfxWarning
-from oftfx.formats.registry import format_of
+from oftfx.formats.registry import format_named, format_of
 from tests.quantized import (
     NAMES,
     WIDTH,
@@ -477,3 +477,26 @@ def test_policies_on_other_formats(kind, policy):
     assert loss < 0.15
     assert_same(stored(oftfx.unfold(result)), before)
     assert {format_of(result.model.get_submodule(s.fqn)).name for s in result.report} <= {kind, "dense"}
+
+
+@pytest.mark.needs("bitsandbytes")
+def test_a_budget_by_the_update():
+    """Updates of a percent, of which nearest rounding keeps little: an error of two percent allows to lose them."""
+    torch.manual_seed(0)
+    base = nn.Sequential(format_named("bnb4").make_tiny(256, 64))
+    model = oftfx.transform(base, {"*": OFT(32, init="normal")})
+    with torch.no_grad():
+        for parameter in oftfx.adapter_parameters(model):
+            parameter.mul_(0.015)
+    nearest = oftfx.fold(model, quantized="requantize").report.sites[0]
+    assert nearest.update < 0.02
+    assert nearest.survival < 0.9
+    (line,) = oftfx.fold(model, quantized=Budget(survival=0.9)).report
+    assert line.action == "kept"
+    (line,) = oftfx.fold(model, quantized=Budget(survival=nearest.survival - 0.01)).report
+    assert line.action == "requantized"
+    (line,) = oftfx.fold(model, quantized=Budget(error=10.0, survival=0.99)).report
+    assert line.action == "kept"
+    for wrong in ({}, {"survival": 0.0}, {"survival": 1.1}, {"error": -1.0, "survival": 0.5}):
+        with pytest.raises(FoldError, match="Budget: "):
+            Budget(**wrong)

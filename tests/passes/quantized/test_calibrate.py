@@ -1,11 +1,10 @@
-import math
-
 import pytest
 import torch
 import torch.nn as nn
 
 import oftfx
 from oftfx.folding.journal import Journal
+from oftfx.folding.policies import Budget
 from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned
 from oftfx.folding.workbench import Workbench
@@ -26,7 +25,7 @@ def folded_by(policy, shown):
     model = rotated(std=0.05)
     weight, rotation = dense(model[2])
     site = Turned.of("2", dict(rotated_sites(model))["2"], format_of(model[2]))
-    line = policy.fold(site, Workbench(ModelIndex(model), Journal(keep=False)), shown, math.inf)
+    line = policy.fold(site, Workbench(ModelIndex(model), Journal(keep=False)), shown, None)
     return line, weight @ rotation.T, format_of(model[2]).dequantize(model[2]).double()
 
 
@@ -67,7 +66,7 @@ def test_over_the_bound_nothing_is_changed():
     model = rotated()
     before, expected = model[2].weight.detach().clone(), model(INPUT)
     site = Turned.of("2", dict(rotated_sites(model))["2"], format_of(model[2]))
-    assert Calibrate().fold(site, Workbench(ModelIndex(model), Journal(keep=False)), None, 1e-6) is None
+    assert Calibrate().fold(site, Workbench(ModelIndex(model), Journal(keep=False)), None, Budget(1e-6)) is None
     assert torch.equal(model[2].weight, before)
     assert torch.equal(model(INPUT), expected)
     assert oftfx.active_adapters(model) == ("default",)
