@@ -34,7 +34,7 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     A model that was never transformed gets the rotations the file names. Where it has an adapter of that name already,
     the values go into it, and its sites and settings have to be the file's. A model without an active adapter uses the
     new one at once. As in `oftfx.transform`, the program of a model that names inputs itself is recorded for a new
-    adapter of PEFT's, so that layers that read the same tensor rotate in one product; the other layout says it itself.
+    adapter of PEFT's, so that layers that read the same tensor rotate in one product; our own says it itself.
 
     Args:
         model: the base model, or a transformed one.

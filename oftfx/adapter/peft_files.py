@@ -76,14 +76,14 @@ def config_for(plan: Plan, root: nn.Module) -> dict[str, Any]:
     for entry in plan:
         if entry.site.kind in ("experts", "functional") or not entry.site.is_layer:
             raise AdapterError(
-                f"PEFT's layout knows layers only, not the parameter {entry.fqn}. Save with layout='oftfx'"
+                f"PEFT's convention knows layers only, not the parameter {entry.fqn}. Save with convention='oftfx'"
             )
         differing = [k for k in _SHARED if getattr(entry.spec, k) != getattr(spec, k)]
         if differing or entry.block_size != _peft_block_size(spec, entry.site.in_features):
             what = differing[0] if differing else "block_size"
             raise AdapterError(
-                f"PEFT's layout has one {what} for all sites; {entry.fqn} differs from {plan.entries[0].fqn}. "
-                "Save with layout='oftfx', or give the groups of sites an adapter each"
+                f"PEFT's convention has one {what} for all sites; {entry.fqn} differs from {plan.entries[0].fqn}. "
+                "Save with convention='oftfx', or give the groups of sites an adapter each"
             )
     config = {
         "auto_mapping": None,
@@ -150,9 +150,9 @@ def whole_modules(plan: Plan, root: nn.Module) -> list[str]:
             return sorted(ends)
     also = next(p for p in paths if p.endswith(plan.train_modules) and id(modules[p]) not in whole)
     raise AdapterError(
-        f"PEFT's layout names a module that trains whole by the end of its path, and that of {also} ends with "
+        f"PEFT's convention names a module that trains whole by the end of its path, and that of {also} ends with "
         f"{next(p for p in plan.train_modules if also.endswith(p))!r}, so PEFT would train it as well. Save with "
-        "layout='oftfx'"
+        "convention='oftfx'"
     )
 
 

@@ -63,7 +63,7 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 def read_plan(text: str, path: Path) -> Plan:
-    """The plan that stands beside the tensors of our own layout.
+    """The plan that stands beside the tensors of our own convention.
 
     Raises:
         AdapterFileError: it is none.

@@ -20,10 +20,10 @@ from oftfx.files import landing, write
 from oftfx.planning.plans import Plan
 
 PLAN_FILE = "oftfx_plan.json"
-LAYOUTS = ("peft", "oftfx")
+CONVENTIONS = ("peft", "oftfx")
 
 
-def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", layout: str = "peft") -> Path:
+def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", convention: str = "peft") -> Path:
     """Write one adapter as a directory.
 
     Where its scales train for a fold (`oftfx.fold_aware` with ``"calibrate"``), they and the codes are written beside
@@ -34,14 +34,15 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
         model: a transformed model.
         path: the directory; made where it does not exist.
         adapter: its name in the model; the files do not contain it.
-        layout: ``"peft"``: ``adapter_model.safetensors`` and ``adapter_config.json``, which PEFT loads; or ``"oftfx"``:
-            the same tensors with the plan beside them, for adapters whose sites differ in block size or settings.
+        convention: ``"peft"``: ``adapter_model.safetensors`` and ``adapter_config.json``, which PEFT loads; or
+            ``"oftfx"``: the same tensors with the plan beside them, for adapters whose sites differ in block size or
+            settings.
 
     Returns:
         The directory.
 
     Raises:
-        AdapterError: an unknown adapter or layout, or a plan that PEFT's configuration cannot say.
+        AdapterError: an unknown adapter or convention, or a plan that PEFT's configuration cannot say.
         AdapterFileError: the files cannot be written; an adapter that was there is as it was.
 
     Examples:
@@ -53,10 +54,10 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     root, store = located(model)
     store.require(adapter)
     check_in_place(root, store, adapter)
-    if layout not in LAYOUTS:
-        raise AdapterError(f"layout: got {layout!r}, expected one of {', '.join(LAYOUTS)}")
+    if convention not in CONVENTIONS:
+        raise AdapterError(f"convention: got {convention!r}, expected one of {', '.join(CONVENTIONS)}")
     plan = store.adapters[adapter].plan
-    if layout == "peft":
+    if convention == "peft":
         _warn_of_peft(root, plan)
         side, other = peft_files.CONFIG_FILE, PLAN_FILE
         text = json.dumps(peft_files.config_for(plan, root), indent=2, sort_keys=True)
@@ -68,7 +69,7 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     }
     scales = {k: v.detach().cpu().contiguous() for k, v in scale_tensors(root, adapter).items()}
     directory = Path(path)
-    # The side file decides what the numbers mean; one of another layout must not stay beside them.
+    # The side file decides what the numbers mean; one of another convention must not stay beside them.
     with landing(directory, side, AdapterFileError, stale=[other, *([] if scales else [SCALE_FILE])]) as made:
         write(made / side, text.encode())
         notes = {"format": "pt", KEY: digest_of(json.loads(text))}
@@ -84,5 +85,5 @@ def _warn_of_peft(root: nn.Module, plan: Plan) -> None:
         name, reason = next(iter(found.items()))
         warn(
             f"PEFT cannot use this adapter at {len(found)} sites, e.g. {name}: {reason}; oftfx reads it back. "
-            "layout='oftfx' says so in its name"
+            "convention='oftfx' says so in its name"
         )

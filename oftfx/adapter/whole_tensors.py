@@ -34,7 +34,7 @@ class Whole:
 
 
 def whole_in_plan(plan: Plan) -> Whole:
-    """What our own layout says of itself."""
+    """What our own convention says of itself."""
     return Whole(plan.train, plan.train_modules, plan.train_bias, plan.train_buffers, plan.brought)
 
 

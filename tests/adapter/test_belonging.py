@@ -37,8 +37,8 @@ def exact():
     return randomize(oftfx.transform(base(), {"0": OFT(8, parameterization="cayley")}), std=0.3, seed=5)
 
 
-def save(folder, layout):
-    oftfx.save_adapter(exact(), folder, layout=layout)
+def save(folder, convention):
+    oftfx.save_adapter(exact(), folder, convention=convention)
 
 
 def loaded(folder):
@@ -50,9 +50,9 @@ LAYOUTS = [("peft", "peft"), ("peft", "oftfx"), ("oftfx", "peft"), ("oftfx", "of
 
 @pytest.fixture(params=LAYOUTS, ids=str)
 def saved(request, tmp_path):
-    """A directory with an adapter, and the layout of the one that comes over it."""
+    """A directory with an adapter, and the convention of the one that comes over it."""
     folder = tmp_path / "adapter"
-    oftfx.save_adapter(series(), folder, layout=request.param[0])
+    oftfx.save_adapter(series(), folder, convention=request.param[0])
     (folder / "README.md").write_text("a user's")
     return folder, request.param[1]
 
@@ -73,7 +73,7 @@ def test_the_two_adapters_differ_and_a_mixture_would_be_taken_without_a_digest(t
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_an_error_at_every_step_leaves_the_adapter_that_was_there(saved, monkeypatch, code):
-    folder, layout = saved
+    folder, convention = saved
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
 
     def stop():
@@ -81,17 +81,17 @@ def test_an_error_at_every_step_leaves_the_adapter_that_was_there(saved, monkeyp
 
     steps = Steps(monkeypatch, stop)
     shutil.copytree(folder, folder.with_name("other"))
-    save(folder.with_name("other"), layout)
+    save(folder.with_name("other"), convention)
     total = steps.count
     assert total > 15
     for steps.at in range(total):
         steps.count = 0
         with pytest.raises(AdapterFileError, match=f"{folder}: cannot be written to: {os.strerror(code)}"):
-            save(folder, layout)
+            save(folder, convention)
         assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
     steps.count = 0
     steps.at = None
-    save(folder, layout)
+    save(folder, convention)
     assert torch.equal(loaded(folder), exact()(X))
 
 
@@ -113,12 +113,12 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 
 
 def test_a_process_killed_at_every_step_leaves_one_adapter_or_none(saved, tmp_path):
-    folder, layout = saved
-    if layout == "oftfx":  # nor one that knows nothing of its configuration
+    folder, convention = saved
+    if convention == "oftfx":  # nor one that knows nothing of its configuration
         save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)
     for at in range(40):
         shutil.copytree(folder, tmp_path / "killed" / str(at))
-    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed", layout], check=True, timeout=300)
+    subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed", convention], check=True, timeout=300)
     old, new, seen = series()(X), exact()(X), set()
     for killed in (tmp_path / "killed").iterdir():
         if (killed / CONFIG).exists() or (killed / PLAN).exists():
@@ -129,7 +129,7 @@ def test_a_process_killed_at_every_step_leaves_one_adapter_or_none(saved, tmp_pa
             with pytest.raises(AdapterFileError, match="a save was killed while its files took their places"):
                 loaded(killed)
             seen.add("refused")
-        save(killed, layout)
+        save(killed, convention)
         assert torch.equal(loaded(killed), new)
         assert not list(killed.glob(".*"))
         assert (killed / "README.md").exists()
@@ -175,7 +175,7 @@ def test_peft_takes_weights_that_know_their_configuration(tmp_path):
     [(2, "A newer oftfx wrote it: install that"), (0, "An older one wrote it: make it again with this")],
 )
 def test_a_plan_of_another_version_is_refused_with_the_version(tmp_path, version, advice):
-    oftfx.save_adapter(series(), tmp_path, layout="oftfx")
+    oftfx.save_adapter(series(), tmp_path, convention="oftfx")
     plan = json.loads((tmp_path / PLAN).read_text())
     (tmp_path / PLAN).write_text(json.dumps({**plan, "oftfx_plan": version}))
     expected = rf"{PLAN}: this plan has version {version}; this oftfx reads version 1\. {advice}"

@@ -99,10 +99,10 @@ def test_two_adapters_of_one_module_cannot_act_at_once():
     oftfx.set_adapter(model, ["a", "c"])
 
 
-@pytest.mark.parametrize("layout", ["peft", "oftfx"])
-def test_saved_and_loaded_with_the_adapter(tmp_path, layout):
+@pytest.mark.parametrize("convention", ["peft", "oftfx"])
+def test_saved_and_loaded_with_the_adapter(tmp_path, convention):
     model = trained(oftfx.transform(base(), SPEC, train=["1", "3"]), seed=3)
-    oftfx.save_adapter(model, tmp_path, layout=layout)
+    oftfx.save_adapter(model, tmp_path, convention=convention)
     model[3].calls.zero_()  # in no state_dict, so in no file
     again = oftfx.load_adapter(base(), tmp_path).eval()
     assert torch.equal(again(X), model(X))

@@ -103,7 +103,7 @@ def test_values_alone_need_no_recording(tiny_llama, ids, file_of_peft, recorded)
 def test_a_saved_plan_keeps_what_it_knows(tiny_llama, ids, tmp_path, recorded, rules):
     model = randomize(oftfx.transform(tiny_llama(), {"*.v_proj": OFT(4), **rules}), std=0.1)
     plan = oftfx.adapters(model)["default"]
-    oftfx.save_adapter(model, tmp_path, layout="oftfx")
+    oftfx.save_adapter(model, tmp_path, convention="oftfx")
     loaded = oftfx.load_adapter(tiny_llama(), tmp_path)
     assert recorded == []  # the plan says it all
     again = oftfx.adapters(loaded)["default"]
@@ -121,7 +121,7 @@ def test_a_saved_plan_keeps_what_it_knows(tiny_llama, ids, tmp_path, recorded, r
 
 def test_a_saved_plan_whose_shared_blocks_disagree_with_the_numbers_is_refused(tiny_llama, tmp_path):
     model = randomize(oftfx.transform(tiny_llama(), {"*.o_proj": OFT(8, into="producer")}), std=0.1)
-    oftfx.save_adapter(model, tmp_path, layout="oftfx")
+    oftfx.save_adapter(model, tmp_path, convention="oftfx")
     path = tmp_path / "oftfx_plan.json"
     saved = json.loads(path.read_text())
     for change in ([0, 1, 2, 3, 0, 1, 2, 3], [0, 1, 2]):

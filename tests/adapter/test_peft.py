@@ -110,17 +110,19 @@ def test_shared_rotations_are_written_out_for_every_site(tiny_llama, ids, tmp_pa
     assert torch.equal(fresh(**ids()).logits, model(**ids()).logits)
 
 
-def test_mixed_settings_need_our_own_layout(tiny_llama, ids, tmp_path):
+def test_mixed_settings_need_our_own_convention(tiny_llama, ids, tmp_path):
     rules = {
         "*.q_proj": OFT(8, share_input=True),
         "*.k_proj": OFT(8, share_input=True),
         "*.down_proj": OFT(16, dropout=0.1),
     }
     model = randomize(oftfx.transform(tiny_llama(), rules))
-    with pytest.raises(AdapterError, match=r"PEFT's layout has one block_size .*down_proj differs.*layout='oftfx'"):
+    with pytest.raises(
+        AdapterError, match=r"PEFT's convention has one block_size .*down_proj differs.*convention='oftfx'"
+    ):
         oftfx.save_adapter(model, tmp_path)
     assert not list(tmp_path.iterdir())
-    oftfx.save_adapter(model, tmp_path, layout="oftfx")
+    oftfx.save_adapter(model, tmp_path, convention="oftfx")
     again = oftfx.load_adapter(tiny_llama(), tmp_path)
     assert torch.equal(again(**ids()).logits, model(**ids()).logits)
     assert oftfx.adapters(again)["default"]["model.layers.0.self_attn.k_proj"].owner.endswith("q_proj")

@@ -201,32 +201,32 @@ def test_unknown_names(tmp_path):
     model = oftfx.transform(base(), {"0": OFT(8)})
     with pytest.raises(AdapterError, match="no adapter 'x'; the model has default"):
         oftfx.save_adapter(model, tmp_path, adapter="x")
-    with pytest.raises(AdapterError, match="layout: got 'kohya'"):
-        oftfx.save_adapter(model, tmp_path, layout="kohya")
+    with pytest.raises(AdapterError, match="convention: got 'kohya'"):
+        oftfx.save_adapter(model, tmp_path, convention="kohya")
     with pytest.raises(AdapterError, match="Sequential has no adapters"):
         oftfx.save_adapter(base(), tmp_path)
 
 
-@pytest.mark.parametrize("layout", ["peft", "oftfx"])
-def test_a_file_that_lacks_a_site_is_refused(tmp_path, layout):
+@pytest.mark.parametrize("convention", ["peft", "oftfx"])
+def test_a_file_that_lacks_a_site_is_refused(tmp_path, convention):
     model = randomize(
-        oftfx.transform(base(), {"0": OFT(8), "1": OFT(5)} if layout == "oftfx" else {"0": OFT(2), "1": OFT(2)})
+        oftfx.transform(base(), {"0": OFT(8), "1": OFT(5)} if convention == "oftfx" else {"0": OFT(2), "1": OFT(2)})
     )
-    oftfx.save_adapter(model, tmp_path, layout=layout)
+    oftfx.save_adapter(model, tmp_path, convention=convention)
     rewrite(tmp_path, lambda t: t.pop("base_model.model.1.oft_R.weight"))
     with pytest.raises(AdapterFileError, match="no rotation for 1, which .*json names; is the file complete"):
         oftfx.load_adapter(base(), tmp_path)
 
 
-def test_saving_in_another_layout_leaves_no_stale_meaning(tmp_path):
+def test_saving_in_another_convention_leaves_no_stale_meaning(tmp_path):
     exact = randomize(oftfx.transform(base(), {"0": OFT(8, parameterization="cayley")}))
     series = randomize(oftfx.transform(base(), {"0": OFT(8)}))
     x = torch.randn(3, 24)
     for first, second in ((exact, series), (series, exact)):
-        oftfx.save_adapter(first, tmp_path, layout="oftfx")
+        oftfx.save_adapter(first, tmp_path, convention="oftfx")
         oftfx.save_adapter(second, tmp_path)
         assert torch.equal(oftfx.load_adapter(base(), tmp_path)(x), second(x))
-        oftfx.save_adapter(first, tmp_path, layout="oftfx")
+        oftfx.save_adapter(first, tmp_path, convention="oftfx")
         assert torch.equal(oftfx.load_adapter(base(), tmp_path)(x), first(x))
 
 

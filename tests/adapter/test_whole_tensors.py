@@ -62,9 +62,9 @@ def test_an_embedding_that_differs_comes_with_the_file_and_does_not_train(tiny_l
     oftfx.set_adapter(ours, None)
     oftfx.set_adapter(ours, "default")
     assert all(n.endswith(".oft.default.skew") for n in trainable(ours))
-    for layout in ("peft", "oftfx"):
-        oftfx.save_adapter(ours, tmp_path / layout, layout=layout)
-        back = oftfx.load_adapter(tiny_llama(), tmp_path / layout)
+    for convention in ("peft", "oftfx"):
+        oftfx.save_adapter(ours, tmp_path / convention, convention=convention)
+        back = oftfx.load_adapter(tiny_llama(), tmp_path / convention)
         assert rel(back(**ids()).logits, expected) <= 1e-6
         assert oftfx.adapters(back)["default"].brought == ("model.embed_tokens.weight",)
     again = peft.PeftModel.from_pretrained(tiny_llama(), tmp_path / "peft").eval()
@@ -159,7 +159,7 @@ def test_a_module_that_peft_would_train_besides_is_named(tmp_path):
     model = oftfx.transform(base, {"lin": OFT(4)}, train=["norm"])
     with pytest.raises(AdapterError, match=r"that of my_norm ends with 'norm', so PEFT would train it as well"):
         oftfx.save_adapter(model, tmp_path)
-    oftfx.save_adapter(model, tmp_path, layout="oftfx")
+    oftfx.save_adapter(model, tmp_path, convention="oftfx")
     theirs = oftfx.transform(base, peft.OFTConfig(oft_block_size=4, target_modules=["lin"], modules_to_save=["norm"]))
     assert oftfx.adapters(theirs)["default"].train_modules == ("norm", "my_norm")
     oftfx.save_adapter(theirs, tmp_path)

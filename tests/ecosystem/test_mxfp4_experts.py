@@ -185,7 +185,7 @@ def test_codes_are_found_again():
 def test_a_fold_of_files_writes_the_same_bytes(rules, written, tmp_path):
     path, _ = written
     model = randomize(oftfx.transform(read(path, dtype=torch.float32), {**rules, "*.q_proj": OFT(16)}), std=0.05)
-    oftfx.save_adapter(model, tmp_path / "adapter", layout="oftfx")
+    oftfx.save_adapter(model, tmp_path / "adapter", convention="oftfx")
     oftfx.fold(model, quantized="requantize").save(tmp_path / "model")
     report = oftfx.fold_checkpoint(path, tmp_path / "adapter", tmp_path / "files", quantized="requantize")
     assert {s.format for s in report} == {"dense", "mxfp4"}

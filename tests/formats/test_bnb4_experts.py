@@ -168,7 +168,7 @@ def test_adapters_come_and_go(ids, tmp_path):
     base = quantized()
     model = randomize(oftfx.transform(base, RULES), std=0.2)
     turned = logits(model, ids())
-    oftfx.save_adapter(model, tmp_path / "adapter", layout="oftfx")
+    oftfx.save_adapter(model, tmp_path / "adapter", convention="oftfx")
     other = oftfx.transform(base, RULES, adapter="first")
     oftfx.load_adapter(other, tmp_path / "adapter", adapter="second")
     assert torch.equal(logits(other, ids()), logits(base, ids()))

@@ -257,9 +257,9 @@ def test_two_adapters_and_a_saved_one_keep_it(tmp_path):
     assert is_exact(model[0])
     randomize(model)
     x = torch.randn(3, IN)
-    for layout in ("peft", "oftfx"):
-        oftfx.save_adapter(model, tmp_path / layout, adapter="b", layout=layout)
-        loaded = oftfx.load_adapter(copy.deepcopy(base), tmp_path / layout)
+    for convention in ("peft", "oftfx"):
+        oftfx.save_adapter(model, tmp_path / convention, adapter="b", convention=convention)
+        loaded = oftfx.load_adapter(copy.deepcopy(base), tmp_path / convention)
         assert is_exact(loaded[0])
         (entry,) = oftfx.adapters(loaded)["default"]
         assert entry.kernel == "exact"

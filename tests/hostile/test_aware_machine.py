@@ -241,7 +241,7 @@ class Machine(RuleBasedStateMachine):
     def save(self, data):
         name = data.draw(st.sampled_from(sorted(self.twin.adapters)))
         path = Path(self.files.name) / str(len(self.saved))
-        oftfx.save_adapter(self.model, path, adapter=name, layout="oftfx")
+        oftfx.save_adapter(self.model, path, adapter=name, convention="oftfx")
         scales = {s: self.instead(s, (name,)) for s in self.twin.adapters[name]}
         weights = {s: self.computed(s, (name,)) for s, a in scales.items() if a is not None and a.how == "calibrate"}
         assert (path / "oftfx_scales.safetensors").exists() == bool(weights)

@@ -277,7 +277,7 @@ class Machine(RuleBasedStateMachine):
     def save(self, data):
         name = data.draw(st.sampled_from(sorted(self.twin.adapters)))
         path = Path(self.files.name) / str(len(self.saved))
-        oftfx.save_adapter(self.model, path, adapter=name, layout="oftfx")
+        oftfx.save_adapter(self.model, path, adapter=name, convention="oftfx")
         self.saved.append((path, copy.deepcopy(self.twin.adapters[name])))
 
     @precondition(lambda self: self.saved)

@@ -114,7 +114,7 @@ class Workshop:
 
     def save_and_load(self, chance):
         path = self.path / f"{threading.get_ident()}"
-        oftfx.save_adapter(self.model, path, adapter="p", layout="oftfx")
+        oftfx.save_adapter(self.model, path, adapter="p", convention="oftfx")
         loaded = oftfx.load_adapter(Model(), path, adapter="p")
         assert close(loaded(IDS), self.expected)
 

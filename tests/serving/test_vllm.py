@@ -35,10 +35,10 @@ def made(tmp_path_factory):
     base = spread(LlamaForCausalLM(LlamaConfig(vocab_size=320, num_hidden_layers=2, pad_token_id=0, **sizes)).eval())
     base.save_pretrained(folder / "base")
     expected = {"base": [greedy(base, p) for p in PROMPTS]}
-    for seed, (name, (rules, layout)) in enumerate(ADAPTERS.items()):
+    for seed, (name, (rules, convention)) in enumerate(ADAPTERS.items()):
         torch.manual_seed(seed)
         model = randomize(oftfx.transform(base, rules), std=STD).eval()
-        oftfx.save_adapter(model, folder / name, layout=layout)
+        oftfx.save_adapter(model, folder / name, convention=convention)
         expected[name] = [greedy(model, p) for p in PROMPTS]
     lora = get_peft_model(copy.deepcopy(base), LoraConfig(r=8, target_modules=["q_proj", "gate_proj", "down_proj"]))
     for name, parameter in lora.named_parameters():

@@ -203,17 +203,17 @@ def test_blocks_in_larger_ones():
         small.in_blocks_of(8, 24)
 
 
-@pytest.mark.parametrize("layout", ["peft", "oftfx"])
+@pytest.mark.parametrize("convention", ["peft", "oftfx"])
 @pytest.mark.parametrize(
     "spec",
     [OFT(4), OFT(3, parameterization="cayley"), OFT(6, block_share=True), OFT(blocks=4, coft_eps=0.3), OFT(4, terms=2)],
     ids=str,
 )
-def test_directories(tmp_path, spec, layout):
+def test_directories(tmp_path, spec, convention):
     """Against the rotations of the model that was saved."""
     base = torch.nn.Sequential(torch.nn.Linear(12, 24), torch.nn.Linear(24, 6))
     model = randomize(oftfx.transform(base, {"*": spec}), std=0.3)
-    oftfx.save_adapter(model, tmp_path / "adapter", layout=layout)
+    oftfx.save_adapter(model, tmp_path / "adapter", convention=convention)
     assert is_oft(tmp_path / "adapter")
     turns = read_turns(tmp_path / "adapter")
     assert sorted(turns) == ["0", "1"]

@@ -55,7 +55,7 @@ def adapter_for(model, path, rules, **options):
         for parameter in oftfx.adapter_parameters(rotated):
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
-    return oftfx.save_adapter(rotated, path, layout="oftfx")
+    return oftfx.save_adapter(rotated, path, convention="oftfx")
 
 
 def in_memory(base, adapter, out, **options):

@@ -245,7 +245,7 @@ class Subject:
 
     def saves(self, directory: Path) -> bool:
         """An adapter that is saved and loaded into a copy of the base computes the same."""
-        oftfx.save_adapter(self.adapted, directory, layout="oftfx")
+        oftfx.save_adapter(self.adapted, directory, convention="oftfx")
         model = oftfx.load_adapter(copy.deepcopy(self.base), directory)
         return equal(results(model, self.inputs), results(self.adapted, self.inputs))
 

@@ -3,9 +3,10 @@
     tools/environment-serve
     .venv/bin/python tools/bench/bench_vllm.py ADAPTER [--rounds 5]
 
-SmolLM2-135M in float32; ADAPTER is one of PEFT's layout, the quickstart's oftfx-demo/adapter. One engine has the base,
-the OFT adapter and a LoRA of rank 16 on the same layers, another the folded model without adapters; both live, and take
-turns. Times are of 1 and of 8 requests: a prompt of 128 tokens, and a token after it. Writes tools/results/vllm.json.
+SmolLM2-135M in float32; ADAPTER is one in PEFT's convention, the quickstart's oftfx-demo/adapter. One engine has the
+base, the OFT adapter and a LoRA of rank 16 on the same layers, another the folded model without adapters; both live,
+and take turns. Times are of 1 and of 8 requests: a prompt of 128 tokens, and a token after it. Writes
+tools/results/vllm.json.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Task(ABC):
         metric: what `score` is, the better the lower.
         rates: learning rates that are tried, the likely one in the middle; the one that is best unfolded is taken.
         sweep_on: the base on which they are tried; None: on each.
-        layout: in which adapters are kept.
+        convention: in which adapters are kept.
         steps: training steps.
         aware_steps: steps more through the fold; 0: the scales learn the unfolded outputs (`distil`).
         rules: for `oftfx.transform`.
@@ -53,7 +53,7 @@ class Task(ABC):
     unit: str
     rates: tuple[float, ...]
     sweep_on: str | None = None
-    layout: Literal["peft", "oftfx"] = "peft"
+    convention: Literal["peft", "oftfx"] = "peft"
     steps = 60
     aware_steps = 40
     rules: ClassVar[Any] = {"all-linear": oftfx.OFT(32)}
@@ -172,7 +172,7 @@ class Task(ABC):
             ),
         )
         say(f"trained in {time.perf_counter() - start:.0f} s")
-        oftfx.save_adapter(model, where / "adapter", layout=self.layout)
+        oftfx.save_adapter(model, where / "adapter", convention=self.convention)
         return model.eval()
 
 

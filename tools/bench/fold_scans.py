@@ -20,7 +20,7 @@ class Recogniser(Task):
 
     name, metric, unit = "english_g2", "CTC loss on scans", "words"
     rates, aware_steps = (5e-4, 1e-3, 2e-3), 0
-    rules, layout = ocr_job.RULES, "oftfx"
+    rules, convention = ocr_job.RULES, "oftfx"
     amount = WORDS
 
     def __init__(self, seed: int = 0) -> None:

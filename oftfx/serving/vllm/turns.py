@@ -57,7 +57,7 @@ class Turn:
 
 
 def is_oft(directory: str | Path) -> bool:
-    """Whether a directory holds an OFT adapter, of PEFT's layout or of our own; no file is checked for more."""
+    """Whether a directory holds an OFT adapter, of PEFT's convention or of our own; no file is checked for more."""
     if (Path(directory) / PLAN_FILE).is_file():
         return True
     try:
