@@ -48,6 +48,7 @@ _HOME = {
     "RetentionCurve": "oftfx.blending.retention",
     "to_lora": "oftfx.lora.convert",
     "LoraReport": "oftfx.lora.report",
+    "adapter_convention": "oftfx.adapter.conventions.registry",
     "fold": "oftfx.folds",
     "unfold": "oftfx.folds",
     "quantize": "oftfx.quantizing",
@@ -69,6 +70,7 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
+    from oftfx.adapter.conventions.registry import adapter_convention
     from oftfx.adapter.folded import load_folded
     from oftfx.adapter.kept import load_rotations, save_rotations
     from oftfx.adapter.load import load_adapter

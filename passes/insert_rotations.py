@@ -90,6 +90,11 @@ class InsertRotations(Pass):
             return
         if self.adapter in found.rotations:
             raise AdapterError(f"{entry.fqn} already has a rotation of adapter {self.adapter!r}")
+        if (found.format is None) != entry.site.is_layer:
+            raise AdapterError(
+                f"{entry.fqn}: one adapter rotates what this layer reads and another what it gives out, which cannot "
+                "be in a model together. Fold the first one, or remove it"
+            )
         if found.kind != entry.placement:
             raise AdapterError(
                 f"{entry.fqn}: another adapter rotates its {found.kind}, this one its {entry.placement}, so they could "

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from oftfx.adapter import peft_files
 from oftfx.adapter.belonging import check_belongs
+from oftfx.adapter.conventions.source import Source
+from oftfx.adapter.peft_files import PLAN_FILE
 from oftfx.adapter.read import read_config, read_plan, read_weights
-from oftfx.adapter.save import PLAN_FILE
 from oftfx.adapter.store import AdapterStore
 from oftfx.adapter.whole_tensors import check_whole, whole_in_config, whole_in_plan
 from oftfx.errors import AdapterError, AdapterFileError
@@ -103,7 +104,7 @@ def plan_of_file(program: Program, files: AdapterFiles, store: AdapterStore | No
                 f"{where}: rotates {fqn}, which is no layer of {type(root).__name__}. {_nearest(fqn, sites)}"
             )
         spec = names.get(fqn) or spec_from_config(config)
-        entries.append(_entry(sites[fqn], spec, skew, where))
+        entries.append(entry_of(sites[fqn], spec, skew, where))
     expected = {e.fqn for e in saved} if saved else configured_sites(config, sites)
     if missing := sorted(expected - set(skews)):
         raise AdapterFileError(
@@ -122,7 +123,7 @@ def plan_of_file(program: Program, files: AdapterFiles, store: AdapterStore | No
     check_belongs(files.notes, config, where, PLAN_FILE if saved else peft_files.CONFIG_FILE)
     return Plan(
         type(root).__name__,
-        tuple(_with_kernel(e, root) for e in entries),
+        tuple(with_kernel(e, root) for e in entries),
         trace=saved.trace if saved else TraceInfo(),
         train=besides.train,
         train_modules=besides.modules,
@@ -132,7 +133,22 @@ def plan_of_file(program: Program, files: AdapterFiles, store: AdapterStore | No
     )
 
 
-def _with_kernel(entry: SitePlan, root: nn.Module) -> SitePlan:
+def check_sizes(source: Source, program: Program) -> None:
+    """Look at the header before memory is taken: no tensor of an adapter is larger than a weight here, or its square.
+
+    Raises:
+        AdapterFileError: one is.
+    """
+    sizes = [p.numel() for p in program.index.parameters.values()]
+    limit = max([*sizes, *(s.in_features**2 * max(1, s.experts) for s in program.sites)], default=0)
+    if large := next((k for k, h in source.heads.items() if math.prod(h.shape) > limit), None):
+        raise AdapterFileError(
+            f"{source.named(large)} has shape {source.heads[large].shape}, more numbers than anything in "
+            f"{type(program.model).__name__} could need. Is it an adapter of another model?"
+        )
+
+
+def with_kernel(entry: SitePlan, root: nn.Module) -> SitePlan:
     """The entry with the way in which the layer that is here multiplies."""
     if not entry.site.is_layer:
         return entry
@@ -150,7 +166,12 @@ def _as_saved(entry: SitePlan, saved: SitePlan, skew: Tensor, where: Path) -> Si
     return entry
 
 
-def _entry(site: Site, spec: OFT, skew: Tensor, where: Path) -> SitePlan:
+def entry_of(site: Site, spec: OFT, skew: Tensor, where: Path) -> SitePlan:
+    """The entry of a site by the shape of its skew.
+
+    Raises:
+        AdapterError: it does not fit the site.
+    """
     size = _block_size(skew.shape[-1]) if skew.dim() == 2 else None
     rows = skew.shape[0] if skew.dim() == 2 else 0
     copies = site.experts if spec.experts == "each" and site.experts else 1

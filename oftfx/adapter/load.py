@@ -10,7 +10,12 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.adapter.contents import rotation_by_site
-from oftfx.adapter.from_file import AdapterFiles, agrees, plan_of_file
+from oftfx.adapter.conventions.base import Foreign
+from oftfx.adapter.conventions.checkpoint import Checkpoint, fill, tensors_of
+from oftfx.adapter.conventions.registry import convention_named, convention_of
+from oftfx.adapter.conventions.source import Source
+from oftfx.adapter.foreign import read_foreign
+from oftfx.adapter.from_file import AdapterFiles, agrees, check_sizes, plan_of_file
 from oftfx.adapter.insert import insert
 from oftfx.adapter.store import AdapterStore, check_name, check_no_part, find_store, store_of, unwrapped
 from oftfx.errors import AdapterError
@@ -28,8 +33,16 @@ from oftfx.trace.record import record_best
 _MEANING = ("parameterization", "terms", "block_share", "coft_eps")
 
 
-def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", trainable: bool = False) -> nn.Module:
-    """Read an adapter directory that `save_adapter` or PEFT wrote, into ``model``, in place.
+def load_adapter(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    adapter: str = "default",
+    trainable: bool = False,
+    convention: str | None = None,
+    part: str | None = None,
+) -> nn.Module:
+    """Read an adapter that `save_adapter`, PEFT or another tool wrote, into ``model``, in place.
 
     A model that was never transformed gets the rotations the file names. Where it has an adapter of that name already,
     the values go into it, and its sites and settings have to be the file's. A model without an active adapter uses the
@@ -38,15 +51,20 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
 
     Args:
         model: the base model, or a transformed one.
-        path: the directory.
+        path: a directory, or one safetensors file; or a checkpoint of a model with rotations (a Trainer's, say), whose
+            numbers go into the adapter that ``model`` has been given by the same rules.
         adapter: name in the model.
         trainable: whether its parameters require gradients when it acts; an adapter that exists keeps its own.
+        convention: who wrote it and what it means; None to tell from the file. `oftfx.adapter_convention` has the
+            names.
+        part: where one file holds adapters of several models, the prefix of this model's keys, ``"lora_te1"`` say.
 
     Returns:
         ``model``.
 
     Raises:
-        AdapterFileError: no such file, not readable, another kind of adapter, or numbers that are not finite.
+        AdapterFileError: no such file, not readable, another kind of adapter, one whose convention is not clear, or
+            numbers that are not finite.
         AdapterError: it does not fit the model; raised before anything changes.
 
     Examples:
@@ -58,13 +76,24 @@ def load_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
         (True, True)
     """
     check_name(adapter)
-    files = AdapterFiles.read(Path(path))
-    skews, others = files.skews, files.others
+    source = Source.open(path)
+    meaning = convention_of(source) if convention is None else convention_named(convention)
     check_no_part(model)
     store = find_store(model)
     root = unwrapped(model)
+    if isinstance(meaning, Checkpoint):
+        found = tensors_of(source, root, store, adapter)
+        _check_no_codes(root, adapter)
+        fill(found)
+        return model
     program = Program.of(root)
-    plan = plan_of_file(program, files, store)
+    if isinstance(meaning, Foreign):
+        plan, files = read_foreign(meaning, source, program, store, part=part, trainable=trainable)
+    else:
+        check_sizes(source, program)
+        files = AdapterFiles.read(source.directory)
+        plan = plan_of_file(program, files, store)
+    skews, others = files.skews, files.others
     if store is not None and adapter in store.adapters:
         _check_same(store.adapters[adapter].plan, plan, skews, adapter)
         _check_no_codes(root, adapter)

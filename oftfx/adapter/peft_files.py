@@ -25,6 +25,8 @@ from oftfx.rotation.spec import OFT, nearest_divisor
 PREFIX = "base_model.model."
 SKEW, EMBEDDING_SKEW = ".oft_R.weight", ".oft_embedding_R.weight"
 CONFIG_FILE, WEIGHT_FILE = "adapter_config.json", "adapter_model.safetensors"
+PLAN_FILE = "oftfx_plan.json"
+"""Beside the tensors in our own convention, in the place of PEFT's configuration."""
 
 
 def key_of_skew(site: Site) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from oftfx.adapter import peft_files
-from oftfx.adapter.save import PLAN_FILE
+from oftfx.adapter.peft_files import PLAN_FILE
 from oftfx.errors import AdapterFileError, RuleError
 from oftfx.files import remains
 from oftfx.planning.plans import Plan
@@ -26,19 +27,13 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     from safetensors.torch import load
 
     if not path.is_file():
-        nearby = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no directory"
-        advice = _interrupted(path) or "expected a directory of PEFT >= 0.16 or save_adapter"
-        raise AdapterFileError(f"no file {path} (there: {nearby or 'nothing'}); {advice}")
+        raise AdapterFileError(no_file(path))
     try:
         data = path.read_bytes()
         tensors = load(data)
     except SafetensorError as error:
         raise AdapterFileError(f"{path} is damaged or not a safetensors file: {error}") from None
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise AdapterFileError(
-                f"{path}: {key} holds {_bad(tensor)} of {tensor.numel()} numbers that are not finite"
-            )
+    check_finite(tensors, str(path))
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     return tensors, header.get("__metadata__", {})
 
@@ -49,17 +44,45 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         AdapterFileError: no such file, or not of an OFT adapter.
     """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        kind = config.get("peft_type")
-    except FileNotFoundError:
-        advice = _interrupted(path) or "it says how the numbers become a rotation"
-        raise AdapterFileError(f"no file {path}; {advice}") from None
-    except (ValueError, AttributeError) as error:
-        raise AdapterFileError(f"{path} is not a JSON object: {error}") from None
+    config = read_json(path)
+    kind = config.get("peft_type")
     if kind != "OFT":
         raise AdapterFileError(f"{path}: peft_type is {kind!r}, expected 'OFT'")
     return config
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        AdapterFileError: no such file, or not one.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        advice = _interrupted(path) or "it says how the numbers become a rotation"
+        raise AdapterFileError(f"no file {path}; {advice}") from None
+    except (ValueError, RecursionError) as error:
+        raise AdapterFileError(f"{path} is not a JSON object: {error}") from None
+    if not isinstance(found, dict):
+        raise AdapterFileError(f"{path} is not a JSON object, but {type(found).__name__}")
+    return found
+
+
+def no_file(path: Path) -> str:
+    """Words for weights that are not there."""
+    nearby = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no directory"
+    advice = _interrupted(path) or "expected a directory of PEFT or save_adapter, or one safetensors file"
+    return f"no file {path} (there: {nearby or 'nothing'}); {advice}"
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raise `AdapterFileError` for numbers that are not finite."""
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise AdapterFileError(
+                f"{where}: {key} holds {_bad(tensor)} of {tensor.numel()} numbers that are not finite"
+            )
 
 
 def read_plan(text: str, path: Path) -> Plan:

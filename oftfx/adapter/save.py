@@ -11,16 +11,17 @@ import torch.nn as nn
 from oftfx.adapter import peft_files
 from oftfx.adapter.belonging import KEY, digest_of
 from oftfx.adapter.contents import adapter_tensors, check_in_place
+from oftfx.adapter.conventions.base import Foreign
+from oftfx.adapter.conventions.registry import CONVENTIONS, written_names
 from oftfx.adapter.fingerprint import fingerprint
+from oftfx.adapter.foreign import write_foreign
 from oftfx.adapter.packed import packed
+from oftfx.adapter.peft_files import PLAN_FILE
 from oftfx.adapter.scales import ADAPTER, SCALE_FILE, scale_tensors
 from oftfx.adapter.store import located
 from oftfx.errors import AdapterError, AdapterFileError, warn
 from oftfx.files import landing, write
 from oftfx.planning.plans import Plan
-
-PLAN_FILE = "oftfx_plan.json"
-CONVENTIONS = ("peft", "oftfx")
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", convention: str = "peft") -> Path:
@@ -54,8 +55,11 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
     root, store = located(model)
     store.require(adapter)
     check_in_place(root, store, adapter)
-    if convention not in CONVENTIONS:
-        raise AdapterError(f"convention: got {convention!r}, expected one of {', '.join(CONVENTIONS)}")
+    if convention not in (names := written_names()):
+        why = getattr(CONVENTIONS.get(convention), "read_only", "") or f"expected one of {', '.join(names)}"
+        raise AdapterError(f"convention: got {convention!r}, {why}")
+    if isinstance(foreign := CONVENTIONS[convention], Foreign):
+        return write_foreign(foreign, root, store, adapter, Path(path))
     plan = store.adapters[adapter].plan
     if convention == "peft":
         _warn_of_peft(root, plan)

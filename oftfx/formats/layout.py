@@ -14,7 +14,7 @@ from oftfx.rotation.autocast import without_autocast
 from oftfx.rotation.ieee import ieee_products
 from oftfx.rotation.rotate import rotate_weight
 
-Stored = Literal["rows", "columns", "transposed", "experts", "experts_columns"]
+Stored = Literal["rows", "columns", "transposed", "experts", "experts_columns", "outputs"]
 
 
 @dataclass(frozen=True)
@@ -30,12 +30,14 @@ class Layout:
             ``transposed``      ``(in, out/groups, *k)``     ``(groups * ..., in/groups)``   ConvTranspose
             ``experts``         ``(experts, out, in)``       ``(experts * out, in)``         mixtures of experts
             ``experts_columns`` ``(experts, in, out)``       ``(experts * out, in)``         the same for ``x @ W``
+            ``outputs``         ``(out, in, *kernel)``       ``(in * kernel, out)``          the other axis of ``rows``
             =================== ============================ ============================== ====================
 
         groups: of a transposed convolution; the same rotation acts on the input channels of each group.
         each: an own rotation for every expert; the matrix is then ``(out, experts * in)``.
         side: ``"input"``: the layer computes ``x @ M^T`` and x is rotated, so ``M' = M @ R^T``; ``"output"``: a row of
-            M is the result (an embedding) and is rotated itself, so ``M' = M @ R``.
+            M is the result (an embedding) and is rotated itself, so ``M' = M @ R``. With ``outputs`` that is
+            ``W' = R^T @ W``: the outputs of a layer are rotated, before its bias.
 
     Examples:
         >>> import torch
@@ -62,6 +64,8 @@ class Layout:
             return tensor.flatten(1)
         if self.stored == "columns":
             return tensor.transpose(0, 1)
+        if self.stored == "outputs":
+            return tensor.flatten(1).transpose(0, 1)
         if self.stored == "transposed":
             return tensor.flatten(1).unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         rows = tensor if self.stored == "experts" else tensor.transpose(1, 2)  # (experts, out, in)
@@ -74,6 +78,8 @@ class Layout:
             return first, math.prod(rest)
         if self.stored == "columns":
             return rest[0], first
+        if self.stored == "outputs":
+            return math.prod(rest), first
         if self.stored == "transposed":
             return self.groups * math.prod(rest), first // self.groups
         out, length = rest if self.stored == "experts" else reversed(rest)
@@ -85,6 +91,8 @@ class Layout:
             return matrix.reshape(shape)
         if self.stored == "columns":
             return matrix.transpose(0, 1)
+        if self.stored == "outputs":
+            return matrix.transpose(0, 1).reshape(shape)
         if self.stored == "transposed":
             return matrix.unflatten(0, (self.groups, -1)).transpose(1, 2).reshape(shape)
         experts = shape[0]

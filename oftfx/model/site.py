@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from oftfx.formats.layout import Layout
 
@@ -18,8 +18,9 @@ class Site:
         format: how the weight is stored, a name in `oftfx.formats.registry.formats`.
         module_class: class name of the layer.
         in_features: length of the rotated axis: input features, or patch elements ``in/groups * kernel`` of a
-            convolution, or the output size of an embedding; of experts, of one.
-        out_features: rows of the weight matrix; of experts, of one.
+            convolution, or the output size of an embedding; of experts, of one. Where the outputs of a layer are
+            rotated (`of_outputs`), their number.
+        out_features: rows of the weight matrix; of experts, of one. Where outputs are rotated, its columns.
         dtype: float dtype of the weight, as text.
         tied: other paths of the same weight tensor.
         aliases: other paths of the same layer; rules may name any.
@@ -77,4 +78,20 @@ class Site:
     @property
     def is_layer(self) -> bool:
         """Whether the site is a layer that is called, not a parameter that other code reads."""
-        return self.parameter == "weight" and self.reader is None and self.kind != "functional"
+        as_layer = self.kind != "functional" and not self.turns_outputs
+        return self.parameter == "weight" and self.reader is None and as_layer
+
+    @property
+    def turns_outputs(self) -> bool:
+        """Whether what a layer gives out is rotated, ``W' = R^T @ W``; an embedding gives out nothing else."""
+        return self.layout.stored == "outputs"
+
+    def of_outputs(self) -> Site:
+        """The same layer with its outputs to be rotated, as other tools do; its weight has to be a float one."""
+        return replace(
+            self,
+            in_features=self.out_features,
+            out_features=self.in_features,
+            layout=Layout("outputs", side="output"),
+            placements=("weight",),
+        )

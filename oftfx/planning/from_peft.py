@@ -132,6 +132,6 @@ def _default_targets(model: nn.Module) -> str | list[str]:
     return known[kind]
 
 
-def _version(text: str | None) -> tuple[int, int]:
-    found = re.match(r"(\d+)\.(\d+)", text or "")
+def _version(text: object) -> tuple[int, int]:
+    found = re.match(r"(\d+)\.(\d+)", str(text or ""))
     return (int(found.group(1)), int(found.group(2))) if found else (0, 0)

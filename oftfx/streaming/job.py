@@ -19,7 +19,7 @@ from oftfx.adapter import peft_files
 from oftfx.adapter.folded import NOTE, own_files
 from oftfx.adapter.from_file import AdapterFiles
 from oftfx.adapter.kept import FILE as ROTATIONS
-from oftfx.adapter.save import PLAN_FILE
+from oftfx.adapter.peft_files import PLAN_FILE
 from oftfx.errors import FoldError, warn
 from oftfx.folding.checkpoint import checkpoint_digest
 from oftfx.folding.inputs import digest_of

@@ -11,9 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from oftfx.adapter.peft_files import CONFIG_FILE, WEIGHT_FILE, read_keys
+from oftfx.adapter.peft_files import CONFIG_FILE, PLAN_FILE, WEIGHT_FILE, read_keys
 from oftfx.adapter.read import read_config, read_plan, read_weights
-from oftfx.adapter.save import PLAN_FILE
 from oftfx.errors import AdapterFileError
 from oftfx.planning.from_peft import spec_from_config
 from oftfx.rotation.module import Rotation

@@ -1,0 +1,37 @@
+"""What `oftfx.adapter.from_file` reads and `save_adapter` writes: PEFT's OFT of today and of 0.16/0.17, and our own.
+
+PEFT 0.16 and 0.17 meant another series under the same key. From 0.18 on the configuration has PEFT's version.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from oftfx.adapter.conventions.base import Convention
+from oftfx.adapter.conventions.source import Source
+from oftfx.adapter.peft_files import EMBEDDING_SKEW, PREFIX, SKEW
+from oftfx.planning.from_peft import spec_from_config
+
+
+@dataclass(frozen=True)
+class Native(Convention):
+    """One of the three; its files are read with all that a configuration or a plan says."""
+
+    name: str  # type: ignore[misc]
+    made_by: str  # type: ignore[misc]
+
+    def recognizes(self, source: Source) -> bool:
+        """By PEFT's prefix and key, and by what stands beside the file."""
+        if source.has_plan or not any(
+            k.startswith(PREFIX) and k.endswith((SKEW, EMBEDDING_SKEW)) for k in source.heads
+        ):
+            return source.has_plan and self.name == "oftfx"
+        if source.config is None:  # which the reader misses, and says so
+            return self.name == "peft"
+        new = spec_from_config(source.config).parameterization != "cayley_neumann_016"
+        new = new and "peft_version" in source.config
+        return self.name == ("peft" if new else "peft-0.16")
+
+
+PEFT, PEFT_016 = Native("peft", "PEFT 0.18 and later"), Native("peft-0.16", "PEFT 0.16 and 0.17")
+OURS = Native("oftfx", "oftfx")
