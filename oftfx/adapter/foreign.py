@@ -26,6 +26,7 @@ from oftfx.model.site import Site
 from oftfx.planning.from_peft import configured_sites
 from oftfx.planning.plans import Plan
 from oftfx.planning.program import Program
+from oftfx.rotation.module import whole
 from oftfx.rotation.skew import skew_matrix
 
 
@@ -136,12 +137,15 @@ def write_foreign(convention: Foreign, root: nn.Module, store: AdapterStore, ada
     if is_file == convention.is_directory:
         wanted = "a directory" if convention.is_directory else "one file; give it a name that ends with .safetensors"
         raise AdapterError(f"{path}: convention {convention.name!r} is {wanted}")
-    written = convention.write(Outgoing(root, store.adapters[adapter].plan, rotation_by_site(root, store, adapter)))
-    weights = packed(dict(written.tensors), {"format": "pt", **written.notes})
+    plan, own = store.adapters[adapter].plan, store.trained[adapter]
+    names = {e.fqn: e.site.weight_name for e in plan if e.site.weight_name in plan.brought}
+    weights = {fqn: (whole(own[n]).detach(), whole(store.originals[n]).detach()) for fqn, n in names.items()}
+    written = convention.write(Outgoing(root, plan, rotation_by_site(root, store, adapter), weights))
+    data = packed(dict(written.tensors), {"format": "pt", **written.notes})
     if is_file:
-        write_whole(path, weights, AdapterFileError)
+        write_whole(path, data, AdapterFileError)
         return path
     with landing(path, CONFIG_FILE, AdapterFileError, stale=[PLAN_FILE, SCALE_FILE]) as made:
         write(made / CONFIG_FILE, json.dumps(written.config, indent=2, sort_keys=True).encode())
-        write(made / WEIGHT_FILE, weights)
+        write(made / WEIGHT_FILE, data)
     return path

@@ -12,6 +12,7 @@ from torch import Tensor
 from oftfx.adapter.contents import rotation_by_site
 from oftfx.adapter.conventions.base import Foreign
 from oftfx.adapter.conventions.checkpoint import Checkpoint, fill, tensors_of
+from oftfx.adapter.conventions.peft import check_native
 from oftfx.adapter.conventions.registry import convention_named, convention_of
 from oftfx.adapter.conventions.source import Source
 from oftfx.adapter.foreign import read_foreign
@@ -90,6 +91,7 @@ def load_adapter(
     if isinstance(meaning, Foreign):
         plan, files = read_foreign(meaning, source, program, store, part=part, trainable=trainable)
     else:
+        check_native(source, meaning)
         check_sizes(source, program)
         files = AdapterFiles.read(source.directory)
         plan = plan_of_file(program, files, store)

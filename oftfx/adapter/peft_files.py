@@ -14,7 +14,7 @@ from typing import Any
 
 import torch.nn as nn
 
-from oftfx.errors import AdapterError, AdapterFileError
+from oftfx.errors import AdapterError, AdapterFileError, warn
 from oftfx.model.site import Site
 from oftfx.model.structure import is_own_module
 from oftfx.planning.from_peft import VERSION
@@ -49,14 +49,18 @@ def read_keys(keys: Iterable[str], where: str) -> tuple[dict[str, str], dict[str
     skews, parameters = {}, {}
     for key in keys:
         if not key.startswith(PREFIX):
-            raise AdapterFileError(f"{where}: key {key!r} does not start with {PREFIX!r}; this is not a PEFT OFT file")
+            raise AdapterFileError(
+                f"{where}: key {key!r} does not start with {PREFIX!r}; this is not a PEFT OFT file. "
+                "oftfx.load_adapter reads other conventions"
+            )
         name = key.removeprefix(PREFIX)
         if name.endswith((SKEW, EMBEDDING_SKEW)):
             skews[name.removesuffix(SKEW).removesuffix(EMBEDDING_SKEW)] = key
         elif foreign := _FOREIGN.search(name):
             raise AdapterFileError(
                 f"{where}: key {key!r} ({foreign.group(0).strip('._')}) is not of PEFT's OFT format >= 0.16, the one "
-                "that is read here"
+                "that is read here. oftfx.load_adapter reads other conventions, and save_adapter writes what it read "
+                "as this one"
             )
         else:
             parameters[name.replace(".base_layer.", ".")] = key
@@ -76,6 +80,11 @@ def config_for(plan: Plan, root: nn.Module) -> dict[str, Any]:
     """
     spec = plan.entries[0].spec
     for entry in plan:
+        if entry.site.turns_outputs:
+            raise AdapterError(
+                f"{entry.fqn}: this adapter rotates what the layer gives out, and PEFT's OFT what it reads, which is "
+                "another function of the weight. Save with convention='oftfx', or fold it"
+            )
         if entry.site.kind in ("experts", "functional") or not entry.site.is_layer:
             raise AdapterError(
                 f"PEFT's convention knows layers only, not the parameter {entry.fqn}. Save with convention='oftfx'"
@@ -132,6 +141,17 @@ def unusable_reason(site: Site, module: nn.Module) -> str:
     if max(kernel) > 1:
         return "its forward is wrong for kernels larger than 1 on inputs larger than the kernel"
     return "it rotates all groups together" if module.groups != 1 else ""
+
+
+def warn_of_unusable(plan: Plan, root: nn.Module) -> None:
+    """Warn where a file is right and PEFT itself cannot use it."""
+    reasons = {e.fqn: unusable_reason(e.site, root.get_submodule(e.site.module)) for e in plan}
+    if found := {n: r for n, r in reasons.items() if r}:
+        name, reason = next(iter(found.items()))
+        warn(
+            f"PEFT cannot use this adapter at {len(found)} sites, e.g. {name}: {reason}; oftfx reads it back. "
+            "convention='oftfx' says so in its name"
+        )
 
 
 _SHARED = ("block_size", "blocks", "parameterization", "terms", "block_share", "coft_eps", "dropout")

@@ -19,9 +19,8 @@ from oftfx.adapter.packed import packed
 from oftfx.adapter.peft_files import PLAN_FILE
 from oftfx.adapter.scales import ADAPTER, SCALE_FILE, scale_tensors
 from oftfx.adapter.store import located
-from oftfx.errors import AdapterError, AdapterFileError, warn
+from oftfx.errors import AdapterError, AdapterFileError
 from oftfx.files import landing, write
-from oftfx.planning.plans import Plan
 
 
 def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", convention: str = "peft") -> Path:
@@ -62,9 +61,9 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
         return write_foreign(foreign, root, store, adapter, Path(path))
     plan = store.adapters[adapter].plan
     if convention == "peft":
-        _warn_of_peft(root, plan)
         side, other = peft_files.CONFIG_FILE, PLAN_FILE
         text = json.dumps(peft_files.config_for(plan, root), indent=2, sort_keys=True)
+        peft_files.warn_of_unusable(plan, root)
     else:
         side, other, text = PLAN_FILE, peft_files.CONFIG_FILE, plan.to_json()
     tensors = {
@@ -81,13 +80,3 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
         if scales:
             write(made / SCALE_FILE, packed(scales, {"format": "pt", ADAPTER: fingerprint(root, adapter)}))
     return directory
-
-
-def _warn_of_peft(root: nn.Module, plan: Plan) -> None:
-    reasons = {e.fqn: peft_files.unusable_reason(e.site, root.get_submodule(e.site.module)) for e in plan}
-    if found := {n: r for n, r in reasons.items() if r}:
-        name, reason = next(iter(found.items()))
-        warn(
-            f"PEFT cannot use this adapter at {len(found)} sites, e.g. {name}: {reason}; oftfx reads it back. "
-            "convention='oftfx' says so in its name"
-        )

@@ -88,11 +88,13 @@ class Outgoing:
         root: its model.
         plan: its plan.
         rotations: by the path of the site.
+        weights: for sites with a weight of their own, that and the base's, by the path of the site.
     """
 
     root: nn.Module
     plan: Plan
     rotations: Mapping[str, Rotation]
+    weights: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from oftfx.adapter.conventions.base import Contents, Foreign, Outgoing, Target, 
 from oftfx.adapter.conventions.names import flat, resolve
 from oftfx.adapter.conventions.orthogonal import blocks_of_skew, butterfly, exact_skew, turn_of
 from oftfx.adapter.conventions.source import Source
-from oftfx.adapter.conventions.written import check_sites
+from oftfx.adapter.conventions.written import check_sites, scale_of
 from oftfx.errors import AdapterError, AdapterFileError
 from oftfx.model.site import Site
 from oftfx.rotation.skew import skew_vector
@@ -58,7 +58,7 @@ class DiagOFT(Foreign):
 
     def recognizes(self, source: Source) -> bool:
         """By the prefix of its keys, or by what the trainer has noted; by the tensors alone the three look the same."""
-        keys = [k for k in source.heads if k.endswith(BLOCKS)]
+        keys = [k for k in source.heads if k.endswith(BLOCKS) or f"{BLOCKS}." in k]
         noted = source.notes.get("ss_network_module", "")
         if not keys:
             return False
@@ -89,7 +89,7 @@ class DiagOFT(Foreign):
         keys = {n: n + ALPHA for n in names if n + ALPHA in source.heads}
         if wrong := next((k for k in keys.values() if source.heads[k].shape not in ((), (1,))), None):
             raise AdapterFileError(f"{source.named(wrong)} has shape {source.heads[wrong].shape}, expected one number")
-        found = {n: float(t) for n, t in zip(keys, source.tensors(keys.values()).values(), strict=True)}
+        found = {n: float(source.wide(k)) for n, k in keys.items()}
         if self.name == "kohya":
             if len(found) != len(names):
                 raise AdapterFileError(
@@ -108,7 +108,7 @@ class DiagOFT(Foreign):
         key = name + BLOCKS
         factors = len(source.heads[key].shape) == 4 and self.name != "kohya"
         check_shape(source, key, site, site.out_features, dims=4 if factors else 3)
-        a = source.tensors([key])[key].double()
+        a = source.wide(key)
         q = self._bounded(a - a.transpose(-1, -2), alpha, site.out_features)
         scale = self._rescale(source, name, site)
         if not factors:
@@ -139,7 +139,7 @@ class DiagOFT(Foreign):
         shape = source.heads[key].shape
         if self.name == "kohya" or shape[:1] != (site.out_features,) or any(n != 1 for n in shape[1:]):
             raise AdapterFileError(f"{source.named(key)} has shape {shape}: no scale of the rows of {site.fqn}")
-        scale = source.tensors([key])[key].double().reshape(-1)
+        scale = source.wide(key).reshape(-1)
         if bool((scale == 1).all()):
             return None
         if self.name == "comfyui":
@@ -151,7 +151,7 @@ class DiagOFT(Foreign):
 
     def write(self, adapter: Outgoing) -> Written:
         """Only rotations of outputs can be said, so only what was read from such a file."""
-        check_sites(adapter, self, side="output", kinds=self.kinds)
+        check_sites(adapter, self, side="output", kinds=self.kinds, scales=self.name == "lycoris")
         tensors: dict[str, Tensor] = {}
         skews = {e.fqn: exact_skew(adapter.rotations[e.fqn], e.fqn, self.name) for e in adapter.plan}
         alpha = 0.0
@@ -176,6 +176,10 @@ class DiagOFT(Foreign):
                 raise AdapterError(f"{entry.fqn}: another path has the same name without dots, {name}; rename one")
             tensors[name + BLOCKS] = torch.triu(-skews[entry.fqn]).float().contiguous()
             tensors[name + ALPHA] = torch.tensor(alpha)
+            scale = scale_of(adapter, entry, skews[entry.fqn], self.name)
+            if scale is not None:
+                ones = [1] * (adapter.weights[entry.fqn][0].dim() - 1)
+                tensors[name + RESCALE] = scale.float().reshape(-1, *ones).contiguous()
         return Written(tensors, {"ss_network_module": self.module} if self.module else {})
 
 

@@ -57,7 +57,7 @@ class Diffusers(Foreign):
                     raise AdapterFileError(
                         f"{source.named(key)} has one row for all blocks, its configuration says one each"
                     )
-                turns[paths[name]] = Turn(spec, source.tensors([key])[key])
+                turns[paths[name]] = Turn(spec, source.wide(key))
         return Contents(turns, remarks=remarks)
 
     def _config(self, source: Source) -> dict[str, Any]:
@@ -78,6 +78,7 @@ class Diffusers(Foreign):
         """As PEFT's, with the configuration in the metadata."""
         check_sites(adapter, self, side="input", kinds=("linear", "conv2d", "embedding"))
         config = peft_files.config_for(adapter.plan, adapter.root)
+        peft_files.warn_of_unusable(adapter.plan, adapter.root)
         tensors = {
             peft_files.key_of_skew(e.site).removeprefix(PREFIX): whole(adapter.rotations[e.fqn].every_skew()).detach()
             for e in adapter.plan

@@ -41,6 +41,8 @@ def resolve(
         if prefix is None and wanted is not None:
             continue
         groups[prefix or ""].append(name)
+    if not groups and target.part is None:
+        raise AdapterFileError(f"{source.path}: no rotation in it")
     if not groups:
         raise AdapterFileError(f"{source.path}: no key begins with part={target.part!r}")
     paths = _paths(target)
@@ -73,22 +75,24 @@ def _spelled(part: str, prefixes: Sequence[str]) -> list[str]:
 
 
 def _path(name: str, prefix: str) -> str:
-    return flat(name.removeprefix(prefix))
+    """What is looked up: the path itself where the file has dots, else its flat form behind a mark that no path has."""
+    path = name.removeprefix(prefix)
+    return path if prefix.endswith(".") or "." in path else f"_.{path}"
 
 
 def _paths(target: Target) -> Mapping[str, list[str]]:
     found: dict[str, list[str]] = defaultdict(list)
     for fqn, site in target.sites.items():
         for path in dict.fromkeys((fqn, *site.aliases)):
-            if fqn not in found[flat(path)]:
-                found[flat(path)].append(fqn)
+            for key in (path, f"_.{flat(path)}"):
+                if fqn not in found[key]:
+                    found[key].append(fqn)
     return dict(found)
 
 
 def _one(source: Source, name: str, paths: Sequence[str]) -> str:
-    exact = [p for p in paths if name.endswith(p)]
-    if len(paths) == 1 or len(exact) == 1:
-        return (exact or paths)[0]
+    if len(paths) == 1:
+        return paths[0]
     raise AdapterError(
         f"{source.path}: {name} could be any of {', '.join(paths)}: their paths differ in dots only, which this file "
         "does not have. Rename the modules, or the keys of the file"
@@ -97,7 +101,7 @@ def _one(source: Source, name: str, paths: Sequence[str]) -> str:
 
 def _unknown(name: str, groups: Mapping[str, Sequence[str]], paths: Mapping[str, object], target: Target) -> str:
     prefix = next((p for p, found in groups.items() if name in found), "")
-    close = difflib.get_close_matches(_path(name, prefix), paths, 2, 0.5)
+    close = [p.removeprefix("_.") for p in difflib.get_close_matches(_path(name, prefix), paths, 2, 0.5)]
     nearest = f" Nearest: {', '.join(close)}." if close else ""
     return (
         f"which is no layer of {target.model} that can be rotated.{nearest} The names have to be those of the "

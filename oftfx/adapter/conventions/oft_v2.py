@@ -61,7 +61,7 @@ class OFTv2(Foreign):
         if site.kind not in _KINDS or getattr(module, "groups", 1) != 1:
             raise AdapterError(f"{source.path}: rotates {site.fqn}, a {site.module_class}, which {self.made_by} cannot")
         rows, size = skew_shape(source, name + SKEW, site)
-        skew = source.tensors([name + SKEW])[name + SKEW].double()
+        skew = source.wide(name + SKEW)
         if name + SCALED in source.heads:
             if eps is not None:
                 raise AdapterFileError(f"{source.path}: has {SCALED[1:]} and a bound on norms; no tool writes both")

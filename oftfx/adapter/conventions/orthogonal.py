@@ -15,8 +15,11 @@ from oftfx.rotation.module import Rotation, whole
 from oftfx.rotation.skew import skew_matrix, skew_vector
 from oftfx.rotation.spec import OFT
 
-BOUND = 1e-6
-"""Largest relative error of a rotation that is made again from its skew in float32."""
+GOOD, BOUND = 1e-6, 1e-5
+"""Relative error of a rotation that is made again from its skew in float32: what is taken at once, and at most.
+
+It grows as angles come near to 180 degrees, where the entries of the skew are unbounded.
+"""
 
 
 def inverse_cayley(r: Tensor) -> Tensor:
@@ -27,18 +30,21 @@ def inverse_cayley(r: Tensor) -> Tensor:
 
 
 def signs_for(r: Tensor) -> Tensor:
-    """Signs ``d (blocks, b)`` so that ``R @ diag(d)`` has no eigenvalue of -1; of any orthogonal matrix.
+    """Signs ``d (b,)`` for one orthogonal block so that ``R @ diag(d)`` is the Cayley transform of a small Q.
 
-    ``det(I + R D) = 0`` just where ``det(R + D) = 0``: eliminate in ``R + D`` and give each pivot the sign that it has,
-    so that none is smaller than 1.
+    With ``C = R D``, ``(I + C)^-1 = (I + Q) / 2``. Where C has an eigenvalue of -1 the diagonal of that is no half but
+    unbounded, and one sign is changed there. Elsewhere the change of two signs, i and j, multiplies ``det(I + C)`` by
+    ``Q_ij^2``, so with the largest entry above 1 this comes to an end.
     """
-    rest, signs = r.clone(), torch.ones(r.shape[:-1], dtype=r.dtype, device=r.device)
-    for i in range(r.shape[-1]):
-        pivot = rest[:, i, i]
-        signs[:, i] = torch.where(pivot < 0, -1.0, 1.0)
-        pivot = pivot + signs[:, i]
-        factor = rest[:, i + 1 :, i] / pivot[:, None]
-        rest[:, i + 1 :, i + 1 :] -= factor[:, :, None] * rest[:, i, None, i + 1 :]
+    signs = torch.ones(len(r), dtype=r.dtype)
+    for _ in range(len(r)):
+        m = torch.linalg.inv(r * signs + (1 + 1e-12) * torch.eye(len(r), dtype=r.dtype))
+        if (largest := m.diagonal().abs()).max() > 2:
+            signs[largest.argmax()] *= -1
+        elif (q := (m - m.T).abs()).max() > 2:
+            signs[list(divmod(int(q.argmax()), len(r)))] *= -1
+        else:
+            break
     return signs
 
 
@@ -47,25 +53,31 @@ def turn_of(r: Tensor, where: str, *, side: Literal["input", "output"] = "input"
     them.
 
     Raises:
-        AdapterFileError: not orthogonal, or float32 cannot hold it within `BOUND`.
+        AdapterFileError: not orthogonal, or float32 cannot hold it within `BOUND`, with signs or without.
     """
     eye = torch.eye(r.shape[-1], dtype=r.dtype)
     defect = float(torch.linalg.matrix_norm(r @ r.transpose(1, 2) - eye).max())
-    if not defect <= BOUND:
+    if not defect <= GOOD:
         raise AdapterFileError(f"{where}: what it describes is no rotation: R R^T differs from I by {defect:.2g}")
     spec = OFT(r.shape[-1], parameterization="cayley")
     skew = skew_vector(inverse_cayley(r))
-    if _error(skew, r) <= BOUND:
+    if (plain := _error(skew, r)) <= GOOD:
         return Turn(spec, skew, side, scale=scale)
     # Signs act on the weight before the rotation does: R = C D on the side of inputs, R = D C on the other.
     given = r if side == "input" else r.transpose(1, 2)
-    signs = signs_for(given)
+    signs = torch.stack([signs_for(block) for block in given])
     turned = given * signs[:, None, :]
     turned = turned if side == "input" else turned.transpose(1, 2)
-    skew = skew_vector(inverse_cayley(turned))
-    if not (error := _error(skew, turned)) <= BOUND:
-        raise AdapterFileError(f"{where}: as a Cayley transform in float32 it would be off by a relative {error:.2g}")
-    return Turn(spec, skew, side, signs.flatten(), scale)
+    other = skew_vector(inverse_cayley(turned))
+    error = _error(other, turned)
+    if not min(plain, error) <= BOUND:
+        raise AdapterFileError(
+            f"{where}: it turns by angles so near to 180 degrees that its Cayley transform in float32 would be off "
+            f"by a relative {min(plain, error):.2g}, more than {BOUND:g}"
+        )
+    if plain <= 2 * error:  # signs cost a copy of the weight
+        return Turn(spec, skew, side, scale=scale)
+    return Turn(spec, other, side, signs.flatten(), scale)
 
 
 def blocks_of_skew(q: Tensor) -> Tensor:
@@ -124,7 +136,7 @@ def exact_skew(rotation: Rotation, fqn: str, convention: str) -> Tensor:
     r = rotation.recipe(skew)
     q = inverse_cayley(r)
     made = blocks_of_skew(q)
-    if not (error := float((made - r).norm() / r.norm())) <= BOUND:
+    if not (error := float((made - r).norm() / r.norm())) <= GOOD:
         raise AdapterError(
             f"{fqn}: convention {convention!r} has exact rotations; this one is a series ({spec.parameterization}, "
             f"{spec.terms} terms) and off from any by a relative {error:.2g}. Train with "

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from oftfx.adapter.conventions.base import Convention
 from oftfx.adapter.conventions.source import Source
-from oftfx.adapter.peft_files import EMBEDDING_SKEW, PREFIX, SKEW
+from oftfx.adapter.peft_files import EMBEDDING_SKEW, PREFIX, SKEW, WEIGHT_FILE
+from oftfx.errors import AdapterFileError
 from oftfx.planning.from_peft import spec_from_config
 
 
@@ -31,6 +32,24 @@ class Native(Convention):
         new = spec_from_config(source.config).parameterization != "cayley_neumann_016"
         new = new and "peft_version" in source.config
         return self.name == ("peft" if new else "peft-0.16")
+
+
+def check_native(source: Source, chosen: Convention) -> None:
+    """What is read as one of these has to be one: its configuration alone says what its numbers mean.
+
+    Raises:
+        AdapterFileError: another one, or a file of another name, beside which nothing is looked for.
+    """
+    if any(f.name != WEIGHT_FILE for f in source.files.values()):
+        raise AdapterFileError(
+            f"{source.path}: convention {chosen.name!r} is a directory with {WEIGHT_FILE} and the file that says "
+            "what its numbers mean"
+        )
+    if not chosen.recognizes(source):
+        raise AdapterFileError(
+            f"{source.path}: by its keys and its configuration this is not convention {chosen.name!r}. Leave "
+            "convention out to have it told from the files; of PEFT's, peft_version in adapter_config.json decides"
+        )
 
 
 PEFT, PEFT_016 = Native("peft", "PEFT 0.18 and later"), Native("peft-0.16", "PEFT 0.16 and 0.17")

@@ -19,7 +19,7 @@ from oftfx.adapter.conventions.base import Contents, Foreign, Outgoing, Target, 
 from oftfx.adapter.conventions.orthogonal import exact_skew
 from oftfx.adapter.conventions.peft_config import by_layer, checked_config, read_others, required, rows_scale
 from oftfx.adapter.conventions.source import Source
-from oftfx.adapter.conventions.written import check_convolution, check_sites
+from oftfx.adapter.conventions.written import check_convolution, check_sites, scale_of
 from oftfx.adapter.peft_files import PREFIX
 from oftfx.errors import AdapterFileError
 from oftfx.model.site import Site
@@ -76,8 +76,10 @@ class PEFT014(Foreign):
                 limit = float(config.get("eps", 6e-5)) * math.ceil(site.out_features / blocks) ** 2 / math.sqrt(len(a))
                 norm = torch.linalg.matrix_norm(a, keepdim=True)
                 a = torch.where(norm > limit, a * (limit / norm), a)
+            as_number = config.get("r") == site.in_features // size
             spec = OFT(
-                size,
+                None if as_number else size,
+                blocks=site.in_features // size if as_number else None,
                 parameterization="cayley",
                 block_share=config.get("block_share") is True,
                 dropout=float(config.get("module_dropout") or 0.0),
@@ -102,18 +104,20 @@ class PEFT014(Foreign):
                 f"b) with r * b = in_features{', one block for all' if shared else ''}. Is it an adapter of another "
                 "model?"
             )
-        return source.tensors([key])[key].double()
+        return source.wide(key)
 
     def write(self, adapter: Outgoing) -> Written:
         """Of exact rotations with one setting for all."""
-        check_sites(adapter, self, side="input", kinds=("linear", "conv2d"))
+        check_sites(adapter, self, side="input", kinds=("linear", "conv2d"), scales=True)
         tensors: dict[str, Tensor] = {}
         for entry in adapter.plan:
             check_convolution(entry, adapter.root.get_submodule(entry.site.module), self.name)
             q = exact_skew(adapter.rotations[entry.fqn], entry.fqn, self.name)
             rows = q[:1] if entry.spec.block_share else q
             tensors[f"{PREFIX}{entry.fqn}{ROTATION}"] = rows.float().contiguous()
-            tensors[f"{PREFIX}{entry.fqn}{SCALE}"] = torch.ones(entry.site.out_features, 1)
+            scale = scale_of(adapter, entry, q, self.name)
+            scale = torch.ones(entry.site.out_features) if scale is None else scale
+            tensors[f"{PREFIX}{entry.fqn}{SCALE}"] = scale.float()[:, None].contiguous()
         exact = [replace(e, spec=replace(e.spec, parameterization="cayley", coft_eps=None)) for e in adapter.plan]
         config = peft_files.config_for(replace(adapter.plan, entries=tuple(exact)), adapter.root)
         return Written(tensors, config={k: v for k, v in config.items() if k in _FIELDS})

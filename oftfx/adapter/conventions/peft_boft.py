@@ -57,7 +57,7 @@ class BOFT(Foreign):
     def _turn(self, source: Source, keys: dict[str, str], site: Site) -> Turn:
         key = required(source, keys, FACTORS, site.fqn)
         check_shape(source, key, site, site.in_features, dims=4)
-        a = source.tensors([key])[key].double()
+        a = source.wide(key)
         count, _, size, _ = a.shape
 
         def order(i: int) -> Tensor:

@@ -66,7 +66,7 @@ def rows_scale(source: Source, key: str | None, out: int) -> Tensor | None:
     shape = source.heads[key].shape
     if sorted(shape) != sorted((out, 1)):
         raise AdapterFileError(f"{source.named(key)} has shape {shape}, expected ({out}, 1)")
-    scale = source.tensors([key])[key].double().reshape(-1)
+    scale = source.wide(key).reshape(-1)
     return None if bool((scale == 1).all()) else scale
 
 

@@ -50,7 +50,7 @@ class HRA(Foreign):
                 f"{source.named(key)} has shape {shape}; {site.fqn} needs ({site.in_features}, r). Is it an adapter of "
                 "another model?"
             )
-        u = source.tensors([key])[key].double()
+        u = source.wide(key)
         if not bool((u.norm(dim=0) > 0).all()):
             raise AdapterFileError(f"{source.named(key)} has a column of zeros, which reflects in no direction")
         return turn_of(_product(u, orthogonal).T[None], source.named(key))

@@ -44,6 +44,7 @@ class Source:
     notes: dict[str, str] = field(default_factory=dict)
     config: dict[str, Any] | None = None
     has_plan: bool = False
+    _opened: dict[Path, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | Path) -> Source:
@@ -80,20 +81,29 @@ class Source:
         return self.path if self.path.is_dir() else self.path.parent
 
     def tensors(self, keys: Iterable[str]) -> dict[str, Tensor]:
-        """Numbers by their keys, on the CPU.
+        """Tensors by their keys, on the CPU.
 
         Raises:
-            AdapterFileError: some are not finite.
+            AdapterFileError: some hold numbers that are not finite.
         """
-        from safetensors import safe_open
-
-        result: dict[str, Tensor] = {}
-        wanted = list(keys)
-        for file in dict.fromkeys(self.files[k] for k in wanted):
-            with safe_open(file, framework="pt") as opened:
-                result |= {k: opened.get_tensor(k) for k in wanted if self.files[k] == file}
+        result = {}
+        for key in keys:
+            file = self.files[key]
+            if file not in self._opened:
+                self._opened[file] = _opened(file)
+            result[key] = self._opened[file].get_tensor(key)
         check_finite(result, str(self.path))
         return result
+
+    def wide(self, key: str) -> Tensor:
+        """One tensor of floats, in float64.
+
+        Raises:
+            AdapterFileError: not of floats, or not finite.
+        """
+        if not self.heads[key].dtype.startswith(("F", "BF")):
+            raise AdapterFileError(f"{self.named(key)} has dtype {self.heads[key].dtype}, expected a float")
+        return self.tensors([key])[key].double()
 
     def named(self, key: str) -> str:
         """The words that begin a message about one tensor."""
@@ -130,16 +140,20 @@ def _pickled(path: Path) -> str:
     )
 
 
-def _headers(file: Path) -> tuple[dict[str, Head], dict[str, str]]:
+def _opened(file: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
-        with safe_open(file, framework="pt") as opened:
-            slices = {k: opened.get_slice(k) for k in opened.keys()}  # noqa: SIM118
-            heads = {k: Head(s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
-            return heads, opened.metadata() or {}
+        return safe_open(file, framework="pt").__enter__()
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(f"{file} is damaged or not a safetensors file: {error}") from None
+
+
+def _headers(file: Path) -> tuple[dict[str, Head], dict[str, str]]:
+    opened = _opened(file)
+    slices = {k: opened.get_slice(k) for k in opened.keys()}  # noqa: SIM118
+    heads = {k: Head(s.get_dtype(), tuple(s.get_shape())) for k, s in slices.items()}
+    return heads, opened.metadata() or {}
 
 
 def _shards(index: Path) -> list[Path]:
