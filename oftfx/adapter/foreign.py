@@ -16,7 +16,7 @@ from oftfx.adapter.conventions.source import Source
 from oftfx.adapter.from_file import AdapterFiles, entry_of, with_kernel
 from oftfx.adapter.packed import packed
 from oftfx.adapter.peft_files import CONFIG_FILE, PLAN_FILE, WEIGHT_FILE
-from oftfx.adapter.scales import SCALE_FILE
+from oftfx.adapter.scales import SCALE_FILE, scale_tensors
 from oftfx.adapter.store import AdapterStore
 from oftfx.adapter.whole_tensors import check_whole, whole_in_config
 from oftfx.errors import AdapterError, AdapterFileError, warn
@@ -126,7 +126,9 @@ def _own_weight(turn: Turn, site: Site, module: nn.Module, store: AdapterStore |
     return site.layout.restore(matrix, tuple(weight.shape)).to(weight.dtype).contiguous()
 
 
-def write_foreign(convention: Foreign, root: nn.Module, store: AdapterStore, adapter: str, path: Path) -> Path:
+def write_foreign(
+    convention: Foreign, root: nn.Module, store: AdapterStore, adapter: str, path: Path, part: str | None
+) -> Path:
     """Write an adapter as another tool does; all of it lands, or nothing.
 
     Raises:
@@ -137,10 +139,17 @@ def write_foreign(convention: Foreign, root: nn.Module, store: AdapterStore, ada
     if is_file == convention.is_directory:
         wanted = "a directory" if convention.is_directory else "one file; give it a name that ends with .safetensors"
         raise AdapterError(f"{path}: convention {convention.name!r} is {wanted}")
+    if scales := scale_tensors(root, adapter):
+        raise AdapterError(
+            f"adapter {adapter!r} has scales that were trained for a fold, e.g. {next(iter(scales))}, and convention "
+            f"{convention.name!r} has no place for them. Write convention='oftfx' or 'peft', or fold it"
+        )
+    if part is not None and convention.is_directory:
+        raise AdapterError(f"part={part!r}: files of convention {convention.name!r} are of one model")
     plan, own = store.adapters[adapter].plan, store.trained[adapter]
     names = {e.fqn: e.site.weight_name for e in plan if e.site.weight_name in plan.brought}
     weights = {fqn: (whole(own[n]).detach(), whole(store.originals[n]).detach()) for fqn, n in names.items()}
-    written = convention.write(Outgoing(root, plan, rotation_by_site(root, store, adapter), weights))
+    written = convention.write(Outgoing(root, plan, rotation_by_site(root, store, adapter), weights, part))
     data = packed(dict(written.tensors), {"format": "pt", **written.notes})
     if is_file:
         write_whole(path, data, AdapterFileError)

@@ -48,6 +48,7 @@ def read_config(path: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "OFT":
         raise AdapterFileError(f"{path}: peft_type is {kind!r}, expected 'OFT'")
+    check_fields(config, str(path))
     return config
 
 
@@ -67,6 +68,30 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise AdapterFileError(f"{path} is not a JSON object, but {type(found).__name__}")
     return found
+
+
+def check_fields(config: Mapping[str, Any], where: str) -> None:
+    """Raise `AdapterFileError` for a field of PEFT's configuration with a value of a kind that PEFT does not write."""
+    for name, value in config.items():
+        kinds, words = _FIELDS.get(name, ((object,), ""))
+        each = value if isinstance(value, list) and list in kinds else [value]
+        if not all(_is_one(v, tuple(k for k in kinds if k is not list)) for v in each):
+            raise AdapterFileError(f"{where}: {name} is {value!r}, expected {words}")
+
+
+def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
+    return value is None or (isinstance(value, kinds) and (not isinstance(value, bool) or int not in kinds))
+
+
+_NAMES = ((str, list), "names, or a regular expression")
+_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"), _NAMES),
+    **dict.fromkeys(("bias", "peft_version"), ((str,), "a string")),
+    **dict.fromkeys(("r", "oft_block_size", "num_cayley_neumann_terms"), ((int,), "an integer")),
+    **dict.fromkeys(("eps", "module_dropout"), ((int, float), "a number")),
+    **dict.fromkeys(("coft", "block_share", "use_cayley_neumann", "apply_GS"), ((bool,), "true or false")),
+    "layers_to_transform": ((int, list), "numbers of layers"),
+}
 
 
 def no_file(path: Path) -> str:

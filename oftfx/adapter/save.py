@@ -12,6 +12,7 @@ from oftfx.adapter import peft_files
 from oftfx.adapter.belonging import KEY, digest_of
 from oftfx.adapter.contents import adapter_tensors, check_in_place
 from oftfx.adapter.conventions.base import Foreign
+from oftfx.adapter.conventions.peft import as_016
 from oftfx.adapter.conventions.registry import CONVENTIONS, written_names
 from oftfx.adapter.fingerprint import fingerprint
 from oftfx.adapter.foreign import write_foreign
@@ -23,8 +24,15 @@ from oftfx.errors import AdapterError, AdapterFileError
 from oftfx.files import landing, write
 
 
-def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default", convention: str = "peft") -> Path:
-    """Write one adapter as a directory.
+def save_adapter(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    adapter: str = "default",
+    convention: str = "peft",
+    part: str | None = None,
+) -> Path:
+    """Write one adapter as a directory, or as one file.
 
     Where its scales train for a fold (`oftfx.fold_aware` with ``"calibrate"``), they and the codes are written beside
     it, ``oftfx_scales.safetensors``; ``fold_aware(model, "calibrate", calibration=path)`` takes them up again. Scales
@@ -32,17 +40,20 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
 
     Args:
         model: a transformed model.
-        path: the directory; made where it does not exist.
+        path: the directory, made where it does not exist; of other tools' conventions with one file, that file, whose
+            name ends with ``.safetensors``.
         adapter: its name in the model; the files do not contain it.
-        convention: ``"peft"``: ``adapter_model.safetensors`` and ``adapter_config.json``, which PEFT loads; or
+        convention: ``"peft"``: ``adapter_model.safetensors`` and ``adapter_config.json``, which PEFT loads;
             ``"oftfx"``: the same tensors with the plan beside them, for adapters whose sites differ in block size or
-            settings.
+            settings. Or one of another tool, where that can say this adapter: a directory ``"peft-0.16"`` or
+            ``"peft-0.14"``, one file ``"diffusers"``, ``"oft_v2"``, ``"lycoris"``, ``"kohya"``, ``"comfyui"``.
+        part: in such a file, what stands before the paths of this model (``"lora_unet"``, say); None for the usual.
 
     Returns:
-        The directory.
+        The directory, or the file.
 
     Raises:
-        AdapterError: an unknown adapter or convention, or a plan that PEFT's configuration cannot say.
+        AdapterError: an unknown adapter or convention, or an adapter that the convention cannot say.
         AdapterFileError: the files cannot be written; an adapter that was there is as it was.
 
     Examples:
@@ -58,11 +69,14 @@ def save_adapter(model: nn.Module, path: str | Path, *, adapter: str = "default"
         why = getattr(CONVENTIONS.get(convention), "read_only", "") or f"expected one of {', '.join(names)}"
         raise AdapterError(f"convention: got {convention!r}, {why}")
     if isinstance(foreign := CONVENTIONS[convention], Foreign):
-        return write_foreign(foreign, root, store, adapter, Path(path))
+        return write_foreign(foreign, root, store, adapter, Path(path), part)
+    if part is not None:
+        raise AdapterError(f"part={part!r}: files of convention {convention!r} are of one model")
     plan = store.adapters[adapter].plan
-    if convention == "peft":
+    if convention != "oftfx":
         side, other = peft_files.CONFIG_FILE, PLAN_FILE
-        text = json.dumps(peft_files.config_for(plan, root), indent=2, sort_keys=True)
+        config = peft_files.config_for(plan, root)
+        text = json.dumps(as_016(config) if convention == "peft-0.16" else config, indent=2, sort_keys=True)
         peft_files.warn_of_unusable(plan, root)
     else:
         side, other, text = PLAN_FILE, peft_files.CONFIG_FILE, plan.to_json()

@@ -89,12 +89,14 @@ class Outgoing:
         plan: its plan.
         rotations: by the path of the site.
         weights: for sites with a weight of their own, that and the base's, by the path of the site.
+        part: what is to stand before the paths in a file of several models; None for the usual.
     """
 
     root: nn.Module
     plan: Plan
     rotations: Mapping[str, Rotation]
     weights: Mapping[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    part: str | None = None
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from oftfx.adapter.conventions.base import Contents, Foreign, Outgoing, Target, Turn, Written, check_shape, only
-from oftfx.adapter.conventions.names import flat, resolve
+from oftfx.adapter.conventions.names import resolve, written_name
 from oftfx.adapter.conventions.orthogonal import blocks_of_skew, butterfly, exact_skew, turn_of
 from oftfx.adapter.conventions.source import Source
 from oftfx.adapter.conventions.written import check_sites, scale_of
@@ -44,7 +44,6 @@ class DiagOFT(Foreign):
         name: LyCORIS, kohya or ComfyUI.
         made_by: in full.
         prefixes: of its keys; the first is written.
-        dotted: whether its paths have dots.
         module: what ``ss_network_module`` says in files of kohya's trainer.
         kinds: of layers that it knows.
     """
@@ -52,7 +51,6 @@ class DiagOFT(Foreign):
     name: str  # type: ignore[misc]
     made_by: str  # type: ignore[misc]
     prefixes: tuple[str, ...]
-    dotted: bool = False
     module: str = ""
     kinds: tuple[str, ...] = _KINDS
 
@@ -171,9 +169,8 @@ class DiagOFT(Foreign):
                     f"{entry.fqn} has {entry.blocks} blocks of {entry.block_size}; LyCORIS takes the smaller number "
                     "for the size, so it would refuse the file"
                 )
-            name = self.prefixes[0] + (entry.fqn if self.dotted else flat(entry.fqn))
-            if name + BLOCKS in tensors:
-                raise AdapterError(f"{entry.fqn}: another path has the same name without dots, {name}; rename one")
+            taken = {k.removesuffix(BLOCKS): None for k in tensors}
+            name = written_name(adapter, entry.fqn, self.prefixes[0], self.prefixes, taken)
             tensors[name + BLOCKS] = torch.triu(-skews[entry.fqn]).float().contiguous()
             tensors[name + ALPHA] = torch.tensor(alpha)
             scale = scale_of(adapter, entry, skews[entry.fqn], self.name)
@@ -191,4 +188,4 @@ WRITERS = (
 _PREFIXES = dict(WRITERS)
 LYCORIS = DiagOFT("lycoris", "LyCORIS", ("lycoris_", *_PREFIXES["lycoris"]), module="lycoris.kohya")
 KOHYA = DiagOFT("kohya", "kohya's networks.oft", _PREFIXES["kohya"], module="networks.oft", kinds=("linear", "conv2d"))
-COMFYUI = DiagOFT("comfyui", "ComfyUI", (*_PREFIXES["comfyui"], "text_encoders."), dotted=True)
+COMFYUI = DiagOFT("comfyui", "ComfyUI", (*_PREFIXES["comfyui"], "text_encoders."))

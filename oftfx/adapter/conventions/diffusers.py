@@ -11,13 +11,17 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from oftfx.adapter import peft_files
 from oftfx.adapter.conventions.base import Contents, Foreign, Outgoing, Target, Turn, Written, only
-from oftfx.adapter.conventions.names import resolve
+from oftfx.adapter.conventions.names import resolve, written_name
 from oftfx.adapter.conventions.oft_v2 import DOTTED, FLAT, SCALED, skew_shape
 from oftfx.adapter.conventions.source import Source
 from oftfx.adapter.conventions.written import check_sites
 from oftfx.adapter.peft_files import EMBEDDING_SKEW, PREFIX, SKEW
+from oftfx.adapter.read import check_fields
 from oftfx.errors import AdapterFileError
 from oftfx.planning.from_peft import spec_from_config
 from oftfx.rotation.module import whole
@@ -72,6 +76,7 @@ class Diffusers(Foreign):
             found = {k.removeprefix(f"{part}.") if part else k: v for k, v in found.items()}
         if not isinstance(found, dict) or found.get("peft_type") != "OFT":
             raise AdapterFileError(f"{source.path}: {NOTE} in its metadata is no OFT configuration of one model")
+        check_fields(found, f"{source.path}: {NOTE}")
         return found
 
     def write(self, adapter: Outgoing) -> Written:
@@ -79,9 +84,10 @@ class Diffusers(Foreign):
         check_sites(adapter, self, side="input", kinds=("linear", "conv2d", "embedding"))
         config = peft_files.config_for(adapter.plan, adapter.root)
         peft_files.warn_of_unusable(adapter.plan, adapter.root)
-        tensors = {
-            peft_files.key_of_skew(e.site).removeprefix(PREFIX): whole(adapter.rotations[e.fqn].every_skew()).detach()
-            for e in adapter.plan
-        }
-        tensors = {k: v.cpu().contiguous().clone() for k, v in tensors.items()}
+        tensors: dict[str, Tensor] = {}
+        for entry in adapter.plan:
+            ending = EMBEDDING_SKEW if entry.site.kind == "embedding" else SKEW
+            key = written_name(adapter, entry.fqn, "", DOTTED, {}) + ending
+            skew = whole(adapter.rotations[entry.fqn].every_skew()).detach().cpu()
+            tensors[key] = skew.clone(memory_format=torch.contiguous_format)
         return Written(tensors, {NOTE: json.dumps(config, indent=2, sort_keys=True)})

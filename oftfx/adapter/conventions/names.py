@@ -6,7 +6,7 @@ import difflib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 
-from oftfx.adapter.conventions.base import Target
+from oftfx.adapter.conventions.base import Outgoing, Target
 from oftfx.adapter.conventions.source import Source
 from oftfx.errors import AdapterError, AdapterFileError
 
@@ -67,6 +67,26 @@ def resolve(
         for p, count in left.items()
     )
     return chosen, remarks
+
+
+def written_name(adapter: Outgoing, path: str, usual: str, prefixes: Sequence[str], taken: Mapping[str, object]) -> str:
+    """What stands for a path in a file; with dots where the prefix ends with one, or is empty.
+
+    Args:
+        adapter: what is written, and the prefix that was asked for.
+        path: of the layer.
+        usual: the prefix otherwise.
+        prefixes: those that the convention knows.
+        taken: the names that are in the file already.
+
+    Raises:
+        AdapterError: another path has the same name.
+    """
+    prefix = usual if adapter.part is None else _spelled(adapter.part, prefixes)[0]
+    name = prefix + (path if prefix.endswith(".") or not prefix else flat(path))
+    if name in taken:
+        raise AdapterError(f"{path}: another path has the same name without dots, {name}; rename one of the modules")
+    return name
 
 
 def _spelled(part: str, prefixes: Sequence[str]) -> list[str]:

@@ -14,8 +14,10 @@ import json
 import math
 from typing import Any
 
+from torch import Tensor
+
 from oftfx.adapter.conventions.base import Contents, Foreign, Outgoing, Target, Turn, Written, only
-from oftfx.adapter.conventions.names import flat, resolve
+from oftfx.adapter.conventions.names import resolve, written_name
 from oftfx.adapter.conventions.source import Source
 from oftfx.adapter.conventions.written import check_convolution, check_sites
 from oftfx.adapter.peft_files import PREFIX
@@ -79,7 +81,7 @@ class OFTv2(Foreign):
     def write(self, adapter: Outgoing) -> Written:
         """The series of five terms only; a bound on norms is applied to the numbers."""
         check_sites(adapter, self, side="input", kinds=_KINDS)
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
         for entry in adapter.plan:
             check_convolution(entry, adapter.root.get_submodule(entry.site.module), self.name)
             spec, rotation = entry.spec, adapter.rotations[entry.fqn]
@@ -92,9 +94,8 @@ class OFTv2(Foreign):
             skew = whole(rotation.every_skew()).detach().cpu()
             if spec.coft_eps is not None:
                 skew = skew_vector(project(skew_matrix(skew, entry.block_size), spec.coft_eps))
-            key = FLAT[0] + flat(entry.fqn) + SKEW
-            if key in tensors:
-                raise AdapterError(f"{entry.fqn}: another path has the same name without dots, {key}; rename one")
+            taken = {k.removesuffix(SKEW): None for k in tensors}
+            key = written_name(adapter, entry.fqn, FLAT[0], (*FLAT, *DOTTED), taken) + SKEW
             tensors[key] = (-skew if entry.site.kind == "conv2d" else skew).float().contiguous()
         return Written(tensors, {"ss_network_module": "networks.oft_v2"})
 

@@ -6,11 +6,12 @@ PEFT 0.16 and 0.17 meant another series under the same key. From 0.18 on the con
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from oftfx.adapter.conventions.base import Convention
 from oftfx.adapter.conventions.source import Source
 from oftfx.adapter.peft_files import EMBEDDING_SKEW, PREFIX, SKEW, WEIGHT_FILE
-from oftfx.errors import AdapterFileError
+from oftfx.errors import AdapterError, AdapterFileError
 from oftfx.planning.from_peft import spec_from_config
 
 
@@ -32,6 +33,20 @@ class Native(Convention):
         new = spec_from_config(source.config).parameterization != "cayley_neumann_016"
         new = new and "peft_version" in source.config
         return self.name == ("peft" if new else "peft-0.16")
+
+
+def as_016(config: dict[str, Any]) -> dict[str, Any]:
+    """The configuration as PEFT 0.16 and 0.17 had it, without a version.
+
+    Raises:
+        AdapterError: the series is not the one that these versions computed.
+    """
+    if "peft_version" in config and config["use_cayley_neumann"] and config["num_cayley_neumann_terms"] > 2:
+        raise AdapterError(
+            f"convention 'peft-0.16' has another series: {config['num_cayley_neumann_terms']} terms of today's would "
+            "be other rotations there. Train with OFT(parameterization='cayley'), or 'cayley_neumann_016', to write it"
+        )
+    return {name: value for name, value in config.items() if name != "peft_version"}
 
 
 def check_native(source: Source, chosen: Convention) -> None:

@@ -9,7 +9,7 @@ from oftfx.adapter.conventions.checkpoint import Checkpoint
 from oftfx.adapter.conventions.diag_oft import COMFYUI, KOHYA, LYCORIS
 from oftfx.adapter.conventions.diffusers import Diffusers
 from oftfx.adapter.conventions.oft_v2 import OFTv2
-from oftfx.adapter.conventions.peft import OURS, PEFT, PEFT_016
+from oftfx.adapter.conventions.peft import OURS, PEFT, PEFT_016, Native
 from oftfx.adapter.conventions.peft_014 import PEFT014
 from oftfx.adapter.conventions.peft_boft import PEFT_BOFT, SD_SCRIPTS_BOFT
 from oftfx.adapter.conventions.peft_hra import HRA
@@ -99,5 +99,5 @@ def convention_named(name: str) -> Convention:
 def written_names() -> list[str]:
     """The names that `save_adapter` takes."""
     return [
-        n for n, c in CONVENTIONS.items() if (c.read_only == "" if isinstance(c, Foreign) else n in ("peft", "oftfx"))
+        n for n, c in CONVENTIONS.items() if (c.read_only == "" if isinstance(c, Foreign) else isinstance(c, Native))
     ]

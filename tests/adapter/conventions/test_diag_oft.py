@@ -268,5 +268,9 @@ def test_shapes_that_a_writer_would_not_load_are_not_written(tmp_path):
     with pytest.raises(AdapterError, match="one number for all"):
         oftfx.save_adapter(model, tmp_path / "b.safetensors", convention="kohya")
     oftfx.save_adapter(model, tmp_path / "b.safetensors", convention="comfyui")
+    named = oftfx.save_adapter(model, tmp_path / "c.safetensors", convention="comfyui", part="lora_te_")
+    assert sorted(load_file(named))[0] == "lora_te_conv_in.alpha"
+    with pytest.raises(AdapterError, match="part='x': files of convention 'oftfx' are of one model"):
+        oftfx.save_adapter(model, tmp_path / "d", convention="oftfx", part="x")
     again = oftfx.load_adapter(net(), tmp_path / "b.safetensors")
     assert rel(outputs(again), outputs(model)) <= 1e-6

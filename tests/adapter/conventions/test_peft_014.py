@@ -139,6 +139,17 @@ def test_versions_are_told_by_the_file_and_never_taken_for_each_other(tmp_path):
     assert rel(outputs(oftfx.load_adapter(net(), tmp_path / "a")), outputs(oftfx.load_adapter(net(), new))) > 1e-5
 
 
+@pytest.mark.parametrize("kind", ["cayley", "cayley_neumann_016"])
+def test_peft_016_is_written_without_a_version_where_it_means_the_same(tmp_path, kind):
+    model = randomize(oftfx.transform(net(), {"*.to_q": OFT(4, parameterization=kind)}), std=0.2).eval()
+    oftfx.save_adapter(model, tmp_path, convention="peft-0.16")
+    assert oftfx.adapter_convention(tmp_path) == "peft-0.16"
+    assert torch.equal(outputs(oftfx.load_adapter(net(), tmp_path)), outputs(model))
+    with pytest.raises(AdapterError, match="5 terms of today's would be other rotations there"):
+        oftfx.save_adapter(oftfx.transform(net(), {"*.to_q": OFT(4)}), tmp_path, convention="peft-0.16")
+    assert oftfx.adapter_convention(tmp_path) == "peft-0.16"
+
+
 def test_what_an_exact_rotation_cannot_say_is_refused_with_its_size(tmp_path):
     model = randomize(oftfx.transform(net(), {"proj": OFT(4)}), std=0.1)
     with pytest.raises(
