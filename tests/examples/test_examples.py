@@ -15,6 +15,7 @@ NEEDS = {
     "genai": ("transformers", "tokenizers", "onnx", "onnxruntime", "onnxscript", "onnxruntime_genai"),
     "language_model_4bit": ("transformers", "accelerate", "bitsandbytes", "onnx", "onnxruntime", "onnxscript"),
     "many_adapters": ("transformers",),
+    "other_tools": ("lycoris",),
     "onnx_swappable": ("transformers", "onnx", "onnxruntime", "onnxscript"),
     "quantize_for_vllm": ("transformers", "accelerate", "bitsandbytes", "compressed_tensors"),
     "rules": ("transformers",),
