@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 from collections.abc import Mapping
@@ -101,7 +100,7 @@ def plan_of_file(program: Program, files: AdapterFiles, store: AdapterStore | No
     for fqn, skew in sorted(skews.items(), key=lambda item: order.get(item[0], -1)):
         if fqn not in sites:
             raise AdapterError(
-                f"{where}: rotates {fqn}, which is no layer of {type(root).__name__}. {_nearest(fqn, sites)}"
+                f"{where}: rotates {fqn}, which is no layer of {type(root).__name__}. {peft_files.nearest(fqn, sites)}"
             )
         spec = names.get(fqn) or spec_from_config(config)
         entries.append(entry_of(sites[fqn], spec, skew, where))
@@ -197,11 +196,6 @@ def _resized(spec: OFT, size: int) -> OFT:
 def _block_size(entries: int) -> int | None:
     size = (1 + math.isqrt(1 + 8 * entries)) // 2
     return size if skew_size(size) == entries else None
-
-
-def _nearest(fqn: str, sites: Mapping[str, Site]) -> str:
-    close = difflib.get_close_matches(fqn, sites, 2, 0.5)
-    return f"Nearest: {', '.join(close)}" if close else f"It has {len(sites)} layers that can be rotated"
 
 
 def agrees(entry: SitePlan, skew: Tensor) -> bool:

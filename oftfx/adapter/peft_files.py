@@ -8,6 +8,7 @@ PEFT stores the size that was asked for and silently uses another where that doe
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -141,6 +142,15 @@ def unusable_reason(site: Site, module: nn.Module) -> str:
     if max(kernel) > 1:
         return "its forward is wrong for kernels larger than 1 on inputs larger than the kernel"
     return "it rotates all groups together" if module.groups != 1 else ""
+
+
+def nearest(fqn: str, sites: Iterable[str]) -> str:
+    """What to say where a file rotates a layer that the model does not have."""
+    known = list(sites)
+    if any(s in (f"{PREFIX}{fqn}", f"{PREFIX}{fqn}.base_layer") for s in known):
+        return "This is a PeftModel: give the base model, which peft_model.unload() returns, or load it anew"
+    close = difflib.get_close_matches(fqn, known, 2, 0.5)
+    return f"Nearest: {', '.join(close)}" if close else f"It has {len(known)} layers that can be rotated"
 
 
 def warn_of_unusable(plan: Plan, root: nn.Module) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def no_file(path: Path) -> str:
     """Words for weights that are not there."""
     nearby = ", ".join(sorted(p.name for p in path.parent.iterdir())) if path.parent.is_dir() else "no directory"
     advice = _interrupted(path) or "expected a directory of PEFT or save_adapter, or one safetensors file"
+    if not path.parent.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(path.parent)):
+        advice = f"for one of the Hub, load_adapter(model, huggingface_hub.snapshot_download({str(path.parent)!r}))"
     return f"no file {path} (there: {nearby or 'nothing'}); {advice}"
 
 

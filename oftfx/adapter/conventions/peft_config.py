@@ -9,7 +9,7 @@ from torch import Tensor
 
 from oftfx.adapter.conventions.base import Target
 from oftfx.adapter.conventions.source import Source
-from oftfx.adapter.peft_files import PREFIX
+from oftfx.adapter.peft_files import PREFIX, nearest
 from oftfx.adapter.read import check_fields
 from oftfx.errors import AdapterError, AdapterFileError
 
@@ -50,7 +50,10 @@ def by_layer(
             continue
         fqn = name.removesuffix(ending)
         if fqn not in target.sites:
-            raise AdapterError(f"{source.path}: rotates {fqn}, which is no layer of {target.model} that can be rotated")
+            raise AdapterError(
+                f"{source.path}: rotates {fqn}, which is no layer of {target.model} that can be rotated. "
+                f"{nearest(fqn, target.sites)}"
+            )
         layers.setdefault(fqn, {})[ending] = key
     return layers, others
 

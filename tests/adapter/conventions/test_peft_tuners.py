@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import oftfx
+from oftfx.adapter.from_file import AdapterFiles
 from oftfx.errors import AdapterError, AdapterFileError, OftfxWarning
 from tests.adapter.conventions.models import CONVOLUTIONS, LINEARS, apart, matrix, net, outputs, spread, with_weights
 from tests.adapter.conventions.published import sd_scripts_boft, write
@@ -59,6 +60,11 @@ def test_boft_gives_pefts_outputs_and_folds(peft, tmp_path, config):
     assert apart(ours) > 0.05
     assert rel(outputs(ours), expected) <= 1e-6
     assert rel(outputs(oftfx.fold(ours).model), expected) <= 1e-6
+    assert oftfx.adapters(ours)["default"].train_bias == ("oft" if "bias" in config else "none")
+    with pytest.raises(AdapterError, match=r"This is a PeftModel: give the base model, which peft_model\.unload\(\)"):
+        oftfx.load_adapter(theirs, tmp_path)
+    with pytest.raises(AdapterFileError, match=r"oftfx\.load_adapter reads other conventions"):
+        AdapterFiles.read(tmp_path)  # as fold_checkpoint and servers do
     factors = config.get("boft_n_butterfly_factor", 1)
     if size := config["boft_block_size"]:
         assert {e.block_size for e in oftfx.adapters(ours)["default"]} == {size * 2 ** (factors - 1)}
@@ -87,6 +93,20 @@ def test_hra_gives_pefts_outputs_and_folds(peft, tmp_path, config):
     assert rel(outputs(oftfx.fold(ours).model), expected) <= 1e-6
     # A product of an odd number of reflections is no rotation: what is left goes into weights of the adapter's own.
     assert bool(oftfx.adapters(ours)["default"].brought) >= bool(config["r"] % 2)
+
+
+@pytest.mark.needs("peft", "transformers")
+@pytest.mark.filterwarnings("ignore::UserWarning:peft")
+def test_layers_that_read_the_same_rotate_together(peft, tiny_llama, ids, tmp_path):
+    theirs = peft.get_peft_model(tiny_llama(), peft.HRAConfig(r=2, target_modules=["q_proj", "k_proj", "down_proj"]))
+    for index, (name, parameter) in enumerate(theirs.named_parameters()):
+        if "hra_u" in name:
+            parameter.data += spread(parameter.shape, index, 0.2).float()
+    theirs.eval().save_pretrained(tmp_path)
+    ours = oftfx.load_adapter(tiny_llama(), tmp_path)
+    assert rel(ours(**ids()).logits, theirs(**ids()).logits) <= 1e-6
+    assert oftfx.adapters(ours)["default"]["model.layers.0.self_attn.k_proj"].same_input
+    assert rel(oftfx.fold(ours).model(**ids()).logits, theirs(**ids()).logits) <= 1e-5
 
 
 @pytest.mark.needs("peft")

@@ -72,6 +72,12 @@ def test_unknown_convention_and_no_adapter(tmp_path):
             oftfx.load_adapter(net(), tmp_path / "sub" / name)
 
 
+def test_a_name_of_the_hub_is_answered_with_the_way(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(AdapterFileError, match=r"huggingface_hub\.snapshot_download\('someone/oft-of-7b'\)"):
+        oftfx.load_adapter(net(), "someone/oft-of-7b")
+
+
 @pytest.mark.parametrize("name", ["adapter_model.bin", "x.pt", "x.ckpt", "x.pth"])
 def test_a_pickle_is_never_opened(tmp_path, name):
     class Bomb:
