@@ -255,6 +255,8 @@ def test_a_saved_adapter_goes_on_with_its_scales(kind, tmp_path):
         step(model)
     before, files = coded(model), oftfx.save_adapter(model, tmp_path / "adapter")
     assert (files / "oftfx_scales.safetensors").exists()
+    with pytest.raises(AdapterError, match="scales that were trained for a fold.*no place for them"):
+        oftfx.save_adapter(model, tmp_path / "a.safetensors", convention="oft_v2")
     other = rotated(kind, std=0.5)
     oftfx.load_adapter(other, files, trainable=True)
     assert oftfx.fold_aware(other, "calibrate", calibration=files).sites == 2

@@ -79,9 +79,9 @@ class DiagOFT(Foreign):
         if stray:
             raise AdapterFileError(f"{source.named(stray[0])} is of no layer with {BLOCKS[1:]}; is the file complete?")
         one = self._alphas(source, paths)
-        return Contents(
-            {fqn: self._turn(source, n, target.sites[fqn], one[n]) for n, fqn in paths.items()}, remarks=remarks
-        )
+        turns = {fqn: self._turn(source, n, target.sites[fqn], one[n]) for n, fqn in paths.items()}
+        bound = "its bound on norms (alpha) is applied to the numbers that were read"
+        return Contents(turns, remarks=remarks, unbounded=bound if any(one.values()) else "")
 
     def _alphas(self, source: Source, names: dict[str, str]) -> dict[str, float]:
         keys = {n: n + ALPHA for n in names if n + ALPHA in source.heads}

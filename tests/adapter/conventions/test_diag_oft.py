@@ -58,6 +58,40 @@ def test_lycoris_file_gives_lycoris_outputs(tmp_path, algo, size, config):
 
 
 @pytest.mark.needs("lycoris")
+def test_half_precision_and_convolutions_of_one_and_three_dimensions(tmp_path):
+    from lycoris import LycorisNetwork, create_lycoris, create_lycoris_from_weights
+
+    def base():
+        layers = torch.nn.Conv1d(6, 8, 3, groups=2), torch.nn.Unflatten(2, (2, 2, 2)), torch.nn.Conv3d(8, 12, 2)
+        for index, parameter in enumerate(p for layer in layers for p in layer.parameters()):
+            parameter.data = spread(parameter.shape, index, 0.3).float()
+        return torch.nn.Sequential(*layers).eval()
+
+    LycorisNetwork.apply_preset({"target_module": [], "target_name": [".*"]})
+    network = create_lycoris(base(), 1.0, algo="diag-oft", linear_dim=4, conv_dim=4, constraint=0.03, rescaled=True)
+    network.apply_to()  # which is when it has its modules
+    for index, parameter in enumerate(network.parameters()):
+        parameter.data += spread(parameter.shape, index, 0.3).float()
+    network.save_weights(tmp_path / "a.safetensors", torch.float16, {})
+    theirs, x = base(), spread((2, 6, 10), 1).float()
+    create_lycoris_from_weights(1.0, str(tmp_path / "a.safetensors"), theirs)[0].eval().apply_to()
+    with pytest.warns(OftfxWarning, match="training from here on goes without it|2 layers"):
+        ours = oftfx.load_adapter(base(), tmp_path / "a.safetensors", trainable=True).eval()
+    with torch.no_grad():
+        assert rel(ours(x), theirs(x)) <= 1e-6
+        assert rel(ours(x), base()(x)) > 0.05
+
+
+def test_a_bound_is_not_kept_in_training_and_says_so(tmp_path):
+    file = write(
+        tmp_path / "a.safetensors", {"lora_unet_proj.oft_blocks": blocks_for("proj"), "lora_unet_proj.alpha": 0.1}
+    )
+    with pytest.warns(OftfxWarning, match=r"its bound on norms \(alpha\) .*; training from here on goes without it"):
+        oftfx.load_adapter(net(), file, trainable=True)
+    oftfx.load_adapter(net(), file)
+
+
+@pytest.mark.needs("lycoris")
 @pytest.mark.parametrize("rescaled", [False, True])
 def test_lycoris_loads_what_is_written(tmp_path, rescaled):
     from lycoris import create_lycoris_from_weights

@@ -118,6 +118,13 @@ def test_a_rotation_that_was_hra_is_written_as_pefts_oft(peft, tmp_path):
     oftfx.save_adapter(ours, tmp_path / "oft")
     again = peft.PeftModel.from_pretrained(net(), tmp_path / "oft").eval()
     assert rel(outputs(again), outputs(theirs)) <= 1e-6
+    scaled = adapted(peft, peft.BOFTConfig(boft_block_size=4, target_modules=["blocks.0.to_q", "proj"]))
+    scaled.save_pretrained(tmp_path / "boft")
+    with pytest.warns(OftfxWarning, match="2 layers"):
+        mine = oftfx.load_adapter(net(), tmp_path / "boft")
+    oftfx.save_adapter(mine, tmp_path / "oft")  # with weights of its own, which PEFT loads as well
+    again = peft.PeftModel.from_pretrained(net(), tmp_path / "oft").eval()
+    assert rel(outputs(again), outputs(scaled)) <= 1e-6
     with pytest.raises(AdapterError, match="convention: got 'peft-hra', a rotation needs as many reflections"):
         oftfx.save_adapter(ours, tmp_path / "x", convention="peft-hra")
 
