@@ -136,14 +136,22 @@ def check_sizes(source: Source, program: Program) -> None:
     """Look at the header before memory is taken: no tensor of an adapter is larger than a weight here, or its square.
 
     Raises:
-        AdapterFileError: one is.
+        AdapterFileError: one is, or all together are.
     """
-    sizes = [p.numel() for p in program.index.parameters.values()]
-    limit = max([*sizes, *(s.in_features**2 * max(1, s.experts) for s in program.sites)], default=0)
+    sizes = [t.numel() for t in (*program.index.parameters.values(), *program.index.buffers.values())]
+    sizes += [s.in_features**2 * max(1, s.experts) for s in program.sites]
+    known = {s.weight_name for s in program.sites}  # of other weights, a plan says which axis is rotated
+    sizes += [max(p.shape) ** 2 for n, p in program.index.parameters.items() if n not in known and p.dim() > 1]
+    limit, all_of_it = max(sizes, default=0), sum(math.prod(h.shape) for h in source.heads.values())
     if large := next((k for k, h in source.heads.items() if math.prod(h.shape) > limit), None):
         raise AdapterFileError(
             f"{source.named(large)} has shape {source.heads[large].shape}, more numbers than anything in "
             f"{type(program.model).__name__} could need. Is it an adapter of another model?"
+        )
+    if all_of_it > sum(sizes):
+        raise AdapterFileError(
+            f"{source.path} has {all_of_it:,} numbers, more than {type(program.model).__name__} and all rotations in "
+            "front of its layers could have. Is it an adapter of another model?"
         )
 
 

@@ -137,6 +137,10 @@ def test_sizes_are_compared_with_the_model_before_memory_is_taken(tmp_path, monk
         (tmp_path / "adapter_config.json").write_text('{"peft_type": "OFT", "peft_version": "0.21.2"}')
         with pytest.raises(AdapterFileError, match=r"has shape \(300, 190\)"):
             oftfx.load_adapter(net(), tmp_path)
+    many = {f"base_model.model.layer{i}.oft_R.weight": torch.zeros(30, 40) for i in range(40)}
+    save_file(many, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(AdapterFileError, match="has 48,000 numbers, more than Net and all rotations"):
+        oftfx.load_adapter(net(), tmp_path)
     others = {
         "lora_unet_proj.oft_blocks": torch.zeros(64, 30, 30),
         "lora_unet_proj.boft_R": torch.zeros(1, 64, 30, 30),
