@@ -78,7 +78,7 @@ class Training:
             self.say(f"{self.out} is complete; nothing to do")
             return self.result
         model, (data, held_out), plan = self._prepared()
-        layout = self._layout(model)
+        convention = self._convention(model)
         self.recipe.write(self.out / RECIPE)
         self._loss_of("before", model, held_out)
         steps = self._steps(data)
@@ -90,10 +90,10 @@ class Training:
                 title = f"train the scales, {self.recipe.fold_aware} steps"
                 self._train(model, data, self.recipe.fold_aware, steps, self.out / SCALES, title)
                 self._loss_of("after, folded", model, held_out)
-                save_adapter(model, self.out / ADAPTER, layout=layout)
+                save_adapter(model, self.out / ADAPTER, convention=convention)
         else:
-            save_adapter(model, self.out / ADAPTER, layout=layout)
-        self.result |= {"adapter": ADAPTER, "sites": len(plan), "trainable": plan.trainable, "layout": layout}
+            save_adapter(model, self.out / ADAPTER, convention=convention)
+        self.result |= {"adapter": ADAPTER, "sites": len(plan), "trainable": plan.trainable, "convention": convention}
         write_whole(self.out / RESULT, (json.dumps(self.result, indent=1) + "\n").encode())
         self.say(f"the adapter is in {self.out / ADAPTER}")
         return self.result
@@ -126,11 +126,11 @@ class Training:
     def _spec(self) -> OFT:
         return OFT(self.recipe.block_size, share_input=self.recipe.share_input, dropout=self.recipe.dropout)
 
-    def _layout(self, model: nn.Module) -> str:
+    def _convention(self, model: nn.Module) -> str:
         try:
             peft_files.config_for(located(model)[1].adapters["default"].plan, model)
         except AdapterError as error:
-            self.say(f"saved in the layout of oftfx: {error}")
+            self.say(f"saved in our own convention: {error}")
             return "oftfx"
         return "peft"
 
