@@ -60,10 +60,12 @@ _HOME = {
     "load_folded": "oftfx.adapter.folded",
     "FoldResult": "oftfx.folds",
     "FoldReport": "oftfx.folding.report",
+    "CompareReport": "oftfx.folding.compare",
+    "model_card": "oftfx.adapter.card",
     "export_onnx": "oftfx.onnx.export",
     "export_onnx_adapter": "oftfx.onnx.adapters.file",
     "export_genai": "oftfx.onnx.genai",
-    "ExportReport": "oftfx.onnx.export",
+    "ExportReport": "oftfx.onnx.report",
     "OftfxError": "oftfx.errors",
 }
 
@@ -71,6 +73,7 @@ __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
     from oftfx.adapter.conventions.registry import adapter_convention
+    from oftfx.adapter.card import model_card
     from oftfx.adapter.folded import load_folded
     from oftfx.adapter.kept import load_rotations, save_rotations
     from oftfx.adapter.load import load_adapter
@@ -92,6 +95,7 @@ if TYPE_CHECKING:
     from oftfx.blending.retention import RetentionCurve, retention
     from oftfx.errors import OftfxError
     from oftfx.foldaware import fold_aware
+    from oftfx.folding.compare import CompareReport
     from oftfx.folding.policies import Budget
     from oftfx.folding.report import FoldReport
     from oftfx.folds import FoldResult, fold, unfold
@@ -101,8 +105,9 @@ if TYPE_CHECKING:
     from oftfx.lora.report import LoraReport
     from oftfx.model.site import Site
     from oftfx.onnx.adapters.file import export_onnx_adapter
-    from oftfx.onnx.export import ExportReport, export_onnx
+    from oftfx.onnx.export import export_onnx
     from oftfx.onnx.genai import export_genai
+    from oftfx.onnx.report import ExportReport
     from oftfx.planning.plans import Plan
     from oftfx.planning.program import Program
     from oftfx.planning.rules import Rule

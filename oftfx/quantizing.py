@@ -14,6 +14,7 @@ import torch.nn as nn
 from oftfx.errors import FoldError
 from oftfx.folding.inputs import batches_of
 from oftfx.folding.measure import measure, see
+from oftfx.folding.provenance import provenance_of
 from oftfx.folding.record import SiteFold
 from oftfx.folding.report import FoldReport
 from oftfx.folding.shown import Shown
@@ -113,7 +114,8 @@ def quantize(
         measured = measure(((seen, seen) for seen in (see(fellow, b) for b in some)), target, some)
     if measured is not None:
         measured = replace(measured, effect=None, perplexity_base=None)
-    return FoldResult(target, FoldReport(tuple(rows[path] for path in layers), measured=measured))
+    lines = tuple(rows[path] for path in layers)
+    return FoldResult(target, FoldReport(lines, measured=measured, provenance=provenance_of(model, lines, {}, batches)))
 
 
 def _chosen(model: nn.Module) -> dict[str, nn.Linear]:

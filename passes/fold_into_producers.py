@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 
+from oftfx.folding.angles import angles_of
 from oftfx.folding.journal import Journal
 from oftfx.folding.probe import has_own_forward
 from oftfx.folding.record import Folds, SiteFold, Undo
@@ -101,6 +102,7 @@ class FoldIntoProducers(Pass):
         if (untied := untie(index.model, f"{producer.fqn}.weight")) is not None:
             self.journal.note(untied)
         moved = norm(a - b for a, b in pieces(after, before))
+        angle, typical = angles_of(chain)
         note = f"its rotation is in {len(blocks) * chain[0].shape[1]} rows of {producer.fqn}"
         return SiteFold(
             fqn,
@@ -111,6 +113,8 @@ class FoldIntoProducers(Pass):
             bytes_before=nbytes,
             bytes_after=nbytes,
             note=note,
+            angle=angle,
+            typical_angle=typical,
         )
 
 

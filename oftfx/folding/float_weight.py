@@ -10,6 +10,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FoldError
+from oftfx.folding.angles import angles_of
 from oftfx.folding.probe import has_own_forward, probe
 from oftfx.folding.record import SiteFold
 from oftfx.folding.turned import is_identity, share, untouched
@@ -44,6 +45,7 @@ def fold_float(
         return untouched(fqn, placement, weight_format)
     notes, before = [bench.remark(placement)], weight_format.nbytes(module)
     matrix, sums = _turned(weight_format, module, chain)
+    side = weight_format.layout(module).side
     if not math.isfinite(sums.update):
         raise FoldError(f"{fqn}: the rotated weight is not finite; look at the adapter's values there")
     if not math.isfinite(sums.error):
@@ -59,6 +61,7 @@ def fold_float(
     if untied is not None:
         bench.journal.note(untied)
     notes += [_NOT_PROBED] if tried and probed is None else []
+    angle, typical = angles_of(chain)
     return SiteFold(
         fqn,
         weight_format.name,
@@ -70,6 +73,9 @@ def fold_float(
         bytes_before=before,
         bytes_after=weight_format.nbytes(module),
         note="; ".join(n for n in notes if n),
+        angle=angle,
+        typical_angle=typical,
+        side=side,
     )
 
 

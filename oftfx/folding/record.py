@@ -44,6 +44,9 @@ class SiteFold:
             weights for its sake.
         tokens: rows of calibration inputs that the layer read, where it was calibrated.
         few_tokens: whether these are few for its width.
+        angle: largest angle by which a block of its rotation turns, in degrees; None where it is not known.
+        typical_angle: root mean square of all its angles.
+        side: ``"output"`` where the rotation acts on what the layer gives, as of an embedding; else ``"input"``.
     """
 
     fqn: str
@@ -60,6 +63,9 @@ class SiteFold:
     output_survival: float | None = None
     tokens: int | None = None
     few_tokens: bool = False
+    angle: float | None = None
+    typical_angle: float | None = None
+    side: str = "input"
 
 
 @dataclass(frozen=True)

@@ -81,4 +81,6 @@ def _joined(lines: list[SiteFold]) -> SiteFold:
         bytes_before=sum(s.bytes_before for s in lines),
         bytes_after=sum(s.bytes_after for s in lines),
         note=next((s.note for s in lines if s.note), ""),
+        angle=next((s.angle for s in lines if s.angle is not None), None),
+        typical_angle=next((s.typical_angle for s in lines if s.angle is not None), None),
     )

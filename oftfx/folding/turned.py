@@ -11,6 +11,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FoldError
+from oftfx.folding.angles import angles_of
 from oftfx.folding.arrived import Arrived, arrived
 from oftfx.folding.record import SiteFold
 from oftfx.formats.base import WeightFormat
@@ -104,6 +105,7 @@ class Turned:
         note: str | None = None,
     ) -> SiteFold:
         """The site's line of the report."""
+        angle, typical = angles_of(self.chain)
         return SiteFold(
             fqn=self.fqn,
             format=self.format.name,
@@ -117,6 +119,9 @@ class Turned:
             note=self.note if note is None else note,
             output_error=got.output_error,
             output_survival=got.output_survival,
+            angle=angle,
+            typical_angle=typical,
+            side=self.layout.side,
         )
 
     def check_finite(self, got: Arrived, dtype: torch.dtype) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +27,7 @@ from oftfx.onnx.exportable import Exportable, onnx_program
 from oftfx.onnx.finish import finish
 from oftfx.onnx.inputs import DynamicShapes, auto_dynamic_shapes, named_inputs, widened
 from oftfx.onnx.lower import lower_quantized
+from oftfx.onnx.report import ExportReport
 from oftfx.onnx.signature import Signature
 from oftfx.passes.freeze_rotations import FreezeRotations
 from oftfx.passes.protocol import PassManager
@@ -41,50 +41,6 @@ Dialect = Literal["ort", "standard", "openvino"]
 Adapters = Literal["fixed", "swappable", "inputs", "mixed"]
 LEAST_OPSET = 18  # below, what the exporter writes cannot be said
 DEFAULT_OPSET = 20  # what torch's exporter writes and ONNX Runtime >= 1.18 loads
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What was written, and how far ONNX Runtime's results are from torch's.
-
-    Attributes:
-        path: the file.
-        inputs: input names with their dynamic axes; also those of swappable adapters.
-        outputs: output names.
-        opset: opset of the standard operators.
-        operators: how often each operator occurs.
-        nbytes: size of the file and its external data.
-        adapters: adapters in the file, or that a swappable one was checked with; empty for a folded or plain model.
-        attention: of a decoder: the operator that a fused one has, or why it has none; empty where none was asked for.
-        checks: one `Verification` a shape, and a choice of adapters; empty without ``verify``.
-
-    Examples:
-        >>> import oftfx, torch
-        >>> model = oftfx.transform(torch.nn.Sequential(torch.nn.Linear(6, 4)), {"*": oftfx.OFT(3)})
-        >>> report = oftfx.export_onnx(model, "model.onnx", (torch.randn(5, 6),), adapters="swappable")
-        >>> list(report.inputs), report.opset, report.adapters
-        (['input', '0.oft.blocks'], 20, ('default',))
-        >>> max(check.relative_error for check in report.checks) < 1e-6
-        True
-    """
-
-    path: Path
-    inputs: dict[str, dict[int, str]]
-    outputs: tuple[str, ...]
-    opset: int
-    operators: dict[str, int]
-    nbytes: int
-    adapters: tuple[str, ...]
-    checks: tuple[Verification, ...]
-    attention: str = ""
-
-    def __str__(self) -> str:
-        lines = [
-            f"{self.path}: {self.nbytes / 2**20:.1f} MiB, {sum(self.operators.values())} nodes, opset {self.opset}"
-        ]
-        lines += [f"attention: {self.attention}"] if self.attention else []
-        lines += [f"verified in ONNX Runtime on {c}" for c in self.checks]
-        return "\n".join(lines)
 
 
 def export_onnx(

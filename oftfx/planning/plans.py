@@ -7,13 +7,18 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from oftfx.errors import MissingExtraError, RuleError
-from oftfx.files import of_version
+from oftfx.files import of_version, write_whole
 from oftfx.formats.layout import Layout
 from oftfx.model.site import Site
+from oftfx.pages.html import html
+from oftfx.pages.markdown import markdown
+from oftfx.pages.page import Page
 from oftfx.planning.coverage import Coverage, Unreached
+from oftfx.planning.plan_page import plan_page
 from oftfx.planning.plan_table import pattern, plan_rows, plan_table, ranges
 from oftfx.planning.site_plan import Producer, SitePlan, Skipped, TraceInfo
 from oftfx.rotation.spec import OFT
@@ -131,6 +136,22 @@ class Plan:
         except MissingExtraError:  # the same rows without a table package
             rows = ["  ".join(c for c in row if c) for row in plan_rows(self)]
             return "\n".join([self._title, *rows, *self.summary()])
+
+    def to_html(self, path: str | Path) -> None:
+        """Write the plan as one HTML file that needs no other and no network (needs the ``report`` extra).
+
+        Raises:
+            OftfxError: it cannot be written.
+            MissingExtraError: a package of the extra is not installed.
+        """
+        write_whole(Path(path), html(self._page()).encode())
+
+    def to_markdown(self) -> str:
+        """The plan as Markdown: all but the charts and the table of every site."""
+        return markdown(self._page())
+
+    def _page(self) -> Page:
+        return plan_page(self.model_class, self.summary()[1:], self.entries, self.skipped, self.trace, self.coverage)
 
     @property
     def _title(self) -> str:

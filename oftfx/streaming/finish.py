@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,11 @@ from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.adapter.packed import packed_one_by_one
 from oftfx.files import put, write
 from oftfx.folding.note import noted
+from oftfx.folding.provenance import provenance_of
 from oftfx.folding.record import SiteFold
-from oftfx.folding.report import FoldReport
+from oftfx.folding.report import FoldReport, report_from
 from oftfx.model.huggingface import note_float_layers
+from oftfx.model.running import Inputs
 from oftfx.model.structure import replace_module
 from oftfx.passes.insert_rotations import rotation_for
 from oftfx.streaming.decisions import Decision, Decisions
@@ -55,6 +57,7 @@ class Finish:
         work: what was written.
         done: what its units gave.
         adapter: name for the report.
+        calibration: inputs by which layers were calibrated.
     """
 
     base: CheckpointDirectory
@@ -64,6 +67,7 @@ class Finish:
     work: Work
     done: Mapping[int, Done]
     adapter: str
+    calibration: Sequence[Inputs] = ()
 
     def write(self, new: Path) -> FoldReport:
         """Write all but the weights, which are in the directory."""
@@ -79,9 +83,10 @@ class Finish:
         if self.decisions.kept:
             self._rotations(new)
         self._sums(new)
-        report = self._report()
+        hashes = {self.adapter: self._fingerprint()}
+        report = self._report(hashes)
         facts = {"class": type(self.skeleton.model).__name__}
-        folds = [*self._earlier(), {"module": "", **noted(report, {self.adapter: self._fingerprint()})}]
+        folds = [*self._earlier(), {"module": "", **noted(report, hashes)}]
         write(new / NOTE, note_of(new, report, "transformers", facts, folds))
         return report
 
@@ -144,11 +149,13 @@ class Finish:
         }
         write(new / SUMS, (json.dumps(made, indent=1) + "\n").encode())
 
-    def _report(self) -> FoldReport:
+    def _report(self, hashes: Mapping[str, str]) -> FoldReport:
         folded = {s.fqn: s for d in self.done.values() for s in d.lines}
         lines = tuple(folded.get(s.entry.fqn) or self._line(s) for s in self.decisions.sites)
         looked = self.decisions.plan.trace.rung != "tree"
-        return FoldReport(lines, (self.adapter,), unchecked=() if looked else (_NOT_RUN,))
+        origin = provenance_of(self.skeleton.model, lines, hashes, self.calibration)
+        unchecked = () if looked else (_NOT_RUN,)
+        return FoldReport(lines, (self.adapter,), unchecked=unchecked, provenance=origin)
 
     def _line(self, site: Decision) -> SiteFold:
         """Of a site whose weight stays."""
@@ -188,6 +195,4 @@ def report_of(note: Path) -> FoldReport:
     Raises:
         AdapterFileError: the note is damaged.
     """
-    said = read_json(note)["report"]
-    sites = tuple(SiteFold(**s) for s in said["sites"])
-    return FoldReport(sites, tuple(said["adapters"]), tuple(said["dropped"]), None, tuple(said["unchecked"]))
+    return report_from(read_json(note))

@@ -218,7 +218,7 @@ class Job:
     def _end(self, staging: Staging, adapter: str) -> None:
         done = self._done(staging) or {}
         write_headers(staging.new, self.work, done)
-        parts = (self.base, self.files, self.skeleton, self.decisions, self.work, done, adapter)
+        parts = (self.base, self.files, self.skeleton, self.decisions, self.work, done, adapter, self.calibration)
         Finish(*parts).write(staging.new)
         staging.begin_landing(self.key, self.stale)
 
