@@ -153,7 +153,7 @@ def test_the_report_in_every_form(tmp_path):
     assert "folded default into 2 sites: 2 folded" in str(report)
     assert report.table().count("folded") >= 3
     report.to_html(tmp_path / "r.html")
-    assert "<td>folded</td>" in (tmp_path / "r.html").read_text()
+    assert "100.0% of its effect on the model&#39;s outputs is kept" in (tmp_path / "r.html").read_text()
 
 
 def test_faults():

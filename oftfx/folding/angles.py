@@ -13,7 +13,8 @@ def angles_of(chain: Sequence[Tensor]) -> tuple[float | None, float | None]:
     """The largest principal angle of a rotation's blocks, and their root mean square, in degrees.
 
     A block R has the principal angles θ of its planes: ``2 sin(θ/2)`` are the singular values of ``R - I``, which is
-    exact also where θ is small and a cosine would round to 1.
+    exact also where θ is small and a cosine would round to 1. (A Neumann series with few terms gives blocks that are
+    orthogonal only nearly; so are their angles.)
 
     Args:
         chain: blocks ``(blocks, size, size)``; of several rotations in a row that were not multiplied into one the

@@ -75,9 +75,9 @@ def verdict_of(sites: Sequence[SiteFold], measured: Measured | None, *, rounded_
         rounded_only: no adapter was folded; see `oftfx.quantize`.
     """
     if rounded_only:
-        moved = "was not measured" if measured is None else f"moved by {measured.output_error:.2%}"
+        moved = "were not measured" if measured is None else f"moved by {measured.output_error:.2%}"
         return Verdict(
-            "unknown", "", None, f"No adapter was folded: {len(sites)} layers were rounded; the output {moved}."
+            "unknown", "", None, f"No adapter was folded: {len(sites)} layers were rounded; the outputs {moved}."
         )
     if all(s.action == "untouched" for s in sites):
         why = (
@@ -98,7 +98,8 @@ def verdict_of(sites: Sequence[SiteFold], measured: Measured | None, *, rounded_
     if not math.isfinite(share):
         return Verdict("red", measure, None, f"The adapter did not arrive: the {measure} are not finite.")
     state: Literal["green", "amber", "red"]
-    state = "green" if share >= ARRIVED else "amber" if share >= IN_PART else "red"
+    shown = round(share, 3)  # the state goes by the number that is read
+    state = "green" if shown >= ARRIVED else "amber" if shown >= IN_PART else "red"
     return Verdict(state, measure, share, f"{_LABELS[state]}: {share:.1%} {_OF[measure]}.")
 
 

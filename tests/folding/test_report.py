@@ -32,27 +32,33 @@ def site(fqn="a", action="requantized", survival=1.0, **changes):
 def test_no_warning_where_the_update_arrived():
     report = FoldReport((site(survival=0.95), site("b", "kept")), ("default",))
     assert report.warnings == []
-    assert str(report).splitlines()[0] == "folded default into 2 sites: 1 requantized, 1 kept"
+    assert str(report).splitlines()[:2] == [
+        "The adapter arrived: 97.5% of its update is in the weights.",
+        "folded default into 2 sites: 1 requantized, 1 kept",
+    ]
 
 
 def test_low_survival_is_the_first_line_and_names_what_helps():
     report = FoldReport((site(survival=0.4), site("b", survival=0.2), site("c")), ("x", "y"))
     assert report.warnings == [
-        "2 of 3 sites kept less than 90% of their update (worst: b, 20%); quantized='calibrate' with some thousand "
+        "The adapter arrived in part: 53.3% of its update is in the weights; quantized='calibrate' with some thousand "
         "tokens of calibration=[inputs, ...] loses least of what leaves no float behind, distil=2 less; 'keep' or "
-        "'float' nothing"
+        "'float' nothing",
+        "2 of 3 sites kept less than 90% of their update (worst: b, 20.0%)",
     ]
-    assert str(report).splitlines()[:2] == [f"warning: {report.warnings[0]}", "folded x, y into 3 sites: 3 requantized"]
+    told = [f"warning: {w}" for w in report.warnings]
+    assert str(report).splitlines()[:3] == [*told, "folded x, y into 3 sites: 3 requantized"]
 
 
 def test_calibrated_sites_are_judged_by_what_the_model_gives():
     sites = (site(action="calibrated", survival=0.3, output_survival=-0.2),)
     assert FoldReport(sites).warnings == []
-    assert FoldReport(sites, measured=Measured(0.02, effect=0.05)).warnings == []
+    assert FoldReport(sites, measured=Measured(0.015, effect=0.05)).warnings == []
     (warning,) = FoldReport(sites, measured=Measured(0.04, effect=0.05)).warnings
-    assert warning.startswith("the error of the model's outputs, 4.0e-02, is 80% of what the adapter does to them; ")
+    assert warning.startswith("The adapter did not arrive: 36.0% of its effect on the model's outputs is kept; ")
     (warning,) = FoldReport((*sites, site("c", survival=0.1))).warnings
-    assert "worst: c, 10%" in warning
+    assert "worst: c, 10.0%" in warning
+    assert "quantized='calibrate'" in warning
 
 
 def test_few_tokens_are_said():
@@ -95,50 +101,62 @@ def test_survival_is_that_of_the_whole_update_by_dense_algebra():
     assert [s.energy for s in result.report] == pytest.approx([float((u * u).sum()) for u in updates], rel=1e-3)
 
 
-def test_survival_without_an_update_is_whole():
-    assert FoldReport(()).survival == 1.0
-    assert FoldReport((site(survival=0.0, energy=0.0),)).survival == 1.0
+def test_survival_without_an_update_is_whole_unless_there_was_nothing_to_fold():
+    assert FoldReport(()).survival is None
+    assert FoldReport((site(action="untouched", energy=0.0),)).survival is None
+    assert FoldReport((site(survival=0.0, energy=0.0),)).survival == 1.0  # an update that nobody measured, and kept
 
 
 def test_an_empty_report():
     report = FoldReport(())
     assert len(report) == 0
-    assert str(report).startswith("folded nothing into 0 sites: none")
+    assert str(report).splitlines()[:2] == ["warning: Nothing to fold: no site", "folded nothing into 0 sites: none"]
     assert report.output_error is None
-    assert json.loads(report.to_json())["warnings"] == []
+    assert json.loads(report.to_json())["warnings"] == ["Nothing to fold: no site"]
 
 
 class Cells(HTMLParser):
-    """Texts of a page by their tags."""
+    """The rows of a page's tables, by the number of the table."""
 
     def __init__(self):
         super().__init__()
-        self.tag, self.found = "", {"p": [], "th": [], "td": [], "script": []}
+        self.tables, self.inside = [], False
 
     def handle_starttag(self, tag, attrs):
-        self.tag = tag
-        if tag in self.found:
-            self.found[tag].append("")
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        self.inside = tag in ("td", "th") or (self.inside and tag in ("code", "span", "wbr"))
+        if tag in ("td", "th"):
+            self.tables[-1][-1].append("")
 
     def handle_data(self, data):
-        if self.tag in self.found:
-            self.found[self.tag][-1] += data
+        if self.inside:
+            self.tables[-1][-1][-1] += data.strip()
 
     def handle_endtag(self, tag):
-        self.tag = ""
+        self.inside = self.inside and tag not in ("td", "th")
 
 
-@pytest.mark.needs("jinja2", "rich")
+@pytest.mark.needs("jinja2", "rich", "itables", "vl_convert")
 def test_every_form_says_the_same(tmp_path):
     note = "<script>alert('1')</script> & more"
     sites = (
         site("model.a", survival=0.25, output_error=0.125, output_survival=0.5, note=note),
-        site("model.b", "calibrated", output_error=0.0),
+        site("model.b", output_error=0.0),
     )
     report = FoldReport(sites, ("default",), ("old",), Measured(0.03125, 10.0, 12.5))
     data = json.loads(report.to_json())
     assert [s["fqn"] for s in data["sites"]] == ["model.a", "model.b"]
     assert data["sites"][0] == {**vars(sites[0])}
+    assert data["verdict"] == {
+        "state": "amber",
+        "measure": "layer outputs",
+        "share": 0.75,
+        "sentence": report.verdict.sentence,
+    }
+    assert FoldReport.from_json(report.to_json()) == report
     assert {k: v for k, v in data["measured"].items() if v is not None} == {
         "output_error": 0.03125,
         "perplexity_before": 10.0,
@@ -146,18 +164,35 @@ def test_every_form_says_the_same(tmp_path):
     }
     assert (data["output_error"], data["survival"], data["dropped"]) == (0.03125, 0.625, ["old"])
     assert data["warnings"] == report.warnings
-    assert len(report.warnings) == 1
+    assert len(report.warnings) == 2
+    assert dict(zip(COLUMNS, report.rows()[0], strict=True)) == {
+        "site": "model.a",
+        "format": "bnb4",
+        "action": "requantized",
+        "update %": "10.000",
+        "error %": "5.00000",
+        "output error %": "12.5000",
+        "survival %": "25.00",
+        "output survival %": "50.00",
+        "angle °": "",
+        "bytes before": "100",
+        "bytes after": "100",
+        "note": note,
+    }
     report.to_html(tmp_path / "r.html")
+    text = (tmp_path / "r.html").read_text()
+    assert "<script>alert" not in text
     page = Cells()
-    page.feed((tmp_path / "r.html").read_text())
-    assert page.found["script"] == []
-    assert page.found["th"] == list(COLUMNS)
-    rows = [page.found["td"][i : i + len(COLUMNS)] for i in range(0, len(page.found["td"]), len(COLUMNS))]
-    assert rows == [list(r) for r in report.rows()]
-    assert rows[0] == ["model.a", "bnb4", "requantized", "10.000", "5.00000", "12.5000", "0.2500", "100", "100", note]
-    assert rows[1][5] == "0.0000"
-    assert page.found["p"] == str(report).splitlines()
-    assert page.found["p"][0] == f"warning: {report.warnings[0]}"
+    page.feed(text)
+    head, *rows = page.tables[-1]
+    assert [r[head.index("site")] for r in rows] == ["model.a", "model.b"]
+    assert [r[head.index("survival")] for r in rows] == ["25.0%", "100.0%"]
+    assert [r[head.index("output survival")] for r in rows] == ["50.0%", "\N{EN DASH}not measured"]
+    assert [r[head.index("note")] for r in rows] == [note, ""]
+    share = "75.0% of its update is in the layers' outputs"
+    assert share.replace("'", "&#39;") in text
+    assert share in report.to_markdown()
+    assert share in report.warnings[0]
     text = str(report)
     assert "relative error of the model's output 3.12e-02" in text
     assert "perplexity on the calibration inputs 10.000 unfolded, 12.500 folded" in text
@@ -171,9 +206,9 @@ def test_a_small_update_that_rounding_erases_is_warned_of_and_calibration_helps(
     model = rotated(std=0.005)
     poor = oftfx.fold(model, quantized="requantize", calibration=inputs()).report
     assert poor.survival < 0.3
-    assert str(poor).startswith("warning: the error of the model's outputs")
+    assert str(poor).startswith("warning: The adapter did not arrive: ")
     assert "10 of 10 sites kept less than 90% of their update" in poor.warnings[1]
-    assert all("quantized='calibrate'" in warning for warning in poor.warnings)
+    assert "quantized='calibrate'" in poor.warnings[0]
     for policy in ("keep", "float"):
         report = oftfx.fold(model, quantized=policy).report
         assert report.warnings == []

@@ -39,7 +39,7 @@ class Browser:
         )
         os.close(to_read)
         os.close(to_write)
-        self._number, self._left, self.events = 0, b"", []
+        self._number, self._left, self.events, self._tab = 0, b"", [], None
 
     def close(self):
         """End it, and what it wrote."""
@@ -78,8 +78,12 @@ class Browser:
                 self._left += more
 
     def open(self, file, **look):
-        """A page in a tab of its own, once all of it is there."""
-        return Tab(self, file, **look)
+        """A page in a tab of its own, once all of it is there; the one before is closed."""
+        if self._tab is not None:
+            self.call("Target.closeTarget", targetId=self._tab.target)
+        self.events.clear()
+        self._tab = Tab(self, file, **look)
+        return self._tab
 
 
 class Tab:
@@ -95,8 +99,8 @@ class Tab:
 
     def __init__(self, browser, file, *, width=1200, dark=False, scripts=True):
         self._browser = browser
-        target = browser.call("Target.createTarget", url="about:blank")["targetId"]
-        self._session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
+        self.target = browser.call("Target.createTarget", url="about:blank")["targetId"]
+        self._session = browser.call("Target.attachToTarget", targetId=self.target, flatten=True)["sessionId"]
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
         self.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=0, uploadThroughput=0)
@@ -107,7 +111,8 @@ class Tab:
         self.call("Emulation.setScriptExecutionDisabled", value=not scripts)
         start = time.monotonic()
         self.call("Page.navigate", url=f"file://{file}")
-        while scripts and self.run("document.documentElement?.dataset.ready") != "yes":
+        there = "document.documentElement?.dataset.ready === 'yes'" if scripts else "document.readyState === 'complete'"
+        while not self.run(f"location.protocol === 'file:' && {there}"):
             assert time.monotonic() - start < 20, (self.messages(), "the page does not get ready")
             time.sleep(0.02)
         self.seconds = time.monotonic() - start
@@ -130,10 +135,9 @@ class Tab:
     def choose(self, label, value):
         """Set the control of that label, as a reader would."""
         finds = f"[...document.querySelectorAll('label')].find(l => l.firstChild.data === {json.dumps(label)}).control"
-        event = f"new Event(c.tagName === 'SELECT' ? 'change' : 'input', {{bubbles: true}})"
-        sets = (
-            "if (c.tagName === 'SELECT') c.selectedIndex = [...c.options].findIndex(o => o.text === v); else c.value = v;"
-        )
+        event = "new Event(c.tagName === 'SELECT' ? 'change' : 'input', {bubbles: true})"
+        found = "[...c.options].findIndex(o => o.text === v)"
+        sets = f"if (c.tagName === 'SELECT') c.selectedIndex = {found}; else c.value = v;"
         self.run(f"((c, v) => {{ {sets} c.dispatchEvent({event}) }})({finds}, {json.dumps(value)})")
 
     def press(self, key):

@@ -9,6 +9,12 @@ const shown = [...document.querySelectorAll(".chart")].map(async (place) => {
     tooltip: { theme: "custom" },
   });
   place.style.minHeight = "";
+  const picture = place.querySelector("svg.marks");
+  picture.setAttribute("role", "img");
+  picture.setAttribute("aria-label", place.dataset.says);
+  const menu = place.querySelector("summary");
+  menu.setAttribute("aria-label", "Save this chart");
+  menu.firstElementChild.setAttribute("aria-hidden", "true");
   view.addEventListener("click", (event, item) => item?.datum?.name && find(item.datum.name));
 });
 
