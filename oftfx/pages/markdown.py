@@ -74,7 +74,8 @@ def table(one: Table) -> str:
 
 def escaped(text: str) -> str:
     """Text in which Markdown and HTML see no signs of theirs."""
-    for sign in "\\`*_[]<>|#":
+    text = text.replace("&", "&amp;")
+    for sign in "\\`*_[]<>|#~":
         text = text.replace(sign, f"\\{sign}")
     return " ".join(text.split())
 
