@@ -10,6 +10,7 @@ from oftfx.onnx.checks.verify import Verification
 from oftfx.pages.charts import bars
 from oftfx.pages.figures import nbytes, written
 from oftfx.pages.page import Banner, Cell, Code, Column, Page, Part, Section, Table, Terms, Text, Tile, Tiles
+from oftfx.planning.plan_table import pattern, ranges
 from oftfx.version import __version__
 
 _GLOSSARY = (
@@ -20,6 +21,7 @@ _GLOSSARY = (
     ("Operator", "one kind of node in the file; those without a known domain are of the ONNX standard."),
 )
 _LARGE, _ROUNDING = 0.5, 1e-2
+_BLOCKS = ".oft.blocks"
 
 
 def export_page(
@@ -115,9 +117,14 @@ def _checks(checks: Sequence[Verification]) -> tuple[Part, ...]:
 
 
 def _inputs(inputs: Mapping[str, Mapping[int, str]]) -> Table:
-    columns = Column("input", "code"), Column("dynamic axes")
-    rows = tuple((n, ", ".join(f"{i}: {a}" for i, a in axes.items()) or "none: fixed") for n, axes in inputs.items())
-    return Table(f"{len(rows)} inputs.", columns, rows, tools=len(rows) > 25)
+    """One row for all that differ in a number of their name only."""
+    alike: dict[tuple[str, str], list[str]] = {}
+    for name, axes in inputs.items():
+        told = ", ".join(f"{i}: {a}" for i, a in axes.items()) or "none: fixed"
+        alike.setdefault((pattern(name), told), []).append(name)
+    columns = Column("input", "code"), Column("inputs", "count"), Column("dynamic axes")
+    rows = tuple((ranges(names), len(names), told) for (_, told), names in alike.items())
+    return Table(f"{len(inputs)} inputs; those of equal layers in one row.", columns, rows)
 
 
 def _versions() -> tuple[str, str]:
@@ -131,7 +138,12 @@ def _versions() -> tuple[str, str]:
 
 
 def _next(path: Path, inputs: Mapping[str, Mapping[int, str]]) -> tuple[Part, ...]:
-    few = [*inputs][:3]
-    given = ", ".join(f'"{n}": ...' for n in few) + (", ..." if len(inputs) > len(few) else "")
+    told = ["Run it, or serve it with Triton or MLServer: oftfx repository writes what they read."]
+    own = [n for n in inputs if not n.endswith(_BLOCKS)]
+    if len(own) < len(inputs):
+        told.append(
+            f"The inputs that end in {_BLOCKS} are the rotations of an adapter; oftfx.export_onnx_adapter writes them."
+        )
+    given = ", ".join([f'"{n}": ...' for n in own[:4]] + (["..."] if len(own) > 4 else []))
     code = f'session = onnxruntime.InferenceSession("{path.name}")\noutputs = session.run(None, {{{given}}})'
-    return Text(("Run it, or serve it with Triton or MLServer: oftfx repository writes what they read.",)), Code(code)
+    return Text(tuple(told)), Code(code)

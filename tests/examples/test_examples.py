@@ -18,6 +18,7 @@ NEEDS = {
     "other_tools": ("lycoris",),
     "onnx_swappable": ("transformers", "onnx", "onnxruntime", "onnxscript"),
     "quantize_for_vllm": ("transformers", "accelerate", "bitsandbytes", "compressed_tensors"),
+    "reports": ("transformers", "accelerate", "bitsandbytes", "jinja2", "itables", "vl_convert", "PIL"),
     "rules": ("transformers",),
     "save_folded": ("transformers", "accelerate", "bitsandbytes"),
     "serve_adapters": ("transformers", "onnx", "onnxruntime", "onnxscript"),

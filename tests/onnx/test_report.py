@@ -40,7 +40,7 @@ def test_markdown():
     text = REPORT.to_markdown()
     assert "relative 3.0e-07 at most, on 2 inputs of other shapes" in text
     assert "| `com.microsoft::MatMulNBits` | 7 |" in text
-    assert "| `x` | 0: batch |" in text
+    assert "| `x` | 1 | 0: batch |" in text
     assert "/somewhere/private" not in text
     assert (
         "| Largest relative error | not measured | export with verify=True |"
