@@ -23,7 +23,7 @@ from oftfx.folding.journal import Journal
 from oftfx.folding.measure import Seen, measure, on_cpu, see
 from oftfx.folding.note import note_fold
 from oftfx.folding.policies import Policy
-from oftfx.folding.provenance import provenance_of
+from oftfx.folding.provenance import command_line, provenance_of
 from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.reference import Reference, ReferenceWeights
 from oftfx.folding.report import FoldReport
@@ -266,7 +266,7 @@ def fold(
             remarks.append("the model's outputs: no float tensor is among them")
         dropped = tuple(n for n in store.adapters if n not in names)
         done = "" if distilled is None else str(distilled)
-        origin = provenance_of(root, sites, hashes, batches)
+        origin = provenance_of(root, sites, hashes, batches, command=command_line())
         report = FoldReport(tuple(sites), names, dropped, measured, tuple(remarks), done, origin)
         note_fold(target, report, hashes)
         before_fold.close(target)

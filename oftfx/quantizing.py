@@ -14,7 +14,7 @@ import torch.nn as nn
 from oftfx.errors import FoldError
 from oftfx.folding.inputs import batches_of
 from oftfx.folding.measure import measure, see
-from oftfx.folding.provenance import provenance_of
+from oftfx.folding.provenance import command_line, provenance_of
 from oftfx.folding.record import SiteFold
 from oftfx.folding.report import FoldReport
 from oftfx.folding.shown import Shown
@@ -115,7 +115,12 @@ def quantize(
     if measured is not None:
         measured = replace(measured, effect=None, perplexity_base=None)
     lines = tuple(rows[path] for path in layers)
-    return FoldResult(target, FoldReport(lines, measured=measured, provenance=provenance_of(model, lines, {}, batches)))
+    return FoldResult(
+        target,
+        FoldReport(
+            lines, measured=measured, provenance=provenance_of(model, lines, {}, batches, command=command_line())
+        ),
+    )
 
 
 def _chosen(model: nn.Module) -> dict[str, nn.Linear]:

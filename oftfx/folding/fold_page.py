@@ -186,7 +186,7 @@ def origin(provenance: Provenance, adapters: tuple[str, ...], dropped: tuple[str
         *((f"Adapter {n}", f"sha256 {hashes[n]}" if n in hashes else "") for n in adapters),
         *([("Dropped adapters", ", ".join(dropped))] if dropped else []),
         ("Versions", ", ".join(f"{n} {v}" for n, v in provenance.versions.items())),
-        ("Command", provenance.command or "called from Python" if provenance.versions else ""),
+        ("Command", provenance.command),
         (
             "Calibration",
             f"{inputs}, {tokens:,} tokens"

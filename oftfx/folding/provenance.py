@@ -42,7 +42,8 @@ class Provenance:
         model: class of the model.
         hashes: `oftfx.adapter.fingerprint.fingerprint` of each adapter by name.
         versions: of Python and of the packages that took part.
-        command: the ``oftfx`` command; empty where a program of the user's called the library. Of paths the last part.
+        command: the ``oftfx`` command; empty where it is not known, or a program of the user's called the library. Of
+            paths the last part.
         calibration_inputs: how many were given.
         calibration_tokens: tokens in them, without padding; None where they are no tokens.
 
@@ -63,7 +64,12 @@ class Provenance:
 
 
 def provenance_of(
-    model: object, sites: Iterable[SiteFold], hashes: Mapping[str, str], batches: Sequence[Inputs] = ()
+    model: object,
+    sites: Iterable[SiteFold],
+    hashes: Mapping[str, str],
+    batches: Sequence[Inputs] = (),
+    *,
+    command: str = "",
 ) -> Provenance:
     """That of a fold in this process.
 
@@ -72,6 +78,8 @@ def provenance_of(
         sites: what was done; their formats say which packages matter.
         hashes: of the adapters.
         batches: calibration inputs.
+        command: see `command_line`; a fold of files leaves it out of what it writes, since a fold that was interrupted
+            and gone on with writes the same bytes as one that was not.
     """
     names = {"transformers", "safetensors", *(_PACKAGES[s.format] for s in sites if s.format in _PACKAGES)}
     versions = {"oftfx": __version__, "torch": str(torch.__version__), "python": platform.python_version()}
@@ -80,7 +88,7 @@ def provenance_of(
             versions[name] = version(name)
         except PackageNotFoundError:
             continue
-    return Provenance(type(model).__name__, dict(hashes), versions, _command(), len(batches), tokens_in(batches))
+    return Provenance(type(model).__name__, dict(hashes), versions, command, len(batches), tokens_in(batches))
 
 
 def tokens_in(batches: Sequence[Inputs]) -> int | None:
@@ -94,8 +102,8 @@ def tokens_in(batches: Sequence[Inputs]) -> int | None:
     return count if batches else None
 
 
-def _command() -> str:
-    """The command line, where it is ours; paths without what stands before their last part."""
+def command_line() -> str:
+    """The command that this process is, where it is ours; paths without what stands before their last part."""
     program = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path()
     if program.stem != "oftfx" and program.parts[-3:-1] != ("oftfx", "cli"):
         return ""

@@ -54,8 +54,11 @@ class FoldReport(FoldFacts):
         return [cells(s) for s in self.sites]
 
     def table(self) -> str:
-        """One row a site (needs the ``report`` extra)."""
-        return render("Fold", COLUMNS, self.rows()) + str(self) + "\n"
+        """One row a site, without the columns in which nothing stands (needs the ``report`` extra)."""
+        rows = self.rows()
+        shown = [i for i in range(len(COLUMNS)) if not rows or any(row[i] for row in rows)]
+        cells_of = [tuple(row[i] for i in shown) for row in rows]
+        return render("Fold", [COLUMNS[i] for i in shown], cells_of) + str(self) + "\n"
 
     def to_json(self) -> str:
         """All figures as JSON text; `from_json` reads it back."""

@@ -148,10 +148,10 @@ def test_provenance_of_a_fold():
 
 
 def test_the_command_is_noted_without_the_places_of_files(monkeypatch):
-    from oftfx.folding.provenance import provenance_of
+    from oftfx.folding.provenance import command_line
 
     words = ["/opt/bin/oftfx", "fold", "base", "/home/me/private/adapter", "--reference=/home/me/original", "--json"]
     monkeypatch.setattr("sys.argv", words)
-    assert provenance_of(None, (), {}).command == "oftfx fold base adapter --reference=original --json"
+    assert command_line() == "oftfx fold base adapter --reference=original --json"
     monkeypatch.setattr("sys.argv", ["train.py", "--secret"])
-    assert provenance_of(None, (), {}).command == ""
+    assert command_line() == ""
