@@ -13,7 +13,7 @@ from oftfx.folding.record import SiteFold
 from oftfx.folding.summary import actions
 from oftfx.folding.verdict import Verdict, kept
 from oftfx.pages.charts import Spot, heat_map
-from oftfx.pages.figures import nbytes, percent
+from oftfx.pages.figures import nbytes, written
 from oftfx.pages.page import (
     Banner,
     Box,
@@ -85,8 +85,8 @@ def before_and_after(facts: FoldFacts) -> tuple[Part, ...]:
     if seen is None:
         tiles += [Tile("Error of the model's outputs", None, _GIVE), Tile("Perplexity", None, _GIVE)]
         return (Tiles(tuple(tiles)),)
-    effect = "" if seen.effect is None else f"the adapter changes them by {percent(seen.effect)}"
-    tiles.append(Tile("Error of the model's outputs", percent(seen.output_error), effect))
+    effect = "" if seen.effect is None else f"the adapter changes them by {written(seen.effect, 'percent')}"
+    tiles.append(Tile("Error of the model's outputs", written(seen.output_error, "percent"), effect))
     if seen.perplexity_before is None or seen.perplexity_after is None:
         tiles.append(Tile("Perplexity", None, "the model is no causal language model, or has no token inputs"))
         return (Tiles(tuple(tiles)),)
@@ -180,20 +180,14 @@ def origin(provenance: Provenance, adapters: tuple[str, ...], dropped: tuple[str
     """Where a fold comes from, name by name; what was not recorded says so."""
     hashes = provenance.hashes
     tokens = provenance.calibration_tokens
-    inputs = f"{provenance.calibration_inputs:,} inputs"
+    count = provenance.calibration_inputs
+    given = f"{count:,} input{'s' if count > 1 else ''}" + ("" if tokens is None else f", {tokens:,} tokens")
     pairs = [
         ("Model", provenance.model),
         *((f"Adapter {n}", f"sha256 {hashes[n]}" if n in hashes else "") for n in adapters),
         *([("Dropped adapters", ", ".join(dropped))] if dropped else []),
         ("Versions", ", ".join(f"{n} {v}" for n, v in provenance.versions.items())),
         ("Command", provenance.command),
-        (
-            "Calibration",
-            f"{inputs}, {tokens:,} tokens"
-            if tokens is not None
-            else inputs
-            if provenance.calibration_inputs
-            else "none given",
-        ),
+        ("Calibration", given if count else "none given" if provenance.versions else ""),
     ]
     return Terms(tuple(pairs))

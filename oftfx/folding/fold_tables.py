@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from oftfx.folding.facts import FoldFacts
+from oftfx.folding.record import SiteFold
 from oftfx.folding.verdict import kept
 from oftfx.pages.page import Cell, Column, Part, Table, Text
 from oftfx.planning.depth import standings
@@ -15,12 +18,12 @@ def worst_ten(facts: FoldFacts) -> tuple[Part, ...]:
     changed = [s for s in facts.sites if s.action != "untouched"]
     if not changed:
         return ()
-    if all(max(s.relative_error, s.output_error or 0.0) <= _EXACT for s in changed):
+    if all(s.relative_error <= _EXACT and (s.output_error or 0.0) <= _EXACT for s in changed):
         return (Text((f"No site lost anything: every error is below {_EXACT:.0e}.",)),)
     if facts.rounded_only:
         order = sorted(changed, key=lambda s: -(s.output_error or s.relative_error))[:10]
     else:
-        order = sorted(changed, key=lambda s: (kept(s), -s.relative_error))[:10]
+        order = sorted(changed, key=_kept_least)[:10]
     columns: tuple[Column, ...] = (
         Column("site", "code"),
         Column("action"),
@@ -83,6 +86,12 @@ def every_site(facts: FoldFacts) -> Table:
     columns, rows = _without(columns, rows, facts.rounded_only)
     caption = f"All {len(facts)} sites. A dash: not measured, or nothing to fold."
     return Table(caption, columns, rows, tools=True)
+
+
+def _kept_least(site: SiteFold) -> tuple[float, float]:
+    """What is not a number comes first."""
+    share = kept(site)
+    return (-math.inf if share is None or math.isnan(share) else share), -site.relative_error
 
 
 def _without(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from oftfx.pages.figures import written
@@ -27,7 +28,7 @@ class Spot:
         name: what it stands for; a click on it looks that up in the page's table.
         depth: its column; None for what stands outside of the layers.
         kind: its row.
-        value: its colour; None where it was not measured.
+        value: its colour; None, or not finite, where it was not measured.
     """
 
     name: str
@@ -59,6 +60,7 @@ def heat_map(
         good: which end is.
         whole: the scale runs from 0 to 1 whatever the values are; beyond it they have the colour of its end.
     """
+    spots = [s if s.value is None or math.isfinite(s.value) else replace(s, value=None) for s in spots]
     known = [s for s in spots if s.value is not None]
     if not known:
         return None
@@ -78,7 +80,7 @@ def heat_map(
         "data": {"values": rows},
         "width": "container",
         "height": 22 * len(kinds),
-        "mark": {"type": "rect", "cursor": "pointer"},
+        "mark": {"type": "rect", "cursor": "pointer", "invalid": "show"},
         "encoding": {
             "x": {
                 "field": "layer",
@@ -142,12 +144,13 @@ def bars(
     Args:
         name: for files.
         title: above them.
-        values: label and length of each.
+        values: label and length of each; what is not finite has no bar.
         measure: what the lengths are.
         style: how they are written.
         lines: label and place of each.
         dots: dots instead, on a scale that need not begin at 0: for values that differ by little of themselves.
     """
+    values, lines = ([(n, v) for n, v in some if math.isfinite(v)] for some in (values, lines))
     rows = [{"label": label, "value": value, "shown": written(value, style)} for label, value in values]
     room = {"zero": not dots, **({"padding": 30} if dots else {})}
     axis = {"format": _FORMATS.get(style, ""), "tickCount": 6}

@@ -60,4 +60,5 @@ def _short(patterns: list[str]) -> dict[str, str]:
         length = next((n for n in range(1, len(mine)) if not any(o[-n:] == mine[-n:] for o in others)), len(mine))
         end = mine[-length:]
         short[one] = ".".join(end if len(end) <= 3 else [end[0], "…", *end[-2:]])
+    short = {p: "layer" if s == "{}" else s for p, s in short.items()}
     return short if len(set(short.values())) == len(short) else {p: ".".join(w) for p, w in words.items()}

@@ -49,7 +49,7 @@ def test_its_figures_are_those_of_the_fold(folder):
     assert report.provenance.hashes["default"] in card
     assert f"torch {torch.__version__}".replace("+", "+") in card
     assert "| Perplexity | not measured |" in card
-    assert "1 inputs" in card
+    assert "1 input" in card
 
 
 def test_what_a_loader_would_drop_is_said(folder):

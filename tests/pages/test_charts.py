@@ -63,6 +63,14 @@ def test_a_map_has_a_square_for_every_place_and_its_colours_are_in_order():
     assert light[0] < light[5] < light[10]  # the good end is the bright one
 
 
+@pytest.mark.needs("vl_convert")
+def test_what_was_not_measured_has_a_square_of_its_own_colour():
+    spots = [Spot("a", 0, "k", 0.5), Spot("b", 1, "k", None), Spot("c", 2, "k", float("nan"))]
+    root = ElementTree.fromstring(picture(heat_map("m", "M", spots, measure="share", good="high"), "svg"))
+    (marks,) = [g for g in root.iter() if "mark-rect" in g.get("class", "") and "role-mark" in g.get("class", "")]
+    assert [p.get("fill") == "#8888" for p in marks] == [False, True, True]
+
+
 def test_a_drawing_is_xml_with_its_words():
     from oftfx.pages.drawing import drawn
 

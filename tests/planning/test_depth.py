@@ -38,6 +38,6 @@ def test_paths_that_differ_in_the_place_of_a_number_only():
 
 
 def test_numbers_alone():
-    assert kinds("0", "2") == {"0": "{}", "2": "{}"}
+    assert kinds("0", "2") == {"0": "layer", "2": "layer"}
     assert standings(["0", "2"])["2"].depth == 2
     assert standings([""])[""].kind == ""
