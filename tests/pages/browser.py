@@ -112,9 +112,7 @@ class Tab:
         start = time.monotonic()
         self.call("Page.navigate", url=f"file://{file}")
         there = "document.documentElement?.dataset.ready === 'yes'" if scripts else "document.readyState === 'complete'"
-        while not self.run(f"location.protocol === 'file:' && {there}"):
-            assert time.monotonic() - start < 20, (self.messages(), "the page does not get ready")
-            time.sleep(0.02)
+        self.wait_for(f"location.protocol === 'file:' && {there}")
         self.seconds = time.monotonic() - start
 
     def call(self, method, **parameters):
@@ -126,6 +124,13 @@ class Tab:
         got = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in got, got["exceptionDetails"]
         return got["result"].get("value")
+
+    def wait_for(self, condition):
+        """Until an expression is true: what a key or a click does comes a moment later."""
+        end = time.monotonic() + 10
+        while not self.run(condition):
+            assert time.monotonic() < end, condition
+            time.sleep(0.02)
 
     def texts(self, selector):
         """What stands in all elements that are shown."""
