@@ -232,6 +232,6 @@ def test_a_place_that_is_a_file(tmp_path):
 
 def test_it_takes_the_place_of_an_adapter_of_ours(tmp_path):
     model = made(nn.Linear(12, 7), nn.Tanh())
-    oftfx.save_adapter(model, tmp_path, layout="oftfx")
+    oftfx.save_adapter(model, tmp_path, convention="oftfx")
     oftfx.to_lora(model, tmp_path, rank=9)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
