@@ -38,6 +38,7 @@ _HOME = {
     "adapter_rows": "oftfx.adapter.rows",
     "save_adapter": "oftfx.adapter.save",
     "load_adapter": "oftfx.adapter.load",
+    "adapter_callback": "oftfx.training.callback",
     "blend": "oftfx.blending.blend",
     "BlendReport": "oftfx.blending.blend_report",
     "rotation_angles": "oftfx.blending.angles",
@@ -72,8 +73,8 @@ _HOME = {
 __all__ = ["__version__", *_HOME]
 
 if TYPE_CHECKING:
-    from oftfx.adapter.conventions.registry import adapter_convention
     from oftfx.adapter.card import model_card
+    from oftfx.adapter.conventions.registry import adapter_convention
     from oftfx.adapter.folded import load_folded
     from oftfx.adapter.kept import load_rotations, save_rotations
     from oftfx.adapter.load import load_adapter
@@ -117,6 +118,7 @@ if TYPE_CHECKING:
     from oftfx.streaming.directory_fold import fold_checkpoint
     from oftfx.surgery import add_adapter, plan, transform
     from oftfx.trace.graphs import graph
+    from oftfx.training.callback import adapter_callback
 
 
 def __getattr__(name: str) -> Any:

@@ -28,6 +28,7 @@ from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.reference import Reference, ReferenceWeights
 from oftfx.folding.report import FoldReport
 from oftfx.folding.still import held_still
+from oftfx.folding.verdict import warn_of
 from oftfx.formats.mxfp4_experts import born_in_mxfp4
 from oftfx.formats.sharded import is_sharded, reshard
 from oftfx.model.huggingface import note_float_layers
@@ -269,6 +270,7 @@ def fold(
         origin = provenance_of(root, sites, hashes, batches, command=command_line())
         report = FoldReport(tuple(sites), names, dropped, measured, tuple(remarks), done, origin)
         note_fold(target, report, hashes)
+        warn_of(report.verdict)
         before_fold.close(target)
         if inplace:
             forget_compiled()

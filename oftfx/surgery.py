@@ -14,6 +14,7 @@ from oftfx.adapter.store import check_name, check_no_part, find_store, store_of,
 from oftfx.adapter.switch import switchable
 from oftfx.errors import AdapterError, RuleError
 from oftfx.formats.exact import choose_kernel
+from oftfx.model.given import check_given, check_own
 from oftfx.model.sites import choose_placement, fits
 from oftfx.model.structure import structural_copy
 from oftfx.passes.find_functional import FindFunctional
@@ -67,6 +68,7 @@ def plan(
         >>> [(site.fqn, site.blocks, site.block_size) for site in plan]
         [('0', 2, 3), ('1', 3, 3)]
     """
+    check_given(model)
     bare = find_store(model) is not None
     planned = _planned(model, rules, example_inputs, train, train_bias, trace=True, bare=bare).program.planned
     check_storage(rules, planned)
@@ -208,6 +210,7 @@ def _planned(
         if train or train_bias != "none":
             raise RuleError("train and train_bias are part of a plan; give them to oftfx.plan instead")
         return PassResult(_carry_out(model, rules), True)
+    check_own(model)
     program = Program.of(model)
     asked = asked_for(rules, program.index, train, train_bias)
     match = MatchRules(asked.rules, train=asked.train, train_bias=asked.train_bias)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -27,16 +28,39 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *,
     except ImportError as error:
         raise MissingExtraError("rich", "report", "A table") from error
     cells = [list(map(str, r)) for r in rows]
+    console = Console(width=width or max(Console().width, 160 if not Console().is_terminal else 0))
+    if cells and _needed(columns, cells) > console.width:
+        return _narrow(title, columns, cells, console.width)
     table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         numeric = bool(cells) and all(_is_number(r[index]) for r in cells)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        last = index == len(columns) - 1
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=not last)
     for row in cells:
         table.add_row(*row)
-    console = Console(width=width or max(Console().width, 160 if not Console().is_terminal else 0))
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip() + "\n"
+
+
+def _needed(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    """Characters of a line in which no word has to be broken; only a last column of sentences may wrap."""
+    widths = []
+    for index, column in enumerate(columns):
+        words = [column, *(r[index] for r in cells)]
+        if index == len(columns) - 1:
+            words = [part for word in words for part in word.split()] or [""]
+        widths.append(max(map(len, words)))
+    return sum(widths) + 3 * len(columns)
+
+
+def _narrow(title: str, columns: Sequence[str], cells: Sequence[Sequence[str]], width: int) -> str:
+    """Where the lines are too short for a table: each row by itself, what it has under its headings."""
+    lines = [title, ""]
+    for first, *rest in cells:
+        said = [f"{name}: {cell}" for name, cell in zip(columns[1:], rest, strict=True) if cell not in ("", "-")]
+        lines += [first, *textwrap.wrap(", ".join(said), initial_indent="  ", subsequent_indent="  ", width=width), ""]
+    return "\n".join(lines).rstrip() + "\n"
 
 
 def _is_number(cell: str) -> bool:

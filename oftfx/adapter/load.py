@@ -9,6 +9,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from oftfx.adapter.base_sketch import check_base
 from oftfx.adapter.contents import rotation_by_site
 from oftfx.adapter.conventions.base import Foreign
 from oftfx.adapter.conventions.checkpoint import Checkpoint, fill, tensors_of
@@ -19,7 +20,8 @@ from oftfx.adapter.foreign import read_foreign
 from oftfx.adapter.from_file import AdapterFiles, agrees, check_sizes, plan_of_file
 from oftfx.adapter.insert import insert
 from oftfx.adapter.store import AdapterStore, check_name, check_no_part, find_store, store_of, unwrapped
-from oftfx.errors import AdapterError
+from oftfx.errors import AdapterError, warn
+from oftfx.model.given import check_given, check_own
 from oftfx.passes.find_producers import FindProducers
 from oftfx.passes.protocol import PassManager
 from oftfx.passes.share_inputs import ShareInputs
@@ -77,6 +79,8 @@ def load_adapter(
         (True, True)
     """
     check_name(adapter)
+    check_given(model)
+    check_own(unwrapped(model))
     source = Source.open(path)
     meaning = convention_of(source) if convention is None else convention_named(convention)
     check_no_part(model)
@@ -96,9 +100,11 @@ def load_adapter(
         files = AdapterFiles.read(source.directory)
         plan = plan_of_file(program, files, store)
     skews, others = files.skews, files.others
+    check_base(root, plan, files.notes, str(path))
     if store is not None and adapter in store.adapters:
         _check_same(store.adapters[adapter].plan, plan, skews, adapter)
         _check_no_codes(root, adapter)
+        _warn_of_values(root, store, adapter, skews, path)
     else:
         program = program.with_(plan=plan)
         if names_inputs(root) and not files.is_ours:
@@ -129,6 +135,20 @@ def with_readers(program: Program) -> Program:
     """The program with what a recording of the bare model tells of the sites: who reads the same, and what makes it."""
     recorded = program.with_(recording=record_best(program.model, bare=True))
     return PassManager([ShareInputs(), FindProducers()]).run(recorded).program
+
+
+def _warn_of_values(
+    root: nn.Module, store: AdapterStore, adapter: str, skews: Mapping[str, Tensor], path: str | Path
+) -> None:
+    """Say that values which were trained, or loaded, go; those of a new adapter are the identity, and nobody's."""
+    for fqn, rotation in rotation_by_site(root, store, adapter).items():
+        there = rotation.every_skew().detach()
+        if bool(there.any()) and not torch.equal(there.cpu(), skews[fqn].to(there.dtype)):
+            warn(
+                f"adapter {adapter!r} had other values than {path} has (at {fqn}, say), which are replaced; load under "
+                "another name, load_adapter(..., adapter=...), to have both"
+            )
+            return
 
 
 def _check_same(here: Plan, file: Plan, skews: Mapping[str, Tensor], adapter: str) -> None:

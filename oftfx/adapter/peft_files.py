@@ -147,8 +147,6 @@ def unusable_reason(site: Site, module: nn.Module) -> str:
 def nearest(fqn: str, sites: Iterable[str]) -> str:
     """What to say where a file rotates a layer that the model does not have."""
     known = list(sites)
-    if any(s in (f"{PREFIX}{fqn}", f"{PREFIX}{fqn}.base_layer") for s in known):
-        return "This is a PeftModel: give the base model, which peft_model.unload() returns, or load it anew"
     close = difflib.get_close_matches(fqn, known, 2, 0.5)
     return f"Nearest: {', '.join(close)}" if close else f"It has {len(known)} layers that can be rotated"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 
-from oftfx.adapter import peft_files
+from oftfx.adapter import base_sketch, peft_files
 from oftfx.adapter.belonging import KEY, digest_of
 from oftfx.adapter.contents import adapter_tensors, check_in_place
 from oftfx.adapter.conventions.base import Foreign
@@ -89,7 +89,7 @@ def save_adapter(
     # The side file decides what the numbers mean; one of another convention must not stay beside them.
     with landing(directory, side, AdapterFileError, stale=[other, *([] if scales else [SCALE_FILE])]) as made:
         write(made / side, text.encode())
-        notes = {"format": "pt", KEY: digest_of(json.loads(text))}
+        notes = {"format": "pt", KEY: digest_of(json.loads(text)), base_sketch.KEY: base_sketch.sketch_of(root, plan)}
         write(made / peft_files.WEIGHT_FILE, packed(tensors, notes))
         if scales:
             write(made / SCALE_FILE, packed(scales, {"format": "pt", ADAPTER: fingerprint(root, adapter)}))

@@ -12,7 +12,7 @@ import torch.nn as nn
 from oftfx.adapter.buffers import BufferVersions
 from oftfx.errors import AdapterError
 from oftfx.folding.note import fold_notes
-from oftfx.model.given import check_given
+from oftfx.model.given import check_given, check_own
 from oftfx.model.index import ModelIndex
 from oftfx.placement.encoder import unwatch_encoders, watch_encoders
 from oftfx.placement.find import rotated_sites
@@ -208,7 +208,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP, FSDP, ``torch.compile`` or a recorded graph; ``model`` itself where it is none of these.
 
     Raises:
-        AdapterError: it is no model, or one of PEFT; see `check_given`.
+        AdapterError: it is no model; see `check_given`.
     """
     check_given(model)
     while True:
@@ -232,6 +232,7 @@ def located(model: nn.Module) -> tuple[nn.Module, AdapterStore]:
         return root, store
     if part := transformed_part(root):
         raise AdapterError(f"{type(root).__name__} has no adapters itself, but its part {part!r} has; pass that part")
+    check_own(root)
     folded = [name for note in fold_notes(root) for name in note.get("adapters", ())]
     if folded:
         raise AdapterError(

@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 import torch.fx as fx
 import torch.nn as nn
 
-from oftfx.adapter.store import AdapterStore, located
+from oftfx.adapter.store import AdapterStore, find_store, located
 from oftfx.errors import AdapterError, warn
 from oftfx.placement.find import rotated_sites
 from oftfx.placement.rows import OPEN, Rows, check_no_rows, with_rows
@@ -61,10 +61,8 @@ def adapters(model: nn.Module) -> dict[str, Plan]:
         >>> {name: plan["0"].block_size for name, plan in oftfx.adapters(model).items()}
         {'news': 3, 'code': 2}
     """
-    try:
-        return {name: adapter.plan for name, adapter in located(model)[1].adapters.items()}
-    except AdapterError:
-        return {}
+    store = find_store(model)
+    return {} if store is None else {name: adapter.plan for name, adapter in store.adapters.items()}
 
 
 def active_adapters(model: nn.Module) -> tuple[str, ...]:
@@ -77,10 +75,8 @@ def active_adapters(model: nn.Module) -> tuple[str, ...]:
         >>> oftfx.active_adapters(model), oftfx.active_adapters(base)
         (('news',), ())
     """
-    try:
-        return located(model)[1].active
-    except AdapterError:
-        return ()
+    store = find_store(model)
+    return () if store is None else store.active
 
 
 def remove_adapter(model: nn.Module, adapter: str) -> None:

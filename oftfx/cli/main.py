@@ -16,6 +16,7 @@ try:
 except ImportError as _error:
     sys.exit(str(MissingExtraError(_error.name or "typer", "cli", "The command line")))
 
+from oftfx.cli.adapters import convert, diff, merge, to_lora
 from oftfx.cli.demo import demo, ocr, sample
 from oftfx.cli.doctor import doctor
 from oftfx.cli.evaluate import evaluate
@@ -24,6 +25,7 @@ from oftfx.cli.fold import fold
 from oftfx.cli.inspect import inspect
 from oftfx.cli.plan import plan
 from oftfx.cli.quantize import quantize
+from oftfx.cli.report import card, report
 from oftfx.cli.repository import repository
 from oftfx.cli.train import train
 from oftfx.cli.unfold import unfold
@@ -37,7 +39,9 @@ Exit status: 0 done; 1 an error, which is named; 2 wrong arguments; 3 compared, 
 """
 PARTS: dict[str, dict[str, Callable[..., None]]] = {
     "Make": {"quantize": quantize, "train": train, "fold": fold, "unfold": unfold},
+    "Adapters": {"convert": convert, "merge": merge, "diff": diff, "to-lora": to_lora},
     "Look and check": {"plan": plan, "inspect": inspect, "verify": verify, "eval": evaluate, "doctor": doctor},
+    "Tell": {"report": report, "card": card},
     "Serve": {"export": export, "export-adapter": export_adapter, "genai": genai, "repository": repository},
     "Try": {"demo": demo, "ocr": ocr, "sample": sample},
 }

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from oftfx.cli import show
-from oftfx.cli.options import Base, Json
+from oftfx.cli.options import Base, Html, Json
 
 
 def plan(
@@ -23,6 +23,7 @@ def plan(
         bool, typer.Option("--share-input", help="One rotation for layers that read the same.")
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="One row a site.")] = False,
+    html: Html = None,
     json: Json = False,
 ) -> None:
     """Show what would be rotated, what not, and why; of a quantized model in its formats. No weights are loaded."""
@@ -30,6 +31,9 @@ def plan(
     from oftfx.surgery import plan as plan_of
 
     made = plan_of(open_bare(model), asked_rules(target, rules, block_size, share_input))
+    if html is not None:
+        made.to_html(html)
+        show.say(f"written: {html}")
     show.result(made.to_json() if json else made.table(full=full))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from oftfx.errors import warn
 from oftfx.folding.measure import Measured
 from oftfx.folding.record import SiteFold
 
@@ -101,6 +102,15 @@ def verdict_of(sites: Sequence[SiteFold], measured: Measured | None, *, rounded_
     shown = round(share, 3)  # the state goes by the number that is read
     state = "green" if shown >= ARRIVED else "amber" if shown >= IN_PART else "red"
     return Verdict(state, measure, share, f"{_LABELS[state]}: {share:.1%} {_OF[measure]}.")
+
+
+def warn_of(verdict: Verdict) -> None:
+    """Let a fold that lost its adapter, or had none to fold, not pass in silence."""
+    if verdict.state in ("red", "nothing"):
+        warn(f"{verdict.sentence}{_ADVICE if verdict.state == 'red' else ''}")
+
+
+_ADVICE = " quantized='calibrate' with calibration inputs loses least of what leaves no float behind; 'keep', nothing."
 
 
 def kept(site: SiteFold) -> float | None:

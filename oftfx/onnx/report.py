@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from oftfx.errors import ExportError
@@ -56,6 +57,10 @@ class ExportReport:
         lines += [f"attention: {self.attention}"] if self.attention else []
         lines += [f"verified in ONNX Runtime on {c}" for c in self.checks]
         return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """All figures as JSON text."""
+        return json.dumps({**asdict(self), "path": str(self.path)}, indent=1)
 
     def to_html(self, path: str | Path) -> None:
         """Write the report as one HTML file that needs no other and no network (needs the ``report`` extra).

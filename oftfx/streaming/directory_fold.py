@@ -12,6 +12,7 @@ from oftfx.adapter.store import check_name
 from oftfx.errors import FoldError, warn
 from oftfx.folding.inputs import batches_of
 from oftfx.folding.report import FoldReport
+from oftfx.folding.verdict import warn_of
 from oftfx.model.site import Site
 from oftfx.streaming.job import Job
 from oftfx.streaming.ranks import Ranks
@@ -106,7 +107,10 @@ def fold_checkpoint(
         with Ranks.here() if distributed else nullcontext(Ranks()) as ranks:
             bar = byte_bar("fold") if progress is True and ranks.first else nullcontext(_nothing)
             with nullcontext(progress) if callable(progress) else bar as report_progress:
-                return job.run(name, report_progress, ranks, show=progress is True and ranks.first)
+                report = job.run(name, report_progress, ranks, show=progress is True and ranks.first)
+                if ranks.first:
+                    warn_of(report.verdict)
+                return report
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise FoldError(job.no_room(job.missing())) from error

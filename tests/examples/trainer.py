@@ -18,7 +18,8 @@ arguments = TrainingArguments(
     "run", max_steps=20, learning_rate=1e-2, per_device_train_batch_size=8, save_steps=10,
     use_cpu=True, report_to=[], disable_tqdm=True, dataloader_pin_memory=False,
 )  # fmt: skip
-trainer = Trainer(model=model, args=arguments, train_dataset=rows)
+callbacks = [oftfx.adapter_callback()]  # run/checkpoint-10/adapter, and so on
+trainer = Trainer(model=model, args=arguments, train_dataset=rows, callbacks=callbacks)
 trainer.train()
 oftfx.save_adapter(model, "adapter")
 # --8<-- [end:train]
@@ -36,6 +37,9 @@ with torch.no_grad():
     before, after, then = (m.eval()(**batch).loss for m in (base, model, again))
 assert after < before - 0.2, (before, after)
 assert abs(after - then) < 1e-6, (after, then)
+last = oftfx.load_adapter(oftfx.transform(base, {"all-linear": OFT(32, share_input=True)}), "run/checkpoint-20/adapter")
+assert torch.equal(last.eval()(**batch).loss, after)
+torch.manual_seed(0)
 loaded = oftfx.load_adapter(LlamaForCausalLM(base.config), "adapter")
 mine, theirs = oftfx.adapter_parameters(model), oftfx.adapter_parameters(loaded)
 assert torch.equal(mine[0], theirs[0])

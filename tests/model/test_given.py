@@ -41,15 +41,13 @@ def test_a_result_and_a_path(name, tmp_path, monkeypatch):
 
 
 @pytest.mark.needs("peft", "transformers")
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", ["plan", "transform", "fold", "save_adapter", "load_adapter"])
 def test_a_model_of_peft(name, tiny_llama, tmp_path, monkeypatch):
     import peft
 
-    if name == "export_onnx":
-        pytest.importorskip("onnxscript")
     monkeypatch.chdir(tmp_path)
     model = peft.get_peft_model(tiny_llama(), peft.OFTConfig(target_modules=["q_proj"], oft_block_size=8))
-    with pytest.raises(AdapterError, match=r"save its adapter, model.save_pretrained.*oftfx.load_adapter\(base"):
+    with pytest.raises(AdapterError, match=r"peft_model.unload\(\) returns.*oftfx.load_adapter\(base"):
         CALLS[name](model)
 
 

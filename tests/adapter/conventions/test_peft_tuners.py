@@ -61,7 +61,7 @@ def test_boft_gives_pefts_outputs_and_folds(peft, tmp_path, config):
     assert rel(outputs(ours), expected) <= 1e-6
     assert rel(outputs(oftfx.fold(ours).model), expected) <= 1e-6
     assert oftfx.adapters(ours)["default"].train_bias == ("oft" if "bias" in config else "none")
-    with pytest.raises(AdapterError, match=r"This is a PeftModel: give the base model, which peft_model\.unload\(\)"):
+    with pytest.raises(AdapterError, match=r"this is a PeftModel: give the base model, which peft_model\.unload\(\)"):
         oftfx.load_adapter(theirs, tmp_path)
     with pytest.raises(AdapterFileError, match=r"oftfx\.load_adapter reads other conventions"):
         AdapterFiles.read(tmp_path)  # as fold_checkpoint and servers do
