@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import torch.nn as nn
-import yaml
 
 import oftfx
 from oftfx import OFT
@@ -21,6 +20,8 @@ def folder(tmp_path):
 
 def matter(card):
     """The front matter, by a reader of YAML, and the rest."""
+    import yaml
+
     start, text, rest = card.split("---\n", 2)
     assert start == ""
     return yaml.safe_load(text), rest
@@ -35,10 +36,11 @@ def test_front_matter_is_what_was_given_and_nothing_else(folder):
     assert rest.strip().startswith("# A \\*card\\*")
 
 
-@pytest.mark.needs("yaml")
+@pytest.mark.needs("huggingface_hub")
 def test_the_hub_reads_it(folder):
-    hub = pytest.importorskip("huggingface_hub")
-    card = hub.ModelCard(oftfx.model_card(folder, base_model="org/base", license="apache-2.0", language=["en"]))
+    from huggingface_hub import ModelCard
+
+    card = ModelCard(oftfx.model_card(folder, base_model="org/base", license="apache-2.0", language=["en"]))
     assert (card.data.base_model, card.data.license, card.data.language) == ("org/base", "apache-2.0", ["en"])
 
 

@@ -31,7 +31,7 @@ def test_scales():
     assert bars("b", "B", [("x", 5.0)], measure="m", dots=True).spec["layer"][0]["mark"]["type"] == "point"
 
 
-@pytest.mark.needs("vl_convert")
+@pytest.mark.needs("vl_convert", "PIL")
 @pytest.mark.parametrize("chart", [CHART, BARS], ids=["map", "bars"])
 def test_pictures_are_pictures(chart):
     from PIL import Image
