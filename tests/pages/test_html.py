@@ -82,6 +82,7 @@ def test_cells_are_sorted_by_their_numbers_and_texts_in_the_order_of_rows():
     assert ranks_of(TABLE) == [{}, {}, {"x": 0, EVIL: 1}]
 
 
+@needs_report
 @pytest.mark.parametrize("missing", ["jinja2", "itables", "vl_convert"])
 def test_a_missing_package_is_named(missing):
     code = f"""
