@@ -471,3 +471,34 @@ def not_ready(started):
             return status != 200
         time.sleep(0.1)
     return False
+
+
+@pytest.mark.needs("typer", "tokenizers")
+def test_verify_tells_a_right_adapter_from_a_wrong_one_and_from_none(server, files, tmp_path):
+    """``oftfx verify`` against the running server."""
+    from tests.cli.command import run
+    from tests.cli.conftest import make_tokenizer
+
+    base = llama(1, 2)
+    base.save_pretrained(tmp_path / "base")
+    make_tokenizer(tmp_path / "base")
+    for name in ("a1", "a2"):
+        oftfx.save_adapter(files.models["first"], tmp_path / name, adapter=name)
+
+    def verify(model, adapter, *more):
+        said = ["--base", tmp_path / "base", "--adapter", tmp_path / adapter, "--model", model]
+        said += ["--prompt", "w1 w5 w9 w40", "--prompt", "w77", "--tokens", "12", "--quiet"]
+        return run("verify", server.url, *said, *more)
+
+    assert verify("folded", "a1").status == 0
+    for name in ("a1", "a2"):
+        done = verify("mixed", name, "--served-adapter", name)
+        assert (done.status, "equal: " in done.out) == (0, True), done.out
+    wrong = verify("mixed", "a1", "--served-adapter", "a2")
+    assert (wrong.status, "different: " in wrong.out) == (3, True)
+    lost = verify("mixed", "a1")
+    assert (lost.status, "the adapter is not there" in lost.out) == (3, True)
+    unknown = verify("mixed", "a1", "--served-adapter", "a3")
+    assert (unknown.status, "unknown adapter 'a3'" in unknown.err) == (1, True)
+    several = run("verify", server.url, "--base", tmp_path / "base", "--quiet")
+    assert "name one: --model" in several.err

@@ -10,6 +10,8 @@ import torch
 
 import oftfx
 from oftfx import OFT
+from tests.cli.command import run
+from tests.cli.conftest import make_tokenizer
 from tests.reference import randomize
 from tests.serving.vllm_server import OpenAI, greedy, spread
 
@@ -34,6 +36,7 @@ def made(tmp_path_factory):
     sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     base = spread(LlamaForCausalLM(LlamaConfig(vocab_size=320, num_hidden_layers=2, pad_token_id=0, **sizes)).eval())
     base.save_pretrained(folder / "base")
+    make_tokenizer(folder / "base")
     expected = {"base": [greedy(base, p) for p in PROMPTS]}
     for seed, (name, (rules, convention)) in enumerate(ADAPTERS.items()):
         torch.manual_seed(seed)
@@ -136,3 +139,23 @@ def test_it_says_what_it_has_room_for(made):
     finally:
         started.stop()
     assert "OFTFX_VLLM_BLOCK_SIZE='big'" in started.log.read_text()
+
+
+@pytest.mark.needs("typer", "tokenizers")
+def test_verify_tells_a_right_adapter_from_a_wrong_one_and_from_none(made, server):
+    """``oftfx verify`` against the running server."""
+    folder, _, _ = made
+
+    def verify(adapter, *more):
+        said = ["--base", folder / "base", "--adapter", folder / adapter, "--quiet", "--model", "base"]
+        return run("verify", server.url, *said, "--prompt", "w1 w5 w9", "--prompt", "w30", "--tokens", "16", *more)
+
+    done = verify("peft", "--served-adapter", "peft")
+    assert (done.status, "equal: " in done.out) == (0, True), done.out
+    wrong = verify("peft", "--served-adapter", "exact-one-block")
+    assert wrong.status == 3
+    assert "different: to 'w1 w5 w9', token " in wrong.out
+    lost = verify("peft")
+    assert (lost.status, "the adapter is not there" in lost.out) == (3, True)
+    unknown = verify("peft", "--served-adapter", "nothing")
+    assert (unknown.status, "404" in unknown.err) == (1, True)
