@@ -67,6 +67,9 @@ _HOME = {
     "export_onnx_adapter": "oftfx.onnx.adapters.file",
     "export_genai": "oftfx.onnx.genai",
     "ExportReport": "oftfx.onnx.report",
+    "ExportReport": "oftfx.onnx.export",
+    "export_gguf": "oftfx.gguf.export",
+    "GgufReport": "oftfx.gguf.export",
     "OftfxError": "oftfx.errors",
 }
 
@@ -104,6 +107,7 @@ if TYPE_CHECKING:
     from oftfx.formats.registry import register_format
     from oftfx.lora.convert import to_lora
     from oftfx.lora.report import LoraReport
+    from oftfx.gguf.export import GgufReport, export_gguf
     from oftfx.model.site import Site
     from oftfx.onnx.adapters.file import export_onnx_adapter
     from oftfx.onnx.export import export_onnx

@@ -123,7 +123,7 @@ def packed_layer(path: str, layer: nn.Module) -> tuple[Scheme, dict[str, Tensor]
         FoldError: its weight is not of integers in groups of columns, or comes out as another.
     """
     weight_format: Any = format_of(layer)
-    found = _integers(layer, weight_format)
+    found = integers_of(layer, weight_format)
     if isinstance(found, str):
         raise FoldError(
             f"{path}: {found}, which compressed-tensors' integers do not hold to the bit. Save it as it is, or fold "
@@ -166,7 +166,7 @@ def packed_layer(path: str, layer: nn.Module) -> tuple[Scheme, dict[str, Tensor]
     return Scheme(bits, -1 if size >= columns else size, symmetric), words
 
 
-def _integers(layer: nn.Module, weight_format: WeightFormat | None) -> tuple[Grid, Codes, Tensor] | str:
+def integers_of(layer: nn.Module, weight_format: WeightFormat | None) -> tuple[Grid, Codes, Tensor] | str:
     """Grid, codes and zeros of a layer of integers; or what it is instead."""
     if not isinstance(weight_format, ScalarFormat):
         return f"a {type(layer).__name__} has no code of its own for each weight"

@@ -83,3 +83,14 @@ def hqq_4_bits(stored, config):
     packed = stored["W_q"].long()
     codes = torch.cat([packed >> 4, packed & 15])
     return ((codes - stored["zero"].float()) * stored["scale"].float()).view(tuple(stored["shape"]))
+
+
+def gguf_blocks(data, kind):
+    """GGUF's blocks of 32: a float16 scale, Q4_1 also a float16 least value; 4 bits with the first 16 numbers low."""
+    heads = 2 if kind == "Q4_1" else 1
+    blocks = torch.from_numpy(data.copy()).unflatten(1, (-1, 2 * heads + (32 if kind == "Q8_0" else 16)))
+    scale, *least = blocks[..., : 2 * heads].contiguous().view(torch.float16).float().split(1, -1)
+    body = blocks[..., 2 * heads :].contiguous()
+    codes = body.view(torch.int8) if kind == "Q8_0" else torch.cat([body & 15, body >> 4], -1)
+    values = (codes.float() - (8 if kind == "Q4_0" else 0)) * scale
+    return (values + least[0] if least else values).flatten(1)
