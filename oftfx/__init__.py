@@ -67,6 +67,7 @@ _HOME = {
     "export_onnx_adapter": "oftfx.onnx.adapters.file",
     "export_genai": "oftfx.onnx.genai",
     "ExportReport": "oftfx.onnx.report",
+    "export_openvino": "oftfx.onnx.openvino",
     "ExportReport": "oftfx.onnx.export",
     "export_gguf": "oftfx.gguf.export",
     "GgufReport": "oftfx.gguf.export",
@@ -113,6 +114,7 @@ if TYPE_CHECKING:
     from oftfx.onnx.export import export_onnx
     from oftfx.onnx.genai import export_genai
     from oftfx.onnx.report import ExportReport
+    from oftfx.onnx.openvino import export_openvino
     from oftfx.planning.plans import Plan
     from oftfx.planning.program import Program
     from oftfx.planning.rules import Rule

@@ -16,6 +16,7 @@ torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
 
 
 LAYERS = {"aqlm", "auto_gptq", "awq", "compressed_tensors", "gptqmodel", "hqq", "neural_compressor", "openvino"}
+LAYERS |= {"openvino_genai", "openvino_tokenizers"}
 LAYERS |= {"optimum.quanto", "torchao"}
 """Packages of tools/environment-layers: they conflict with each other's requirements, so they are kept apart."""
 

@@ -7,10 +7,11 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
+from safetensors.torch import save
 
 from oftfx.adapter.store import unwrapped
 from oftfx.errors import ExportError, MissingExtraError
-from oftfx.files import landing
+from oftfx.files import landing, write_whole
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks
 from oftfx.onnx.adapters.model_number import interface_of
 from oftfx.serving.copied.runtime.contract import INTERFACE, MODEL, ROTATIONS
@@ -31,9 +32,12 @@ def export_onnx_adapter(
     ``run_with_iobinding`` silently ignores adapters; and a `LoraAdapter` that Python has freed acts no more, silently,
     so keep the object. Servers that `oftfx.serving` writes keep to that.
 
+    Runtimes without such an interface (ONNX Runtime Web, OpenVINO) are fed the blocks as inputs, of graphs that were
+    exported with ``adapters="inputs"``; a path that ends with ``.safetensors`` gets them in that format.
+
     Args:
         model: the transformed model.
-        path: the ``.onnx_adapter`` file.
+        path: the ``.onnx_adapter`` or ``.safetensors`` file.
         adapter: its name in the model.
         graph: the exported model, to fit the adapter to: needed where the adapter rotates fewer sites than the graph,
             or shares its rotations otherwise. Without it, the file fits graphs that were made from this adapter or one
@@ -55,21 +59,26 @@ def export_onnx_adapter(
         >>> {name: value.shape() for name, value in held.items()}
         {'0.oft.blocks': [2, 3, 3]}
     """
+    file = Path(path)
+    plain = file.suffix == ".safetensors"
     try:
         import onnxruntime
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "onnx", "Writing an ONNX adapter") from error
-    if not hasattr(onnxruntime, "AdapterFormat"):
+    if not plain and not hasattr(onnxruntime, "AdapterFormat"):
         raise ExportError(f"onnxruntime {onnxruntime.__version__} has no adapters; install 1.20 or later")
     slots = Slots.of(model, adapter) if graph is None else _slots_of(Path(graph), model)
     blocks = {n: b.cpu() for n, b in adapter_blocks(model, adapter, slots).items()}
     if bad := next((n for n, b in blocks.items() if not torch.isfinite(b).all()), None):
         raise ExportError(f"adapter {adapter!r}: {bad} is not finite")
+    if plain:
+        made_for = {INTERFACE: str(interface_of(model, slots.names))}
+        write_whole(file, save({n: b.contiguous() for n, b in sorted(blocks.items())}, made_for), ExportError)
+        return file
     written = onnxruntime.AdapterFormat()
     written.set_adapter_version(VERSION)
     written.set_model_version(interface_of(model, slots.names))
     written.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(b.numpy()) for n, b in sorted(blocks.items())})
-    file = Path(path)
     with landing(file.parent, file.name, ExportError) as made:
         written.export_adapter(str(made / file.name))
     return file
