@@ -23,6 +23,8 @@ NEEDS = {
     **dict.fromkeys(("Request", "RequestError", "ServedModel", "ServingError"), ("onnx", "onnxruntime")),
     "export_onnx_adapter": ("onnxruntime",),
     "export_genai": ("onnx", "onnxruntime", "transformers"),
+    **dict.fromkeys(("export_gguf", "GgufReport"), ("gguf", "transformers")),
+    "export_openvino": ("openvino", "onnx", "onnxruntime", "transformers"),
     "quantize": ("compressed_tensors",),
     **dict.fromkeys(("Budget", "load_rotations", "save_rotations", "ScalarFormat"), ("bitsandbytes",)),
     **dict.fromkeys(("Calibrate", "Dequantize", "FromReference", "Keep", "Requantize"), ("bitsandbytes",)),

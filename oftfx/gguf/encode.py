@@ -90,7 +90,7 @@ def quantized_matrix(name: str, layer: nn.Module, weight_format: WeightFormat, k
             for candidate in _GRIDS if kind is None else (kind,):
                 data, why = blocks.encoded(candidate)
                 if data is None or (kind is None and why):
-                    blocks.reason = blocks.reason or f"{candidate}: {why}"
+                    blocks.reason = why  # in the end that of the widest type
                     continue
                 found = torch.from_numpy(_decoded(data, candidate, weight.shape))
                 error = _error(found, weight.cpu())

@@ -14,7 +14,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.adapter.checkpoints import quantized_layers
-from oftfx.adapter.store import unwrapped
+from oftfx.adapter.store import find_store, unwrapped
 from oftfx.errors import ExportError, MissingExtraError
 from oftfx.files import check_place, landing
 from oftfx.formats.base import WeightFormat
@@ -160,7 +160,6 @@ def export_gguf(
     facts: Metadata = {
         # llama.cpp goes by some names: files of Phi-3 have to be called so, and others must not be.
         "general.name": type(model).__name__.removesuffix("ForCausalLM"),
-        "general.file_type": _file_type(quantized),
         "general.quantization_version": 2,
     }
     # What is said of all tensors stands before the first, and the type of some is known only once they are encoded.
@@ -178,6 +177,7 @@ def export_gguf(
                     written.append(GgufTensor(name, source, encoded.type, encoded.error, encoded.note))
                     if report_progress is not None:
                         report_progress(len(written), len(sources))
+            _put(writer, "general.file_type", _file_type(written))
             writer.write_header_to_file()
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
@@ -192,16 +192,18 @@ _Source = tuple[str, str, Callable[[str | None], Encoded]]
 
 
 def _check_folded(model: nn.Module) -> None:
-    found = next(iter(rotated_sites(model)), None)
-    if found is None:
-        return
-    fqn, placement = found
-    if placement.fixed and not placement.rotations:
+    kept = next((fqn for fqn, placement in rotated_sites(model) if placement.fixed), None)
+    store = find_store(model)
+    if store is not None:
         raise ExportError(
-            f"{fqn} has a rotation in front of its weight (quantized='keep'), which llama.cpp does not know; fold with "
-            "quantized='calibrate', 'requantize' or 'float'"
+            f"the model has adapters ({', '.join(store.adapters)}), which llama.cpp does not know; export "
+            "oftfx.fold(model).model"
         )
-    raise ExportError(f"{fqn} has adapters, which llama.cpp does not know; export oftfx.fold(model).model")
+    if kept is not None:
+        raise ExportError(
+            f"{kept} has a rotation in front of its weight (quantized='keep'), which llama.cpp does not know; fold "
+            "with quantized='calibrate', 'requantize' or 'float'"
+        )
 
 
 def _sources(model: Any, family: Family) -> list[_Source]:
@@ -294,9 +296,11 @@ def _put(writer: Any, key: str, value: Any) -> None:
         writer.add_array(key, value)
 
 
-def _file_type(quantized: str | None) -> int:
-    """llama.cpp shows it and goes by the types of the tensors."""
+def _file_type(tensors: list[GgufTensor]) -> int:
+    """llama.cpp shows it, and goes by the types of the tensors: that of most matrices."""
     import gguf
 
+    kinds = Counter(t.type for t in tensors if t.source.endswith("_proj.weight"))
+    (most, _), *_ = kinds.most_common(1)
     known = gguf.LlamaFileType
-    return int(known.ALL_F32 if quantized in (None, "F32") else known[f"MOSTLY_{quantized}"])
+    return int(known.ALL_F32 if most == "F32" else known[f"MOSTLY_{most}"])

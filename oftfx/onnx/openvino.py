@@ -69,8 +69,11 @@ def export_openvino(
         >>> from transformers import LlamaConfig, LlamaForCausalLM
         >>> sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
         >>> model = LlamaForCausalLM(LlamaConfig(vocab_size=33, max_position_embeddings=64, **sizes)).eval()
-        >>> report = oftfx.export_openvino(model, "served")  # doctest: +SKIP
-        >>> pipeline = openvino_genai.LLMPipeline("served", "CPU", EXECUTION_MODE_HINT="ACCURACY")  # doctest: +SKIP
+        >>> report = oftfx.export_openvino(model, "served")
+        >>> report.path.name, report.checks[-1].case, report.checks[-1].relative_error < 1e-5
+        ('openvino_model.xml', 'in OpenVINO', True)
+        >>> sorted(f.name for f in report.path.parent.glob("*.json"))
+        ['config.json', 'generation_config.json']
     """
     for package in ("openvino", *(["openvino_tokenizers"] if tokenizer is not None else [])):
         if find_spec(package) is None:

@@ -13,6 +13,7 @@ NEEDS = {
     "fold_aware": ("bitsandbytes",),
     "from_peft": ("transformers", "peft"),
     "genai": ("transformers", "tokenizers", "onnx", "onnxruntime", "onnxscript", "onnxruntime_genai"),
+    "gguf_for_llama_cpp": ("transformers", "gguf"),
     "language_model_4bit": ("transformers", "accelerate", "bitsandbytes", "onnx", "onnxruntime", "onnxscript"),
     "many_adapters": ("transformers",),
     "other_tools": ("lycoris",),

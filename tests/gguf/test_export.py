@@ -90,7 +90,7 @@ def test_what_is_no_plain_model_is_refused(folded, tiny_llama, tmp_path):
     quantized = quantize_nf4(tiny_llama(**SIZES))
     refuses(quantized, "no type of GGUF holds this layer to the bit. quantized='F32' or 'F16' writes floats")
     adapted = randomize(oftfx.transform(quantized, {"all-linear": OFT(16)}))
-    refuses(adapted, r"q_proj has adapters, which llama.cpp does not know; export oftfx.fold\(model\).model")
+    refuses(adapted, r"has adapters .default., which llama.cpp does not know; export oftfx.fold\(model\).model")
     refuses(oftfx.fold(adapted).model, "has a rotation in front of its weight .quantized='keep'")
     refuses(nn.Sequential(nn.Linear(4, 4)), "no GGUF of a Sequential: known are LlamaForCausalLM")
     refuses(folded, "expected None or one of 'F32'", quantized="Q9")

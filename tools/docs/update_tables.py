@@ -355,9 +355,23 @@ def in_vllm():
     return markdown(("ms (ratio to the base alone)", *heads), table)
 
 
+def runtimes():
+    """For each runtime, how many of 32 tokens of each prompt are torch's, and torch's margin at the first other one."""
+    results = json.loads((ROOT / "tools/results/runtimes.json").read_text())
+    table = []
+    for name, row in results["rows"].items():
+        fold, _, runtime = name.partition(": ")
+        ends = [(p["tokens"], p["margin"]) for p in row["prompts"]]
+        cells = [f"{n}" if margin is None else f"{n} ({margin:.2g})" for n, margin in ends]
+        size, _, note = row["note"].partition("; ")
+        table.append((fold, runtime, ", ".join(cells), size, note))
+    return markdown(("fold", "runtime", "tokens (margin)", "file", "weights, as the report says"), table)
+
+
 def tables():
     return {
         "headline": headline(),
+        "runtimes": runtimes(),
         "policies": policies(),
         "hot swap": hot_swap(),
         "quickstart": quickstart(),
