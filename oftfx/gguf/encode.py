@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -60,6 +59,8 @@ def matrix(name: str, weight: Tensor, kind: str | None) -> Encoded:
     Raises:
         ExportError: the type has no such numbers, or no such rows.
     """
+    import numpy as np
+
     if kind is None:
         kind = FLOATS.get(weight.dtype)
         if kind is None:
@@ -160,6 +161,7 @@ def _blocks_of(layer: nn.Module, weight_format: WeightFormat) -> _Blocks | str:
 def _floats(name: str, rows: Tensor, kind: str) -> Any:
     """Rows as bytes."""
     import gguf
+    import numpy as np
 
     if kind in BLOCKS and rows.shape[1] % BLOCK:
         raise ExportError(f"{name}: {kind} is of blocks of {BLOCK}, and it has {rows.shape[1]} inputs; use 'F16'")
@@ -173,6 +175,7 @@ def _floats(name: str, rows: Tensor, kind: str) -> Any:
 def _decoded(data: Any, kind: str, shape: torch.Size) -> Any:
     """What the package reads."""
     import gguf
+    import numpy as np
 
     found = gguf.quants.dequantize(data, gguf.GGMLQuantizationType[kind])
     return np.ascontiguousarray(found, dtype=np.float32).reshape(tuple(shape))

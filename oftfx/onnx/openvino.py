@@ -8,7 +8,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -118,6 +117,7 @@ def stateful(graph: Any) -> Any:
     Args:
         graph: an ``openvino.Model``.
     """
+    import numpy as np
     from openvino import opset13
     from openvino._offline_transformations import apply_make_stateful_transformation
 
@@ -147,6 +147,7 @@ def _checked(model: nn.Module, onnx: Path, graph: Any, adapters: str) -> list[Ve
     Raises:
         ExportError: they differ.
     """
+    import numpy as np
     import openvino
 
     exact = exact_copy(model)

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 import torch.nn as nn
-from safetensors.torch import save
 
 from oftfx.adapter.store import unwrapped
 from oftfx.errors import ExportError, MissingExtraError
@@ -72,6 +71,8 @@ def export_onnx_adapter(
     if bad := next((n for n, b in blocks.items() if not torch.isfinite(b).all()), None):
         raise ExportError(f"adapter {adapter!r}: {bad} is not finite")
     if plain:
+        from safetensors.torch import save
+
         made_for = {INTERFACE: str(interface_of(model, slots.names))}
         write_whole(file, save({n: b.contiguous() for n, b in sorted(blocks.items())}, made_for), ExportError)
         return file
