@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import torch.nn as nn
 
 import oftfx
@@ -28,7 +29,7 @@ from oftfx.model.structure import replace_module, structural_copy
 from oftfx.onnx.openvino import EXACT
 from tests.serving.node import node
 from tools.bench.bench_genai import PROMPTS, rotated
-from tools.bench.bench_vllm import COUNT, compared, greedy
+from tools.bench.bench_vllm import COUNT, compared
 
 RESULTS = Path(__file__).parents[1] / "results" / "runtimes.json"
 Tokens = list[list[int]]
@@ -48,6 +49,16 @@ def in_gptq(base: nn.Module) -> nn.Module:
         if type(module) is nn.Linear and module is not head:
             replace_module(base, module, make_gptq(module, group_size=32))
     return base
+
+
+def greedy(model: Any, ids: list[int]) -> tuple[list[int], list[float]]:
+    """torch's tokens, by its cache, and by how much each was ahead of the second best."""
+    given = torch.tensor([ids])
+    settings = {"do_sample": False, "max_new_tokens": COUNT, "min_new_tokens": COUNT, "eos_token_id": None}
+    more = {"attention_mask": torch.ones_like(given), "pad_token_id": 0, "output_logits": True}
+    found = model.generate(given, **settings, **more, return_dict_in_generate=True)
+    best = torch.cat(found.logits).float().topk(2).values
+    return found.sequences[0, len(ids) :].tolist(), (best[:, 0] - best[:, 1]).tolist()
 
 
 def in_floats(model: nn.Module) -> nn.Module:
