@@ -68,7 +68,6 @@ _HOME = {
     "export_genai": "oftfx.onnx.genai",
     "ExportReport": "oftfx.onnx.report",
     "export_openvino": "oftfx.onnx.openvino",
-    "ExportReport": "oftfx.onnx.export",
     "export_gguf": "oftfx.gguf.export",
     "GgufReport": "oftfx.gguf.export",
     "OftfxError": "oftfx.errors",
@@ -106,15 +105,15 @@ if TYPE_CHECKING:
     from oftfx.folds import FoldResult, fold, unfold
     from oftfx.formats.base import WeightFormat
     from oftfx.formats.registry import register_format
+    from oftfx.gguf.export import GgufReport, export_gguf
     from oftfx.lora.convert import to_lora
     from oftfx.lora.report import LoraReport
-    from oftfx.gguf.export import GgufReport, export_gguf
     from oftfx.model.site import Site
     from oftfx.onnx.adapters.file import export_onnx_adapter
     from oftfx.onnx.export import export_onnx
     from oftfx.onnx.genai import export_genai
-    from oftfx.onnx.report import ExportReport
     from oftfx.onnx.openvino import export_openvino
+    from oftfx.onnx.report import ExportReport
     from oftfx.planning.plans import Plan
     from oftfx.planning.program import Program
     from oftfx.planning.rules import Rule

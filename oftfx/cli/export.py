@@ -1,4 +1,4 @@
-"""The commands ``oftfx export``, ``oftfx genai`` and ``oftfx export-adapter``."""
+"""The commands ``oftfx export``, ``genai``, ``openvino``, ``gguf`` and ``export-adapter``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from oftfx.cli import show
-from oftfx.cli.options import Base, Force, Html, Json, Threads, use_threads
+from oftfx.cli.options import Base, Force, Html, Json, Quiet, Threads, use_threads
 
 _Adapters = Annotated[
     list[str] | None,
@@ -90,6 +90,50 @@ def genai(
             verify=verify,
         )  # fmt: skip
     _end(report, html, json)
+
+
+def openvino(
+    model: Base,
+    out: Annotated[Path, typer.Argument(help="The directory.", show_default=False)],
+    adapter: _Adapters = None,
+    mode: Annotated[str, typer.Option(help="fixed: in the model; inputs: for plain OpenVINO.")] = "fixed",
+    dtype: _Dtype = "auto",
+    verify: Annotated[bool, typer.Option(help="Compare with the verified ONNX graph.")] = True,
+    force: Force = False,
+    threads: Threads = None,
+) -> None:
+    """Write a language model as a directory that OpenVINO GenAI loads."""
+    from oftfx.onnx.openvino import export_openvino
+    from oftfx.opened import open_tokenizer
+
+    use_threads(threads)
+    show.check_new(out, force=force)
+    made, tokenizer = _with_adapters(model, adapter or [], dtype), open_tokenizer(model)
+    asked: dict[str, Any] = {"adapters": mode}  # checked there
+    with show.waiting(f"export {out.name}", quiet=False):
+        report = export_openvino(made, out, tokenizer=tokenizer, **asked, verify=verify)
+    show.result(str(report))
+
+
+def gguf(
+    model: Base,
+    out: Annotated[Path, typer.Argument(help="The .gguf file.", show_default=False)],
+    quantized: Annotated[
+        str | None, typer.Option(help="Q8_0, Q4_1, ...; without: as it is, to the bit.", show_default=False)
+    ] = None,
+    dtype: _Dtype = "auto",
+    force: Force = False,
+    quiet: Quiet = False,
+) -> None:
+    """Write a folded model as a file that llama.cpp reads, with the error of every tensor that is not the same."""
+    from oftfx.gguf.export import export_gguf
+    from oftfx.opened import open_model, open_tokenizer
+
+    show.check_new(out, force=force)
+    made, tokenizer = open_model(model, dtype=dtype), open_tokenizer(model)
+    asked: dict[str, Any] = {"quantized": quantized}  # checked there
+    report = export_gguf(made, out, tokenizer=tokenizer, **asked, progress=not quiet)
+    show.result(str(report))
 
 
 def export_adapter(

@@ -20,7 +20,7 @@ from oftfx.cli.adapters import convert, diff, merge, to_lora
 from oftfx.cli.demo import demo, ocr, sample
 from oftfx.cli.doctor import doctor
 from oftfx.cli.evaluate import evaluate
-from oftfx.cli.export import export, export_adapter, genai
+from oftfx.cli.export import export, export_adapter, genai, gguf, openvino
 from oftfx.cli.fold import fold
 from oftfx.cli.inspect import inspect
 from oftfx.cli.plan import plan
@@ -42,7 +42,14 @@ PARTS: dict[str, dict[str, Callable[..., None]]] = {
     "Adapters": {"convert": convert, "merge": merge, "diff": diff, "to-lora": to_lora},
     "Look and check": {"plan": plan, "inspect": inspect, "verify": verify, "eval": evaluate, "doctor": doctor},
     "Tell": {"report": report, "card": card},
-    "Serve": {"export": export, "export-adapter": export_adapter, "genai": genai, "repository": repository},
+    "Serve": {
+        "export": export,
+        "export-adapter": export_adapter,
+        "genai": genai,
+        "openvino": openvino,
+        "gguf": gguf,
+        "repository": repository,
+    },
     "Try": {"demo": demo, "ocr": ocr, "sample": sample},
 }
 

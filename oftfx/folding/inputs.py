@@ -55,6 +55,6 @@ def _kind(value: Any) -> str:
     return repr(value)[:40]
 
 
-def is_of_input(error: BaseException) -> bool:
+def is_of_input(error: Exception) -> bool:
     """Whether an error of a forward can be laid to what it was given, and is not said better by itself."""
-    return isinstance(error, Exception) and not isinstance(error, (OftfxError, MemoryError, torch.OutOfMemoryError))
+    return not isinstance(error, (OftfxError, MemoryError, torch.OutOfMemoryError))

@@ -121,7 +121,7 @@ class Lockstep:
         run.resume.release()
         moved = self._messages.get()
         if moved.error is not None:
-            if is_of_input(moved.error):
+            if isinstance(moved.error, Exception) and is_of_input(moved.error):
                 raise not_taken(moved.inputs, moved.error) from moved.error
             raise moved.error
 

@@ -54,13 +54,13 @@ class AsTrained(QuantizedPolicy):
         state = aware.format.pack(coded, site.module)
         before = self.distilled.get(site.fqn)
         if before is not None:
-            done = write_rounded(site, state, f"{before.action}, distilled", None, float("inf"))
+            done = write_rounded(site, state, f"{before.action}, distilled", None, None)
         else:
             trained = aware.values(coded)
             away = share(norm(t - f for t, f in pieces(site.target, trained)), norm(t for (t,) in pieces(site.target)))
             note = f"trained through {aware.how!r}, {away:.2%} from the rotated weight"
             site = replace(site, target=trained, note="; ".join(n for n in (note, site.note) if n))
-            done = write_rounded(site, state, "as trained", None, float("inf"))
+            done = write_rounded(site, state, "as trained", None, None)
         if done is None:
             raise FoldError(f"{site.fqn}: what was trained is not finite")
         return done
