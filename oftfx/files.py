@@ -22,7 +22,7 @@ try:
 except ImportError:  # Windows: nobody can tell there whether a process still writes, so its remains stay
     fcntl = None  # type: ignore[assignment]
 
-_HIDDEN, _NEW, _OLD = ".oftfx-", "new", "old"
+_HIDDEN, _NEW, _OLD, _STALE = ".oftfx-", "new", "old", "stale"
 _ADVICE = {
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
@@ -136,6 +136,42 @@ def remains(directory: Path, *heads: str) -> str:
     return ""
 
 
+def finish_landing(directory: Path, *heads: str) -> bool:
+    """End what a killed process has begun: all of its new set was on the disk, and some had taken their places.
+
+    For readers, before they look. Nothing is done where a head is there, where the process lives, or where the
+    directory cannot be written to; `remains` has the words for the last.
+
+    Returns:
+        Whether the new set is in its place now.
+    """
+    for head in heads:
+        for made in _hidden_ones(directory, head):
+            handle = lock(made)
+            if handle is None:
+                continue
+            try:
+                with _alone(directory):
+                    if not (made / _OLD).is_dir() or not (made / _NEW / head).exists() or (directory / head).exists():
+                        continue
+                    names = sorted(p.name for p in (made / _NEW).iterdir() if p.name != head)
+                    for name in (made / _STALE).read_text().split("\n") if (made / _STALE).is_file() else ():
+                        if name and os.path.lexists(directory / name):
+                            rename(directory / name, made / _OLD / name)
+                    for name in (*names, head):
+                        if name == head:
+                            sync(directory)
+                        rename(made / _NEW / name, directory / name)
+                    sync(directory)
+                    shutil.rmtree(made, ignore_errors=True)
+                    return True
+            except OSError:
+                continue
+            finally:
+                os.close(handle)
+    return False
+
+
 def of_version(found: object, read: int) -> str:
     """Words for a file of a layout that is not read: which version it has, which is read, and what to do."""
     newer = isinstance(found, int) and found > read
@@ -154,6 +190,8 @@ def _land(directory: Path, made: Path, head: str, stale: list[str], error: type[
         _replace(directory / head, new / head, error)
         return
     moves = [(directory / n, old / n) for n in leaving] + [(new / n, directory / n) for n in names]
+    # For who ends this where we are killed; by then some of the new names may be in their places.
+    (made / _STALE).write_text("\n".join(n for n in stale if n not in names))
     old.mkdir()  # also says that all of the new set is there
     try:
         for source, target in moves:

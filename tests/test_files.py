@@ -10,7 +10,7 @@ import pytest
 
 from oftfx import files
 from oftfx.errors import AdapterFileError, FoldError, OftfxError
-from oftfx.files import landing, of_version, remains, write, write_whole
+from oftfx.files import finish_landing, landing, of_version, remains, write, write_whole
 
 OLD = {"head.json": b"old head", "weights": b"old weights" * 9, "stale": b"of the old layout", "README.md": b"a user's"}
 NEW = {"head.json": b"the new head", "weights": b"the new weights" * 7, "more": b"more"}
@@ -29,7 +29,7 @@ def old(tmp_path):
 
 
 def save(directory):
-    with landing(directory, "head.json", AdapterFileError, stale=["stale"]) as made:
+    with landing(directory, "head.json", AdapterFileError, stale=["stale", "weights", "head.json"]) as made:
         for name, data in NEW.items():
             write(made / name, data)
 
@@ -178,6 +178,12 @@ def test_a_process_killed_at_every_step_leaves_no_mixture(tmp_path):
                 for path in (hidden / "new").iterdir():
                     path.rename(folder / path.name)
                 assert {**contents(folder), "stale": b""} == {**AFTER, "stale": b""}
+            else:  # or what every reader does first
+                before = contents(folder)
+                assert finish_landing(folder, "other.json", "head.json")
+                assert contents(folder) == AFTER, before
+                assert not [*folder.glob(".oftfx-*")]
+            assert not finish_landing(folder, "head.json")
         assert head is None or not advice
         save(folder)
         assert contents(folder) == AFTER

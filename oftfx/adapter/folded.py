@@ -19,7 +19,7 @@ from oftfx.adapter.kept import load_rotations, multiply_right, save_rotations
 from oftfx.adapter.quanto_state import QuantoState
 from oftfx.adapter.servers import check_server
 from oftfx.errors import AdapterFileError, FoldError
-from oftfx.files import landing, of_version, remains, write
+from oftfx.files import finish_landing, landing, of_version, remains, write
 from oftfx.folding.checkpoint import checkpoint_digest
 from oftfx.folding.note import fold_notes, note_again
 from oftfx.folding.report import FoldReport
@@ -143,6 +143,7 @@ def load_folded(directory: str | Path, model: nn.Module | None = None, **options
 
 def read_note(directory: Path) -> dict[str, Any]:
     """The note, once all that it names is there and is what was saved."""
+    finish_landing(directory, _CONFIG, NOTE)
     if advice := remains(directory, _CONFIG, NOTE):
         raise AdapterFileError(f"{directory}: {advice}")
     if not (directory / NOTE).is_file():

@@ -12,6 +12,7 @@ from torch import Tensor
 from oftfx.adapter.peft_files import CONFIG_FILE, PLAN_FILE, WEIGHT_FILE
 from oftfx.adapter.read import check_finite, no_file, read_json
 from oftfx.errors import AdapterFileError
+from oftfx.files import finish_landing
 
 INDEX_FILE, MODEL_FILE = "model.safetensors.index.json", "model.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -57,6 +58,7 @@ class Source:
             AdapterFileError: no such file, several that it could be, a pickled or a damaged one.
         """
         path = Path(path)
+        finish_landing(path, CONFIG_FILE, PLAN_FILE)
         weights = _weights_of(path)
         files: dict[str, Path] = {}
         heads: dict[str, Head] = {}
