@@ -78,8 +78,9 @@ class FoldResult:
         self,
         directory: str | Path,
         *,
-        save_as: Literal["compressed-tensors"] | None = None,
+        save_as: Literal["compressed-tensors", "gptq", "awq"] | None = None,
         server: Literal["vllm"] | None = None,
+        rotations: Literal["code", "transforms"] | None = None,
     ) -> Path:
         """Write everything that `oftfx.load_folded` needs to bring ``.model`` back.
 
@@ -94,9 +95,15 @@ class FoldResult:
 
         Args:
             directory: made where it is not there.
-            save_as: ``"compressed-tensors"``: quantized layers of any format of integers in groups of columns (GPTQ,
-                AWQ, int8, ...) as that package's ``pack-quantized``, with the same weights to the bit.
+            save_as: quantized layers of any format of integers in groups of columns (GPTQ, AWQ, int8, ...) in another
+                form, with the same weights to the bit, or an error: ``"compressed-tensors"``, that package's
+                ``pack-quantized``; ``"gptq"``, of version 1 unless a zero point is 0; ``"awq"``, 4 bits. The last two
+                have float16 scales and one size of groups for all layers.
             server: ``"vllm"``: write only what that server reads; the error names what it reads instead.
+            rotations: how that server is given the rotations that stay in front of quantized weights
+                (``quantized="keep"``), with ``save_as="compressed-tensors"``. ``"code"``, the default: a file of code
+                beside the weights rotates, and the server starts with ``--trust-remote-code``; any rotation.
+                ``"transforms"``: a ``transform_config``, which vLLM's own layers apply; the guide on vLLM says which.
 
         Returns:
             The directory.
@@ -105,7 +112,7 @@ class FoldResult:
             FoldError: it cannot be written, holds a checkpoint of others, or the model is one that its own loader would
                 not bring back (the message says why). What was there is as it was then.
         """
-        return save_folded(self.model, self.report, directory, save_as=save_as, server=server)
+        return save_folded(self.model, self.report, directory, save_as=save_as, server=server, rotations=rotations)
 
 
 def fold(

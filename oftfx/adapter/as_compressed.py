@@ -15,17 +15,11 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from oftfx.adapter.checkpoints import ONLY, Facts, Transformers, quantized_layers
+from oftfx.adapter.checkpoints import ONLY, Facts, Transformers
+from oftfx.adapter.integer_layers import bare_of, integers_of
 from oftfx.errors import FoldError
-from oftfx.folding.checkpoint import ROTATION
 from oftfx.folding.report import FoldReport
-from oftfx.formats.base import WeightFormat
 from oftfx.formats.packing.words import to_stream
-from oftfx.formats.registry import format_of
-from oftfx.formats.scalar import ScalarFormat
-from oftfx.grids import Codes, Grid, Integers
-from oftfx.model.huggingface import without_quantizer
-from oftfx.model.structure import structural_copy
 
 _ZERO_POINT = ".weight_zero_point"
 
@@ -87,33 +81,24 @@ def as_compressed(model: nn.Module) -> tuple[nn.Module, dict[str, Tensor]]:
     Raises:
         FoldError: there is no such layer, or one whose weight the format does not hold to the bit.
     """
-    layers = quantized_layers(model)
-    if not layers:
-        raise FoldError(f"this {type(model).__name__} has no quantized layer to be saved as compressed-tensors")
-    made: Any = structural_copy(model)
-    inside = tuple(f"{path}." for path in layers)
-    state = {
-        k: v for k, v in made.state_dict().items() if not ROTATION.search(k) and (not k.startswith(inside) or _kept(k))
-    }
+    bare = bare_of(model, "compressed-tensors")
     schemes: dict[Scheme, list[str]] = {}
-    for path, layer in layers.items():
+    for path, layer in bare.layers.items():
         scheme, tensors = packed_layer(path, layer)
         schemes.setdefault(scheme, []).append(path)
-        state |= {f"{path}.{name}": tensor for name, tensor in tensors.items()}
-    without_quantizer(made)
-    floats = [n for n, m in made.named_modules() if isinstance(m, nn.Linear) and n not in layers]
-    made.config.quantization_config = {
+        bare.state.update({f"{path}.{name}": tensor for name, tensor in tensors.items()})
+    bare.model.config.quantization_config = {
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "ignore": floats,
+        "ignore": bare.floats,
         "config_groups": {
             # One scheme for all is said of the class: servers that join layers look for no names then.
             f"group_{i}": scheme.to_config(["Linear"] if len(schemes) == 1 else paths)
             for i, (scheme, paths) in enumerate(schemes.items())
         },
     }
-    return made, state
+    return bare.model, bare.state
 
 
 def packed_layer(path: str, layer: nn.Module) -> tuple[Scheme, dict[str, Tensor]]:
@@ -122,72 +107,15 @@ def packed_layer(path: str, layer: nn.Module) -> tuple[Scheme, dict[str, Tensor]
     Raises:
         FoldError: its weight is not of integers in groups of columns, or comes out as another.
     """
-    weight_format: Any = format_of(layer)
-    found = integers_of(layer, weight_format)
-    if isinstance(found, str):
-        raise FoldError(
-            f"{path}: {found}, which compressed-tensors' integers do not hold to the bit. Save it as it is, or fold "
-            "with quantized='float' and quantize anew"
-        )
-    grid, coded, zero = found
-    rows, columns = coded.codes.shape
-    size = grid.partition.tile[1]
-    low, high = int(coded.codes.min()), int(coded.codes.max())
-    bits = next(b for b in (4, 8) if grid.levels.high - grid.levels.low < 2**b)  # type: ignore[attr-defined]
-    middle = 2 ** (bits - 1)
-    # Codes are counted so that a zero that all groups share is in the middle, where they then still fit.
-    shift = middle - int(zero[0])
-    symmetric = bool((zero == zero[0]).all()) and low + shift >= 0 and high + shift < 2**bits
-    if not symmetric:
-        shift = -int(min(grid.levels.low, int(zero.min())))  # type: ignore[attr-defined]
-        symmetric = False
-        if int(zero.max()) + shift >= 2**bits or high + shift >= 2**bits:
-            raise FoldError(
-                f"{path}: its zero points are outside of {bits} bits, so they cannot be stored; save it as it is"
-            )
-    scale = coded.scale.view(rows, -1).to(grid.product)
+    found = integers_of(path, layer, "compressed-tensors")
+    rows, columns = found.codes.shape
+    bits = found.bits
     words = {
-        "weight_packed": to_stream((coded.codes.to(torch.int16) + shift).contiguous(), bits),
-        "weight_scale": scale,
+        "weight_packed": to_stream(found.codes.contiguous(), bits),
+        "weight_scale": found.scales,
         "weight_shape": torch.tensor([rows, columns]),
     }
-    if not symmetric:
-        points = (zero + shift).to(torch.int16).view(rows, -1)
-        words[_ZERO_POINT.removeprefix(".")] = to_stream(points.T.contiguous(), bits).T.contiguous()
-    # What a reader makes of it, in the dtype of the scales.
-    level = (coded.codes.to(grid.product) - grid.partition.expand(zero).to(grid.product)) * grid.partition.expand(
-        coded.scale
-    ).to(grid.product)
-    if not torch.equal(level.float(), weight_format.dequantize(layer).float()):
-        raise FoldError(
-            f"{path}: a {type(layer).__name__} multiplies its codes in another way than compressed-tensors does, so "
-            "the weight would not be the same to the bit; save it as it is"
-        )
-    return Scheme(bits, -1 if size >= columns else size, symmetric), words
-
-
-def integers_of(layer: nn.Module, weight_format: WeightFormat | None) -> tuple[Grid, Codes, Tensor] | str:
-    """Grid, codes and zeros of a layer of integers; or what it is instead."""
-    if not isinstance(weight_format, ScalarFormat):
-        return f"a {type(layer).__name__} has no code of its own for each weight"
-    grid = weight_format.grid(layer)
-    if not isinstance(grid.levels, Integers):
-        return f"the values of a {type(layer).__name__} are no integers"
-    partition = grid.partition
-    if partition.order is not None:
-        return "its columns are in groups by act-order"
-    if partition.kind != "tiles" or partition.tile[0] != 1 or partition.columns % partition.tile[1]:
-        return f"its groups ({partition.kind} of {partition.tile}) are no equal parts of rows"
-    coded = weight_format.codes(layer)
-    zero = coded.zero
-    if zero is None:
-        if isinstance(grid.zero, str):
-            return f"its zeros are {grid.zero}s"
-        zero = torch.full_like(coded.scale, grid.zero)
-    if not torch.equal(zero, zero.round()):
-        return "its zero points are no integers"
-    return grid, coded, zero
-
-
-def _kept(key: str) -> bool:
-    return key.endswith(".bias")
+    if not found.symmetric:
+        words[_ZERO_POINT.removeprefix(".")] = to_stream(found.zeros.T.contiguous(), bits).T.contiguous()
+    found.check(path, found.scales.dtype, "compressed-tensors")
+    return Scheme(bits, -1 if found.group >= columns else found.group, found.symmetric), words

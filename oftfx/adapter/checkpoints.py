@@ -40,6 +40,8 @@ class Checkpoint(ABC):
     """One way to write a model's weights and to read them again; rotations in front of them do not count."""
 
     name: ClassVar[str]
+    rotations_inside: ClassVar[bool] = False
+    """Whether what it writes has the rotations in it, so that no file of theirs is to stand beside it."""
 
     @classmethod
     @abstractmethod
@@ -139,7 +141,7 @@ class Transformers(Checkpoint):
         if model is not None:
             return model
         if ONLY in facts:
-            raise AdapterFileError(f"{directory} was saved for {facts[ONLY]}; transformers does not read it")
+            raise AdapterFileError(f"{directory} was saved for {facts[ONLY]}; load_folded does not read it")
         try:
             maker = getattr(import_module("transformers"), facts["class"], None)
         except ImportError as error:

@@ -12,12 +12,15 @@ from typing import Any
 import torch.nn as nn
 
 from oftfx.adapter.as_compressed import Compressed
+from oftfx.adapter.as_gptq_awq import AsAwq, AsGptq
+from oftfx.adapter.as_transforms import WithTransforms
 from oftfx.adapter.checkpoints import Checkpoint, Facts, Hqq, Plain, Transformers, read_json
 from oftfx.adapter.four_bit_state import FourBitState
 from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.adapter.kept import load_rotations, multiply_right, save_rotations
 from oftfx.adapter.quanto_state import QuantoState
 from oftfx.adapter.servers import check_server
+from oftfx.adapter.with_code import WithCode
 from oftfx.errors import AdapterFileError, FoldError
 from oftfx.files import finish_landing, landing, of_version, remains, write
 from oftfx.folding.checkpoint import checkpoint_digest
@@ -33,6 +36,9 @@ _CONFIG = "config.json"
 _COMPANIONS = ("tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
                "*.model", "preprocessor_config.json", "processor_config.json")  # fmt: skip
 _WAYS: tuple[type[Checkpoint], ...] = (FourBitState, QuantoState, Hqq, Transformers, Plain)
+_AS: dict[str, type[Checkpoint]] = {"compressed-tensors": Compressed, "gptq": AsGptq, "awq": AsAwq}
+_ROTATING: dict[str, type[Checkpoint]] = {"code": WithCode, "transforms": WithTransforms}
+"""How a server is given rotations that stay, beside the integers of compressed-tensors."""
 
 
 def save_folded(
@@ -42,18 +48,18 @@ def save_folded(
     *,
     save_as: str | None = None,
     server: str | None = None,
+    rotations: str | None = None,
     beside: Sequence[Path] = (),
 ) -> Path:
     """See `oftfx.FoldResult.save`; files ``beside`` it are copied and land with it."""
     from safetensors import SafetensorError
 
     directory = Path(directory)
-    if save_as not in (None, "compressed-tensors"):
-        raise FoldError(f"save_as={save_as!r}; a fold is saved as it is (None), or as 'compressed-tensors'")
+    stays = any(p.fixed for _, p in rotated_sites(model))
+    way = _way(model, save_as, server, rotations, stays)
     if server is not None:
         check_server(model, server, save_as)
     stale = own_files(directory)
-    way = Compressed(server is not None) if save_as else next(c for c in _WAYS if c.takes(model))()
     head = NOTE if isinstance(way, Plain) else _CONFIG
     with landing(directory, head, FoldError, stale=stale) as made:
         try:
@@ -68,11 +74,29 @@ def save_folded(
         for file in beside:
             if not (made / file.name).exists():
                 shutil.copyfile(file, made / file.name)
-        rotated = any(p.fixed for _, p in rotated_sites(model))
-        if rotated:
+        if stays and not way.rotations_inside:
             save_rotations(model, made)
         write(made / NOTE, note_of(made, report, way.name, facts, fold_notes(model)))
     return directory
+
+
+def _way(model: nn.Module, save_as: str | None, server: str | None, rotations: str | None, stays: bool) -> Checkpoint:
+    """How the weights are written."""
+    if save_as not in (None, *_AS):
+        raise FoldError(f"save_as={save_as!r}; a fold is saved as it is (None), or as one of {', '.join(_AS)}")
+    if rotations not in (None, *_ROTATING):
+        raise FoldError(f"rotations={rotations!r}; known: {', '.join(_ROTATING)}")
+    for_server = stays and server is not None and save_as == "compressed-tensors"
+    if rotations is not None and not for_server:
+        raise FoldError(
+            f"rotations={rotations!r} is for a fold with quantized='keep' that is saved with "
+            "save_as='compressed-tensors' and server='vllm'"
+        )
+    if for_server:
+        return _ROTATING[rotations or "code"]()
+    if save_as is None:
+        return next(c for c in _WAYS if c.takes(model))()
+    return Compressed(server is not None) if save_as == "compressed-tensors" else _AS[save_as]()
 
 
 def note_of(

@@ -8,11 +8,12 @@ import torch.nn as nn
 
 from oftfx.adapter.checkpoints import Transformers, quantized_layers
 from oftfx.adapter.gptq_state import as_published
+from oftfx.adapter.integer_layers import integers_of
 from oftfx.errors import FoldError
 from oftfx.placement.find import rotated_sites
 
 _READ = ("gptq", "awq", "compressed-tensors", "fp8")
-_PACKED = "save_as='compressed-tensors' writes the same weights in a form that it reads"
+_PACKED = "save_as='compressed-tensors' (or 'awq') writes the same weights in a form that it reads"
 _ANEW = "it reads folds to floats (quantized='float'), and of quantized bases GPTQ, AWQ and compressed-tensors"
 
 
@@ -29,12 +30,17 @@ def _fault(model: nn.Module, save_as: str | None) -> str | None:
     if not Transformers.takes(model):
         return "it is no model of transformers"
     kept = next((fqn for fqn, placement in rotated_sites(model) if placement.fixed), None)
-    if kept is not None:
+    if kept is not None and save_as != "compressed-tensors":
         return (
-            f"{kept} has a rotation in front of it, which it does not know. Serve base and adapter with the plugin "
-            "(see the guide on vLLM), or fold with another policy than 'keep'"
+            f"{kept} has a rotation in front of it, which it does not know. save_as='compressed-tensors' writes "
+            "weights and rotations in a form that it serves; or serve base and adapter with the plugin (see the guide "
+            "on vLLM), or fold with another policy than 'keep'"
         )
-    if save_as is not None or not quantized_layers(model):
+    layers = quantized_layers(model)
+    if save_as == "gptq":
+        uneven = next((p for p, m in layers.items() if not integers_of(p, m, "GPTQ").symmetric), None)
+        return None if uneven is None else f"{uneven} has zero points, and it refuses asymmetric GPTQ; {_PACKED}"
+    if save_as is not None or not layers:
         return None
     published: Any = as_published(model)
     said: Any = getattr(published.config, "quantization_config", None)

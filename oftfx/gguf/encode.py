@@ -16,7 +16,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from oftfx.adapter.as_compressed import integers_of
+from oftfx.adapter.integer_layers import stored_integers
 from oftfx.errors import ExportError
 from oftfx.formats.base import WeightFormat
 from oftfx.precision import piece_on, squared_error
@@ -145,7 +145,7 @@ class _Blocks:
 
 
 def _blocks_of(layer: nn.Module, weight_format: WeightFormat) -> _Blocks | str:
-    found = integers_of(layer, weight_format)
+    found = stored_integers(layer, weight_format)
     if isinstance(found, str):
         return found
     grid, coded, zero = found

@@ -68,14 +68,25 @@ class OpenAI(Server):
         return json.loads(text)["choices"][0]["token_ids"] if status == 200 else (status, text)
 
 
-def engine(folder, runs, prompts, count=16):
-    """Greedy tokens of each of ``runs``, ``{name: [directory, dtype]}``, from vLLM's engine in one process."""
+def engine(folder, runs, prompts, count=16, *, plugins=True, scored=False, **more):
+    """Greedy tokens of each of ``runs``, ``{name: [directory, dtype]}``, from vLLM's engine in one process.
+
+    Args:
+        folder: for what is handed over.
+        runs: see above.
+        prompts: lists of tokens.
+        count: tokens to generate.
+        plugins: whether vLLM loads plugins, of which ours is one.
+        scored: give ``[tokens, scores]`` instead, with the log-probabilities of the prompts' own tokens.
+        **more: options of the engine.
+    """
     task, result = folder / "task.json", folder / "tokens.json"
-    task.write_text(json.dumps({"runs": runs, "prompts": prompts, "count": count, "limits": LIMITS}))
+    task.write_text(json.dumps({"runs": runs, "prompts": prompts, "count": count, "limits": LIMITS, "scored": scored,
+                                "more": more}))  # fmt: skip
     script = Path(__file__).with_name("vllm_engine.py")
     command = [environment("vllm") / "bin" / "python", script, task, result]
-    done = subprocess.run(command, env={"PATH": "/usr/bin:/bin", "HOME": str(folder), **QUIET}, cwd=folder,
-                          capture_output=True, text=True, timeout=900)  # fmt: skip
+    env = {"PATH": "/usr/bin:/bin", "HOME": str(folder), **QUIET} | ({} if plugins else {"VLLM_PLUGINS": ""})
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return json.loads(result.read_text())
 

@@ -44,10 +44,10 @@ COUNT, LENGTH, DECODED = 32, 128, 16
 class Engine:
     """A process of ``vllm_timed.py``."""
 
-    def __init__(self, checkpoint: Path, slots: int = 0) -> None:
+    def __init__(self, checkpoint: Path, slots: int = 0, dtype: str = "float32") -> None:
         quiet = {"VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
         script = Path(__file__).with_name("vllm_timed.py")
-        command = [ROOT / ".venv-vllm" / "bin" / "python", script, checkpoint, "float32", *([slots] if slots else [])]
+        command = [ROOT / ".venv-vllm" / "bin" / "python", script, checkpoint, dtype, *([slots] if slots else [])]
         self.process = subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.PIPE,

@@ -19,7 +19,9 @@ def main():
     path, dtype, slots = sys.argv[1], sys.argv[2], int(sys.argv[3]) if len(sys.argv) > 3 else 0
     adapters = {"enable_lora": True, "max_loras": slots, "max_lora_rank": 16} if slots else {}
     limits = {"max_model_len": 512, "max_num_seqs": 8, "max_num_batched_tokens": 2048, "enable_prefix_caching": False}
-    llm = LLM(model=path, dtype=dtype, enforce_eager=True, skip_tokenizer_init=True, **limits, **adapters)
+    # Folds with rotations that stay have code beside their weights, which is ours.
+    own = {"enforce_eager": True, "skip_tokenizer_init": True, "trust_remote_code": True}
+    llm = LLM(model=path, dtype=dtype, **own, **limits, **adapters)
     print("={}", flush=True)
     known = {}
     for line in sys.stdin:

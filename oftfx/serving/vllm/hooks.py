@@ -24,6 +24,7 @@ def install() -> None:
     _build_adapters()
     _check_adapters()
     _turn_layers()
+    _mend_transforms()
 
 
 def install_refusal(why: str) -> None:
@@ -124,6 +125,17 @@ def fit(adapter: Any, manager: Any, where: str) -> None:
         except AdapterFileError as error:
             raise ValueError(f"OFT adapter {where}: {path}: {error}") from error
         delattr(weights, _MARK)
+
+
+def _mend_transforms() -> None:
+    """Let a CPU apply the transforms of compressed-tensors, in which rotations that stay can be saved.
+
+    vLLM 0.32 multiplies there by an attribute that it gives to layers and not to transforms, and stops with an
+    ``AttributeError``. Other devices do not ask for it.
+    """
+    transform = named("vllm.model_executor.layers.quantization.compressed_tensors.transform.module:HadamardTransform")
+    if transform is not None and not hasattr(transform, "cpu_linear"):
+        transform.cpu_linear = staticmethod(torch.nn.functional.linear)
 
 
 def _turn_layers() -> None:

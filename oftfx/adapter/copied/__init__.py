@@ -1,0 +1,1 @@
+"""Code that is copied into checkpoints; it imports nothing of oftfx."""
