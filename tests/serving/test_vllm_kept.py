@@ -14,7 +14,6 @@ pytestmark = [
     pytest.mark.needs("transformers", "compressed_tensors"),
     pytest.mark.filterwarnings("ignore::oftfx.errors.OftfxWarning"),
 ]
-SIZES = {"vocab_size": 320, "hidden_size": 128, "intermediate_size": 192, "attention_bias": False, "mlp_bias": False}
 PROMPTS = [[5, 6, 7, 8, 200, 31, 7], [9, 10, 11], [100, 200, 300, 17, 18, 19, 20, 21, 22], [33, 34]]
 TIE, ROUNDING = 0.05, 0.02
 """Logits of the tiny model are of the order of 10, so float16 rounds them to a hundredth."""
@@ -44,29 +43,43 @@ def wrong(got, expected):
     return faults
 
 
-def test_stock_vllm(tiny_llama, tmp_path):
-    """Without any plugin: code beside the weights rotates, also q, k and v each in a way of its own; GPTQ and AWQ."""
-    base = compressed_base(spread(tiny_llama(**SIZES)), tmp_path)
-    expected = {}
-    for name, rules in (("own", {"all-linear": OFT(16)}), ("shared", SHARED)):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Directories for vLLM, and the models that they are of."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("kept")
+    sizes = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = LlamaConfig(vocab_size=320, num_hidden_layers=2, pad_token_id=0, **sizes)
+    base = compressed_base(spread(LlamaForCausalLM(config).eval()), folder)
+    models = {}
+    for name, rules, options in (
+        ("own", {"all-linear": OFT(16)}, {}),
+        ("shared", SHARED, {}),
+        ("transforms", SHARED, {"rotations": "transforms"}),
+    ):
         result = kept(base, rules)
-        result.save(tmp_path / name, save_as="compressed-tensors", server="vllm")
-        expected[name] = result.model
+        result.save(folder / name, save_as="compressed-tensors", server="vllm", **options)
+        models[name] = in_float32(result.model)
     folded = oftfx.fold(randomize(oftfx.transform(base, {"all-linear": OFT(16)}), std=0.1), quantized="requantize")
     for form in ("gptq", "awq"):
-        folded.save(tmp_path / form, save_as=form, server="vllm")
-        expected[form] = folded.model
-    runs = {name: [str(tmp_path / name), "float16"] for name in expected}
-    got = engine(tmp_path, runs, PROMPTS, plugins=False, scored=True, trust_remote_code=True)
-    assert not wrong(got, {name: in_float32(model) for name, model in expected.items()})
+        folded.save(folder / form, save_as=form, server="vllm")
+        models[form] = in_float32(folded.model)
+    return folder, models
 
 
-def test_transforms(tiny_llama, tmp_path):
-    """vLLM's own layers rotate: on a CPU with our plugin, without it they stop at the attribute that they lack."""
-    base = compressed_base(spread(tiny_llama(**SIZES)), tmp_path)
-    result = kept(base, SHARED)
-    result.save(tmp_path / "made", save_as="compressed-tensors", server="vllm", rotations="transforms")
-    runs = {"made": [str(tmp_path / "made"), "float16"]}
-    assert not wrong(engine(tmp_path, runs, PROMPTS, scored=True), {"made": in_float32(result.model)})
-    stock = engine(tmp_path, runs, PROMPTS, plugins=False)["made"]
-    assert "'HadamardTransform' object has no attribute 'cpu_linear'" in stock
+def test_stock_vllm(made):
+    """No plugin. Code beside the weights rotates, also q, k and v each in a way of its own; GPTQ and AWQ. Transforms
+    stop at an attribute that vLLM's CPU lacks, which is why they are not what is saved unless it is asked for."""
+    folder, models = made
+    runs = {name: [str(folder / name), "float16"] for name in ("own", "shared", "gptq", "awq", "transforms")}
+    got = engine(folder, runs, PROMPTS, plugins=False, scored=True, trust_remote_code=True)
+    assert "'HadamardTransform' object has no attribute 'cpu_linear'" in got.pop("transforms")
+    assert not wrong(got, {name: models[name] for name in got})
+
+
+def test_transforms(made):
+    """vLLM's own layers rotate, on a CPU with our plugin."""
+    folder, models = made
+    got = engine(folder, {"transforms": [str(folder / "transforms"), "float16"]}, PROMPTS, scored=True)
+    assert not wrong(got, {"transforms": models["transforms"]})

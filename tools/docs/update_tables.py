@@ -6,6 +6,7 @@ show any of them, and each stands somewhere.
 
 import json
 import re
+import sys
 from pathlib import Path
 
 from oftfx.demo import ocr_job
@@ -14,6 +15,10 @@ from oftfx.demo.job import FULL, TRAINED
 from oftfx.demo.job_table import COLUMNS, table_rows
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))  # run as a script, it knows its own folder only
+
+from tools.docs import server_tables  # noqa: E402
+
 PAGES = (ROOT / "README.md", *sorted((ROOT / "tools/docs/pages").rglob("*.md")))
 _TABLE = re.compile(r"(<!-- (?!end\b)([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -346,32 +351,10 @@ def hot_swap():
     )
 
 
-def in_vllm():
-    """Milliseconds of each way in vLLM, and their ratio to a server without adapters."""
-    seconds = json.loads((ROOT / "tools/results/vllm.json").read_text())["seconds"]
-    base = seconds["base"]
-    table = [(n, *(f"{1000 * t[k]:.0f} ({t[k] / base[k]:.2f})" for k in base)) for n, t in seconds.items()]
-    heads = [f"{what} of {n} request{'s' * (n != '1')}" for what, n in (key.split(", ") for key in base)]
-    return markdown(("ms (ratio to the base alone)", *heads), table)
-
-
-def runtimes():
-    """For each runtime, how many of 32 tokens of each prompt are torch's, and torch's margin at the first other one."""
-    results = json.loads((ROOT / "tools/results/runtimes.json").read_text())
-    table = []
-    for name, row in results["rows"].items():
-        fold, _, runtime = name.partition(": ")
-        ends = [(p["tokens"], p["margin"]) for p in row["prompts"]]
-        cells = [f"{n}" if margin is None else f"{n} ({margin:.2g})" for n, margin in ends]
-        size, _, note = row["note"].partition("; ")
-        table.append((fold, runtime, ", ".join(cells), size, note))
-    return markdown(("fold", "runtime", "tokens (margin)", "file", "weights, as the report says"), table)
-
-
 def tables():
     return {
         "headline": headline(),
-        "runtimes": runtimes(),
+        "runtimes": markdown(*server_tables.runtimes()),
         "policies": policies(),
         "hot swap": hot_swap(),
         "quickstart": quickstart(),
@@ -390,7 +373,8 @@ def tables():
         "streamed": streamed(),
         "onnx": onnx(),
         "serving": serving(),
-        "vllm": in_vllm(),
+        "vllm": markdown(*server_tables.in_vllm()),
+        "vllm road": markdown(*server_tables.to_four_bits()),
         "ocr": ocr(),
         "zoo": zoo(),
         "peft": against_peft(),

@@ -47,7 +47,8 @@ def rotating(name: str) -> type[Any]:
     """The class of transformers of this name, with the rotations that its configuration names."""
     base = getattr(transformers, name)
 
-    def __init__(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:  # noqa: N807
+    # Without annotations: vLLM 0.32 takes them for types and compares arguments with them, and here they are texts.
+    def __init__(self, config, *args, **kwargs):  # type: ignore[no-untyped-def]  # noqa: N807
         base.__init__(self, config, *args, **kwargs)
         for path, shapes in config.rotations.items():
             # A model without its head has the layers at shorter paths.
