@@ -25,21 +25,33 @@ def base(tiny_llama, tmp_path):
     return compressed_base(tiny_llama(**SIZES), tmp_path)
 
 
-def test_the_code_beside_the_weights(base, ids, tmp_path, monkeypatch):
-    """transformers reads it by the code, which imports nothing of ours: the logits of the fold, to the bit."""
+@pytest.fixture
+def logits(ids, tmp_path, monkeypatch):
+    """Of a directory, by transformers and the code in it."""
     from transformers import AutoModelForCausalLM, dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
     monkeypatch.setattr(sys, "path", [*sys.path])
+    tokens = ids(2, 17)["input_ids"]
+
+    @torch.no_grad()
+    def of(model):
+        if isinstance(model, torch.nn.Module):
+            return model(tokens).logits
+        options = {"trust_remote_code": True, "dtype": torch.float16}
+        read = AutoModelForCausalLM.from_pretrained(model, **options).eval()
+        assert type(read).__name__ == "RotatedLlamaForCausalLM"
+        return read(tokens).logits
+
+    return of
+
+
+def test_the_code_beside_the_weights(base, logits, tmp_path):
+    """transformers reads it by the code, which imports nothing of ours: the logits of the fold, to the bit."""
     rules = {"*.self_attn.*": OFT(16), "*.down_proj": OFT(24), "*.up_proj": OFT(32, block_share=True)}
     result = kept(base, rules)
     result.save(tmp_path / "made", **FOR_VLLM)
-    tokens = ids(2, 17)["input_ids"]
-    options = {"trust_remote_code": True, "dtype": torch.float16}
-    read = AutoModelForCausalLM.from_pretrained(tmp_path / "made", **options).eval()
-    with torch.no_grad():
-        got, wanted, plain = (m(tokens).logits for m in (read, result.model, base))
-    assert type(read).__name__ == "RotatedLlamaForCausalLM"
+    got, wanted, plain = (logits(m) for m in (tmp_path / "made", result.model, base))
     assert torch.equal(got, wanted)
     assert (plain - wanted).norm() > 0.1 * wanted.norm()
     code = (tmp_path / "made" / "modeling_rotated.py").read_text()
@@ -77,7 +89,7 @@ def test_what_the_transforms_hold(base, tmp_path):
         assert torch.equal(published.pack_quantized(part, config).half().float(), wanted), path
 
 
-def test_refusals_by_site(base, tiny_llama, tmp_path):
+def test_refusals_by_site(base, tiny_llama, logits, tmp_path):
     """Of transforms: what vLLM joins, biases, large matrices; of both: what is no input of a linear layer."""
 
     def refused(model, rules, match, **options):
@@ -91,7 +103,9 @@ def test_refusals_by_site(base, tiny_llama, tmp_path):
     (tmp_path / "biased").mkdir()
     biased = compressed_base(tiny_llama(**SIZES | {"attention_bias": True}), tmp_path / "biased")
     refused(biased, {"*.o_proj": OFT(16)}, "o_proj: it has a bias", **transforms)
-    kept(biased, {"*.o_proj": OFT(16)}).save(tmp_path / "code", **FOR_VLLM)
+    result = kept(biased, {"*.o_proj": OFT(16)})
+    result.save(tmp_path / "code", **FOR_VLLM)
+    assert torch.equal(logits(tmp_path / "code"), logits(result.model))
     (tmp_path / "wide").mkdir()
     wide = compressed_base(tiny_llama(**SIZES | {"hidden_size": 64, "intermediate_size": 2080}), tmp_path / "wide")
     refused(wide, {"*.down_proj": OFT(16)}, "a matrix of 2080 x 2080", **transforms)
