@@ -1,7 +1,7 @@
 """From NF4 and an adapter to 4 bits in vLLM: what each way keeps of the gain, and vLLM's tokens beside torch's.
 
     tools/environment-serve && tools/environment-layers
-    .venv-layers/bin/python -m tools.bench.bench_vllm_road ADAPTER [--folder FOLDER]
+    .venv-layers/bin/python -m tools.bench.bench_vllm_road ADAPTER [--folder FOLDER] [--bases GPTQ AWQ]
 
 SmolLM2-135M; ADAPTER was trained on its NF4 form, as the quickstart's oftfx-demo/adapter. Ways: the fold to floats
 rounded anew (`oftfx.quantize`) to the nearest and by calibration, and the same adapter on 4-bit bases of GPTQ and AWQ,
@@ -119,6 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("adapter", type=Path)
     parser.add_argument("--folder", type=Path, default=Path("oftfx-bench/vllm-road"))
+    parser.add_argument("--bases", nargs="*", default=["GPTQ"], choices=["GPTQ", "AWQ"])
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     warnings.simplefilter("ignore")  # the packages' own
@@ -130,7 +131,7 @@ def main() -> None:
     for group in (32, 64):
         road.row(f"rounded by calibration, groups of {group}", lambda g=group: road.rounded(g, True), **packed)
     road.row("rounded to the nearest, groups of 32", lambda: road.rounded(32, False), **packed)
-    for kind, own in (("GPTQ", "gptq"), ("AWQ", "awq")):
+    for kind in args.bases:
         road.row(kind, lambda k=kind: road.grouped(k))
         road.row(
             f"{kind} and the adapter, kept",
@@ -142,7 +143,7 @@ def main() -> None:
             lambda k=kind: oftfx.fold(
                 road.adapted(road.grouped(k)), quantized="calibrate", calibration=road.calibration
             ),
-            save_as=own,
+            save_as=kind.lower(),
         )
     write_whole(RESULTS, (json.dumps({"rows": road.rows}, indent=1) + "\n").encode())
     rows = [(n, f"{r['perplexity']:.3f}", str([v["tokens"] for v in r.get("vllm", ())])) for n, r in road.rows.items()]
