@@ -55,7 +55,6 @@ def made(tmp_path_factory):
     models = {}
     for name, rules, options in (
         ("own", {"all-linear": OFT(16)}, {}),
-        ("shared", SHARED, {}),
         ("transforms", SHARED, {"rotations": "transforms"}),
     ):
         result = kept(base, rules)
@@ -72,7 +71,7 @@ def test_stock_vllm(made):
     """No plugin. Code beside the weights rotates, also q, k and v each in a way of its own; GPTQ and AWQ. Transforms
     stop at an attribute that vLLM's CPU lacks, which is why they are not what is saved unless it is asked for."""
     folder, models = made
-    runs = {name: [str(folder / name), "float16"] for name in ("own", "shared", "gptq", "awq", "transforms")}
+    runs = {name: [str(folder / name), "float16"] for name in ("own", "gptq", "awq", "transforms")}
     got = engine(folder, runs, PROMPTS, plugins=False, scored=True, trust_remote_code=True)
     assert "'HadamardTransform' object has no attribute 'cpu_linear'" in got.pop("transforms")
     assert not wrong(got, {name: models[name] for name in got})
