@@ -37,11 +37,17 @@ def fold(
     ] = "site",
     save_as: Annotated[
         str | None,
-        typer.Option(help="'compressed-tensors': another file format, to the bit; in memory.", show_default=False),
+        typer.Option(
+            help="compressed-tensors, gptq or awq: the same integers in that form; in memory.", show_default=False
+        ),
     ] = None,
     server: Annotated[
         str | None,
         typer.Option(help="'vllm': write only what it reads, or say what does; in memory.", show_default=False),
+    ] = None,
+    rotations: Annotated[
+        str | None,
+        typer.Option(help="For a server, of 'keep': 'code' beside the weights, or 'transforms'.", show_default=False),
     ] = None,
     in_memory: Annotated[
         bool, typer.Option("--in-memory", help="Load the whole model, and measure its output.")
@@ -64,11 +70,16 @@ def fold(
     Started by torchrun (torchrun --nproc-per-node 4 -m oftfx fold ...), the processes share the work, but for what is
     calibrated, which the first one does.
     """
+    from oftfx.adapter.conventions.registry import adapter_convention
     from oftfx.adapter.scales import SCALE_FILE
 
     use_threads(threads)
     trained = quantized is None and (adapter / SCALE_FILE).is_file()
-    whole = in_memory or distil or into != "site" or save_as or server or trained
+    convention = adapter_convention(adapter)
+    if convention not in ("peft", "oftfx"):
+        show.say(f"{adapter} is of the convention {convention!r}, which is folded in memory")
+        in_memory = True
+    whole = in_memory or distil or into != "site" or save_as or server or rotations or trained
     options: dict[str, Any] = {"quantized": quantized, "reference": reference}
     if whole:
         inputs = _texts(base, calibration, tokens, sequence)
@@ -79,7 +90,7 @@ def fold(
             out,
             {**options, "calibration": inputs},
             more,
-            (save_as, server),
+            {"save_as": save_as, "server": server, "rotations": rotations},
             force,
             dry_run,
             quiet or json,
@@ -135,7 +146,7 @@ def _in_memory(
     out: Path,
     options: dict[str, Any],
     more: dict[str, Any],
-    kind: tuple[Any, Any],
+    kind: dict[str, Any],
     force: bool,
     dry_run: bool,
     quiet: bool,
@@ -163,5 +174,5 @@ def _in_memory(
         return None
     with show.counted("fold", quiet=quiet) as progress:
         done = fold_model(model, **options, **more, inplace=True, progress=progress or False)
-    save_folded(done.model, done.report, out, save_as=kind[0], server=kind[1], beside=companions(base))
+    save_folded(done.model, done.report, out, **kind, beside=companions(base))
     return done.report

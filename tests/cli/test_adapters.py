@@ -62,6 +62,10 @@ def test_another_convention_and_back(files):
     assert done.status == 0, done.err
     assert "made of oftfx" in done.out
     assert run("convert", files.base, lycoris, again).status == 0
+    done = run("fold", files.base, lycoris, files.out, "--quiet", "--json")
+    assert done.status == 0, done.err
+    assert "is of the convention 'oft_v2', which is folded in memory" in done.err
+    assert len(json.loads(done.out)["sites"]) == 14
     ids = torch.arange(20).view(1, 20)
     with torch.no_grad():
         first, second = (oftfx.load_adapter(open_model(files.base), a)(ids).logits for a in (files.adapter, again))
