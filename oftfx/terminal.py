@@ -25,6 +25,7 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *,
         from rich import box
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
     except ImportError as error:
         raise MissingExtraError("rich", "report", "A table") from error
     cells = [list(map(str, r)) for r in rows]
@@ -37,7 +38,7 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *,
         last = index == len(columns) - 1
         table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=not last)
     for row in cells:
-        table.add_row(*row)
+        table.add_row(*map(Text, row))  # as they are: brackets are no markup
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip() + "\n"

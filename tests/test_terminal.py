@@ -25,6 +25,10 @@ def lines_words(lines):
     return {word.strip(",") for line in lines for word in line.split()}
 
 
+def test_brackets_are_no_markup():
+    assert "pip install 'oftfx[hqq]'" in render("t", ("a", "b"), [("x", "pip install 'oftfx[hqq]'")], width=120)
+
+
 def test_a_bar_where_nobody_looks_is_a_line_each_tenth(capsys):
     with remark_bar("train", 50) as advance:
         for step in range(1, 51):

@@ -34,7 +34,7 @@ EXTRA_OF = {
     "torchao": "torchao", "quanto": "quanto", "compressed_tensors": "compressed-tensors", "inc_fp8": "inc",
     "inc_woq": "inc", "hf_fp8": "hf", "dense": "",
 }  # fmt: skip
-SHAPE = (128, 96)
+SHAPE = (128, 192)  # multiples of what kernels take at a time
 
 
 @dataclass(frozen=True)

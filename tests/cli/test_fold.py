@@ -3,10 +3,12 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 
 from oftfx import OFT
+from tests.cli.command import run
 from tests.cli.conftest import make_tokenizer
 from tests.streaming.compare import adapter_for, sums
 
@@ -21,7 +23,8 @@ def parts(tiny_llama, tmp_path):
 
 
 def oftfx(*arguments):
-    return subprocess.run([sys.executable, "-m", "oftfx", *arguments], capture_output=True, text=True, check=False)
+    done = run(*arguments)
+    return SimpleNamespace(returncode=done.status, stdout=done.out, stderr=done.err)
 
 
 def test_a_fold_and_its_table(parts, tmp_path):

@@ -1,14 +1,15 @@
-import subprocess
-import sys
+from types import SimpleNamespace
 
 import pytest
+
+from tests.cli.command import run
 
 pytestmark = pytest.mark.needs("typer", "rich", "onnx", "onnxruntime")
 
 
 def oftfx(*arguments):
-    command = [sys.executable, "-m", "oftfx", "repository", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run("repository", *arguments)
+    return SimpleNamespace(returncode=done.status, stdout=done.out, stderr=done.err)
 
 
 def test_a_repository_from_the_command_line(tmp_path):
