@@ -43,6 +43,7 @@ from oftfx.placement.rows import check_no_rows
 from oftfx.placement.torch_private import forget_compiled
 from oftfx.planning.program import Program
 from oftfx.planning.site_plan import Producer
+from oftfx.rotation.accelerate import is_offloaded
 from oftfx.terminal import bar
 
 _MEASURED = 8  # batches that both models run: calibrating needs many, an error is known by fewer
@@ -198,7 +199,7 @@ def fold(
     sharded = reshard(root) and any(is_sharded(p.module._parameters.get(p.parameter)) for _, p in rotated_sites(root))
     if sharded and (not inplace or into == "producer"):
         raise FoldError("weights that FSDP has sharded are folded where they are: inplace=True, into='site'")
-    if empty := next((n for n, p in root.named_parameters() if p.is_meta), None):
+    if empty := next((fqn for fqn, p in rotated_sites(root) if _without_numbers(p.module)), None):
         raise FoldError(f"{empty} is on the meta device and has no numbers; load the weights before the fold")
     hashes = {name: fingerprint(root, name) for name in names}
     batches = batches_of(calibration)
@@ -313,6 +314,10 @@ def unfold(result: FoldResult) -> nn.Module:
     result._undo.check(result.model)
     result._undo.restore(result.model)
     return result.model
+
+
+def _without_numbers(module: nn.Module) -> bool:
+    return any(t is not None and t.is_meta for t in module._parameters.values()) and not is_offloaded(module)
 
 
 def _any_quantized(root: nn.Module) -> bool:

@@ -487,9 +487,9 @@ def test_a_budget_by_the_update():
     model = oftfx.transform(base, {"*": OFT(32, init="normal")})
     with torch.no_grad():
         for parameter in oftfx.adapter_parameters(model):
-            parameter.mul_(0.015)
+            parameter.mul_(0.04)
     nearest = oftfx.fold(model, quantized="requantize").report.sites[0]
-    assert nearest.update < 0.02
+    assert nearest.update < 0.05
     assert nearest.survival < 0.9
     (line,) = oftfx.fold(model, quantized=Budget(survival=0.9)).report
     assert line.action == "kept"

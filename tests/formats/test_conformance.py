@@ -242,6 +242,7 @@ def test_a_recorded_forward_leaves_the_layer_as_it_was(weight_format, layer, blo
     assert torch.equal(weight_format.dequantize(model[1]), before)
 
 
+@pytest.mark.filterwarnings("ignore:quantized='requantize' has nothing to do")
 @pytest.mark.parametrize("policy", ["keep", "float", "requantize"])
 def test_every_policy_against_the_dense_product(weight_format, layer, block, policy):
     model = randomize(oftfx.transform(nn.Sequential(layer), {"0": OFT(block)}), std=0.1).eval()

@@ -8,6 +8,7 @@ from peft.tuners.oft.layer import OFTLayer, OFTRotationModule
 
 import oftfx
 import oftfx.rotation.recipe
+from oftfx.formats.registry import format_of
 
 
 class Peft:
@@ -79,7 +80,8 @@ class Oftfx:
         return oftfx.fold(self.model).model
 
     def fold(self):
-        self.result = oftfx.fold(self.model, quantized="requantize", inplace=True, undo=True)
+        lossy = any((found := format_of(m)) is not None and not found.lossless for m in self.model.modules())
+        self.result = oftfx.fold(self.model, quantized="requantize" if lossy else None, inplace=True, undo=True)
 
     def unfold(self):
         oftfx.unfold(self.result)
