@@ -43,7 +43,7 @@ def open_model(directory: str | Path, *, dtype: str = "auto", **more: Any) -> nn
         raise OpenError(f"dtype: got {dtype!r}, expected 'auto', 'float32', 'float64', 'bfloat16' or 'float16'")
     options = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype), **more}
     if (path / NOTE).is_file():
-        return load_folded(path, **({} if dtype == "auto" else options)).eval()
+        return load_folded(path, **({**more} if dtype == "auto" else options)).eval()
     transformers = _transformers(path)
     kind = _class_of(transformers, path)
     try:

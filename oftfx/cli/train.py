@@ -37,6 +37,7 @@ def train(
     dtype: Annotated[
         str | None, typer.Option(help="auto, float32, bfloat16, float16. [auto]", show_default=False)
     ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, ... [auto]", show_default=False)] = None,
     sequence: Annotated[int | None, typer.Option(help="Tokens of a row at most. [512]", show_default=False)] = None,
     batch: Annotated[int | None, typer.Option(help="Rows of a forward. [4]", show_default=False)] = None,
     accumulate: Annotated[int | None, typer.Option(help="Forwards of a step. [1]", show_default=False)] = None,

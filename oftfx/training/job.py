@@ -112,7 +112,8 @@ class Training:
             f"{len(parts[0])} rows to train on with {parts[0].tokens:,} tokens to learn, {len(parts[1])} rows held out"
         )
         torch.manual_seed(recipe.seed)
-        model = open_model(recipe.base, dtype=recipe.dtype)
+        device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
+        model = open_model(recipe.base, dtype=recipe.dtype, **({} if device == "cpu" else {"device_map": {"": device}}))
         plan = plan_of(model, recipe.rules or {name: self._spec() for name in names_of(recipe.target)})
         self.say(str(plan))
         made = transform(model, plan, inplace=True)

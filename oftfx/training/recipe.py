@@ -32,6 +32,7 @@ class Recipe:
         share_input: one rotation for layers that read the same; with ``target``.
         dropout: of blocks; with ``target``.
         dtype: of the base's floats: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
+        device: ``auto``: a GPU where torch sees one, else the CPU; or a device by its name in torch.
         sequence: tokens of a row at most.
         batch: rows of a forward.
         accumulate: forwards of a step.
@@ -58,6 +59,7 @@ class Recipe:
     share_input: bool = False
     dropout: float = 0.0
     dtype: str = "auto"
+    device: str = "auto"
     sequence: int = 512
     batch: int = 4
     accumulate: int = 1
