@@ -156,7 +156,7 @@ def finish_landing(directory: Path, *heads: str) -> bool:
                         continue
                     names = sorted(p.name for p in (made / _NEW).iterdir() if p.name != head)
                     for name in (made / _STALE).read_text().split("\n") if (made / _STALE).is_file() else ():
-                        if name and os.path.lexists(directory / name):
+                        if is_name(name) and os.path.lexists(directory / name):
                             rename(directory / name, made / _OLD / name)
                     for name in (*names, head):
                         if name == head:
@@ -170,6 +170,13 @@ def finish_landing(directory: Path, *heads: str) -> bool:
             finally:
                 os.close(handle)
     return False
+
+
+def is_name(text: object) -> bool:
+    """Whether a text from a file can only be the name of a file beside it, and no way to another directory."""
+    if not isinstance(text, str) or not 0 < len(text.encode(errors="replace")) <= 255:
+        return False
+    return text not in (".", "..") and not any(c in "/\\\0" or "\ud800" <= c <= "\udfff" for c in text)
 
 
 def of_version(found: object, read: int) -> str:

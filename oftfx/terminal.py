@@ -28,7 +28,7 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *,
         from rich.text import Text
     except ImportError as error:
         raise MissingExtraError("rich", "report", "A table") from error
-    cells = [list(map(str, r)) for r in rows]
+    cells = [[plain(str(cell)) for cell in row] for row in rows]
     console = Console(width=width or max(Console().width, 160 if not Console().is_terminal else 0))
     if cells and _needed(columns, cells) > console.width:
         return _narrow(title, columns, cells, console.width)
@@ -42,6 +42,11 @@ def render(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *,
     with console.capture() as capture:
         console.print(table)
     return capture.get().rstrip() + "\n"
+
+
+def plain(text: str) -> str:
+    """Text of a file as a terminal can show it: what would command it, or is no character, by its number."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def _needed(columns: Sequence[str], cells: Sequence[Sequence[str]]) -> int:

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+from oftfx.adapter.checkpoints import read_json
 from oftfx.adapter.folded import NOTE, read_note
 from oftfx.adapter.kept import CONFIG_KEY
 from oftfx.adapter.kept import FILE as ROTATIONS
@@ -38,7 +39,7 @@ def base_again(folded: Path, out: Path) -> int:
                 continue
             if not _without_rotations(file, made / file.name):
                 shutil.copyfile(file, made / file.name)
-        config = json.loads((folded / _CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folded / _CONFIG)
         config.pop(CONFIG_KEY, None)
         write(made / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return sum(s["action"] == "kept" for s in sites)
@@ -58,8 +59,11 @@ def _without_rotations(file: Path, target: Path) -> bool:
             save_file({n: opened.get_tensor(n) for n in own}, target, metadata=opened.metadata())
         return True
     if file.name.endswith(".index.json"):
-        index = json.loads(file.read_text(encoding="utf-8"))
-        index["weight_map"] = {n: f for n, f in index["weight_map"].items() if not ROTATION.search(n)}
+        index = read_json(file)
+        named = index.get("weight_map")
+        if not isinstance(named, dict):
+            raise FoldError(f"{file}: no weight_map from tensor names to files")
+        index["weight_map"] = {n: f for n, f in named.items() if not ROTATION.search(n)}
         write(target, (json.dumps(index, indent=2) + "\n").encode())
         return True
     return False

@@ -41,7 +41,7 @@ def check_base(root: nn.Module, plan: Plan, notes: Mapping[str, str], where: str
     """
     try:
         known = {str(k): [float(x) for x in v] for k, v in json.loads(notes.get(KEY, "") or "{}").items()}
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return  # somebody else's note
     pairs = [
         (a, b)

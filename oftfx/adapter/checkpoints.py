@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from oftfx.formats.registry import format_of
 from oftfx.model.huggingface import can_except
 from oftfx.model.structure import replace_module, structural_copy
 from oftfx.placement.find import rotated_sites
+from oftfx.typed_json import parsed
 
 Facts = Mapping[str, Any]
 """What a reader has to know besides the files, as JSON."""
@@ -65,6 +65,7 @@ class Hqq(Checkpoint):
     """Models that hqq quantized itself: it writes and reads them, and no config says how."""
 
     name = "hqq"
+    _FILE = "qmodel.pt"
 
     @classmethod
     def takes(cls, model: nn.Module) -> bool:
@@ -88,7 +89,11 @@ class Hqq(Checkpoint):
         if model is not None:
             return model
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        known = {"device": device, "compute_dtype": getattr(torch, facts["compute_dtype"])}
+        dtype = getattr(torch, facts["compute_dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise AdapterFileError(f"{directory}: compute_dtype is {facts['compute_dtype']!r}, expected a torch dtype")
+        check_pickled(directory / self._FILE)
+        known = {"device": device, "compute_dtype": dtype}
         return _hqq().from_quantized(str(directory), **{**known, **options}).eval()
 
 
@@ -143,16 +148,19 @@ class Transformers(Checkpoint):
         if ONLY in facts:
             raise AdapterFileError(f"{directory} was saved for {facts[ONLY]}; load_folded does not read it")
         try:
-            maker = getattr(import_module("transformers"), facts["class"], None)
+            transformers: Any = import_module("transformers")
         except ImportError as error:
             raise MissingExtraError("transformers", "hf", f"Reading {directory}") from error
-        if maker is None:
+        maker = getattr(transformers, facts["class"], None)
+        if not (isinstance(maker, type) and issubclass(maker, transformers.PreTrainedModel)):
             raise AdapterFileError(
-                f"{directory}: transformers has no class {facts['class']}; load the model with its own "
+                f"{directory}: transformers has no model {facts['class']}; load the model with its own "
                 "from_pretrained and pass it: oftfx.load_folded(directory, model)"
             )
         with _no_load_report():
-            loaded, found = maker.from_pretrained(directory, output_loading_info=True, **options)
+            loaded, found = maker.from_pretrained(
+                directory, output_loading_info=True, **{"use_safetensors": True, "local_files_only": True, **options}
+            )
         wrong = [n for n in found["unexpected_keys"] if not ROTATION.search(n)]
         wrong += [*found["missing_keys"], *map(str, found["mismatched_keys"])]
         if wrong:
@@ -198,14 +206,18 @@ class Plain(Checkpoint):
 
     def read(self, directory: Path, facts: Facts, model: nn.Module | None, options: dict[str, Any]) -> nn.Module:
         """Fill ``model``."""
+        from safetensors import SafetensorError
         from safetensors.torch import load_file
 
         if model is None or options:
             raise AdapterFileError(
-                f"{directory} holds the state_dict of a {facts['class']}: make one and pass it, "
+                f"{directory} holds the state_dict of a {facts.get('class')}: make one and pass it, "
                 "oftfx.load_folded(directory, model), and nothing else"
             )
-        state = load_file(directory / self._FILE)
+        try:
+            state = load_file(directory / self._FILE)
+        except (SafetensorError, OSError) as error:
+            raise AdapterFileError(f"{directory / self._FILE} is damaged or not there: {error}") from None
         layers = quantized_layers(model)
         parts = {name: _taken(state, name) for name in layers}
         apart = {path: _taken(state, path) for path in self._apart(facts, model)}
@@ -226,7 +238,9 @@ class Plain(Checkpoint):
                             f"{directory}: {name}: this {type(layer).__name__} lacks the weight that was saved. "
                             "Its package does not put all of it into the state_dict; fold with quantized='float'"
                         )
-        except (KeyError, RuntimeError) as error:
+        except AdapterFileError:
+            raise
+        except (KeyError, RuntimeError, ValueError, TypeError) as error:
             raise AdapterFileError(f"{directory}: {name} does not take what was saved of it: {error}") from None
         return model
 
@@ -291,6 +305,25 @@ def _hqq() -> Any:
     return AutoHQQHFModel
 
 
+def check_pickled(file: Path) -> None:
+    """Let a pickle that hqq wrote hold tensors and plain values only, whatever the package would do with others.
+
+    ``qmodel.pt`` is hqq's own file, written by ``torch.save``, and no other program has its numbers. torch's reader of
+    weights makes no object but those that a table of its own lists, and runs nothing; hqq reads the file the same way
+    from 0.2.8 on, of which an older one, or a changed one, need not know.
+
+    Raises:
+        AdapterFileError: it is not there, damaged, or asks for anything else.
+    """
+    try:
+        torch.load(file, map_location="meta", weights_only=True, mmap=True)
+    except Exception as error:  # zip files, pickles and storages each have their own
+        raise AdapterFileError(
+            f"{file} is not read: it is damaged, or a pickle that asks for more than tensors and could run any program "
+            f"({type(error).__name__}); save the model again by a program that you trust"
+        ) from None
+
+
 def _format(layer: nn.Module) -> WeightFormat:
     found = format_of(layer)
     if found is None:
@@ -335,7 +368,7 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterFileError: it is none.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise AdapterFileError(f"{path} is not readable as JSON: {error}") from None
     if not isinstance(found, dict):

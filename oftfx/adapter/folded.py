@@ -15,6 +15,7 @@ from oftfx.adapter.as_compressed import Compressed
 from oftfx.adapter.as_gptq_awq import AsAwq, AsGptq
 from oftfx.adapter.as_transforms import WithTransforms
 from oftfx.adapter.checkpoints import Checkpoint, Facts, Hqq, Plain, Transformers, read_json
+from oftfx.adapter.fold_note import check_note
 from oftfx.adapter.four_bit_state import FourBitState
 from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.adapter.kept import load_rotations, multiply_right, save_rotations
@@ -22,7 +23,7 @@ from oftfx.adapter.quanto_state import QuantoState
 from oftfx.adapter.servers import check_server
 from oftfx.adapter.with_code import WithCode
 from oftfx.errors import AdapterFileError, FoldError
-from oftfx.files import finish_landing, landing, of_version, remains, write
+from oftfx.files import finish_landing, is_name, landing, of_version, remains, write
 from oftfx.folding.checkpoint import checkpoint_digest
 from oftfx.folding.note import fold_notes, note_again
 from oftfx.folding.report import FoldReport
@@ -154,9 +155,18 @@ def load_folded(directory: str | Path, model: nn.Module | None = None, **options
     """
     directory = Path(directory)
     note = read_note(directory)
-    way = next(c for c in _WAYS if c.name == note["way"])()
-    loaded = way.read(directory, note["facts"], model, options)
+    way = next((c for c in _WAYS if c.name == note["way"]), None)
+    if way is None:
+        raise AdapterFileError(
+            f"{directory / NOTE}: way is {note['way']!r}, expected one of {', '.join(c.name for c in _WAYS)}"
+        )
+    try:
+        loaded = way().read(directory, note["facts"], model, options)
+    except KeyError as error:
+        raise AdapterFileError(f"{directory / NOTE}: its facts do not have {error}") from None
     modules = dict(loaded.named_modules())
+    if (odd := next((f["module"] for f in note["folds"] if f["module"] not in modules), None)) is not None:
+        raise AdapterFileError(f"{directory / NOTE} names a fold of {odd!r}, which this model does not have")
     keep_compressed(loaded)
     multiply_right({s["fqn"]: modules[s["fqn"]] for s in note["report"]["sites"] if s["fqn"] in modules})
     if note["rotations"] is not None:
@@ -174,9 +184,10 @@ def read_note(directory: Path) -> dict[str, Any]:
         there = "; load it with from_pretrained and oftfx.load_rotations" if (directory / ROTATIONS).is_file() else ""
         raise AdapterFileError(f"there is no {NOTE} in {str(directory)!r}; FoldResult.save writes it{there}")
     note = read_json(directory / NOTE)
+    if (version := note.get("oftfx_fold")) != _VERSION:
+        raise AdapterFileError(f"{directory / NOTE} has {of_version(version, _VERSION)}")
     try:
-        if (version := note["oftfx_fold"]) != _VERSION:
-            raise AdapterFileError(f"{directory / NOTE} has {of_version(version, _VERSION)}")
+        check_note(note)
         if missing := [name for name in note["files"] if not (directory / name).is_file()]:
             raise AdapterFileError(
                 f"{directory}: {missing[0]} is missing, which {NOTE} names; is the directory complete?"
@@ -185,9 +196,10 @@ def read_note(directory: Path) -> dict[str, Any]:
         wrong = "" if same else "the checkpoint"
         if note["rotations"] is not None and file_sum(directory / ROTATIONS) != note["rotations"]:
             wrong = ROTATIONS
-        note["facts"], note["folds"], note["report"]["sites"], note["way"]
-    except (KeyError, TypeError) as error:
-        raise AdapterFileError(f"{directory / NOTE} is damaged: {type(error).__name__}: {error}") from None
+    except AdapterFileError:
+        raise
+    except (OSError, ValueError, FoldError) as error:
+        raise AdapterFileError(f"{directory / NOTE} is damaged: {error}") from None
     if wrong:
         raise AdapterFileError(
             f"{directory}: {wrong} is not what {NOTE} was written with: the files are of two saves. Take all from one, "
@@ -199,7 +211,8 @@ def read_note(directory: Path) -> dict[str, Any]:
 def own_files(directory: Path) -> list[str]:
     """What an earlier save of ours left there, to be replaced; what others left there must not be."""
     if (directory / NOTE).is_file():
-        return [str(n) for n in read_json(directory / NOTE).get("files", ()) if Path(str(n)).name == str(n)]
+        named = read_json(directory / NOTE).get("files")
+        return [n for n in named if is_name(n)] if isinstance(named, list) else []
     if directory.is_dir() and ((directory / _CONFIG).exists() or checkpoint_digest(directory) is not None):
         raise FoldError(
             f"{directory} holds a checkpoint that FoldResult.save did not write, and only what it wrote itself is "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from oftfx.adapter import peft_files
 from oftfx.adapter.belonging import check_belongs
 from oftfx.adapter.conventions.source import Source
 from oftfx.adapter.peft_files import PLAN_FILE
-from oftfx.adapter.read import read_config, read_plan, read_weights
+from oftfx.adapter.read import read_config, read_json, read_plan, read_weights
 from oftfx.adapter.store import AdapterStore
 from oftfx.adapter.whole_tensors import check_whole, whole_in_config, whole_in_plan
 from oftfx.errors import AdapterError, AdapterFileError
@@ -86,9 +85,8 @@ def plan_of_file(program: Program, files: AdapterFiles, store: AdapterStore | No
     """
     root, directory, skews, others = program.model, files.directory, files.skews, files.others
     own = (directory / PLAN_FILE) if (directory / PLAN_FILE).is_file() else None
-    text = own.read_text(encoding="utf-8") if own else ""
-    saved = read_plan(text, directory / PLAN_FILE) if own else None
-    config = json.loads(text) if saved else read_config(directory / peft_files.CONFIG_FILE)
+    saved = read_plan(own) if own else None
+    config = read_json(own) if own else read_config(directory / peft_files.CONFIG_FILE)
     sites = {s.fqn: s for s in program.sites}
     if saved:
         raw = [e.site for e in saved if not e.site.is_layer]

@@ -15,7 +15,9 @@ from oftfx.adapter import peft_files
 from oftfx.adapter.peft_files import PLAN_FILE
 from oftfx.errors import AdapterFileError, RuleError
 from oftfx.files import remains
+from oftfx.planning.peft_fields import check_fields
 from oftfx.planning.plans import Plan
+from oftfx.typed_json import parsed
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -49,7 +51,7 @@ def read_config(path: Path) -> dict[str, Any]:
     kind = config.get("peft_type")
     if kind != "OFT":
         raise AdapterFileError(f"{path}: peft_type is {kind!r}, expected 'OFT'")
-    check_fields(config, str(path))
+    check_fields(config, str(path), AdapterFileError)
     return config
 
 
@@ -60,39 +62,15 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterFileError: no such file, or not one.
     """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parsed(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         advice = _interrupted(path) or "it says how the numbers become a rotation"
         raise AdapterFileError(f"no file {path}; {advice}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OSError) as error:
         raise AdapterFileError(f"{path} is not a JSON object: {error}") from None
     if not isinstance(found, dict):
         raise AdapterFileError(f"{path} is not a JSON object, but {type(found).__name__}")
     return found
-
-
-def check_fields(config: Mapping[str, Any], where: str) -> None:
-    """Raise `AdapterFileError` for a field of PEFT's configuration with a value of a kind that PEFT does not write."""
-    for name, value in config.items():
-        kinds, words = _FIELDS.get(name, ((object,), ""))
-        each = value if isinstance(value, list) and list in kinds else [value]
-        if not all(_is_one(v, tuple(k for k in kinds if k is not list)) for v in each):
-            raise AdapterFileError(f"{where}: {name} is {value!r}, expected {words}")
-
-
-def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
-    return value is None or (isinstance(value, kinds) and (not isinstance(value, bool) or int not in kinds))
-
-
-_NAMES = ((str, list), "names, or a regular expression")
-_FIELDS: Mapping[str, tuple[tuple[type, ...], str]] = {
-    **dict.fromkeys(("target_modules", "exclude_modules", "modules_to_save", "layers_pattern"), _NAMES),
-    **dict.fromkeys(("bias", "peft_version"), ((str,), "a string")),
-    **dict.fromkeys(("r", "oft_block_size", "num_cayley_neumann_terms"), ((int,), "an integer")),
-    **dict.fromkeys(("eps", "module_dropout"), ((int, float), "a number")),
-    **dict.fromkeys(("coft", "block_share", "use_cayley_neumann", "apply_GS"), ((bool,), "true or false")),
-    "layers_to_transform": ((int, list), "numbers of layers"),
-}
 
 
 def no_file(path: Path) -> str:
@@ -113,15 +91,15 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
             )
 
 
-def read_plan(text: str, path: Path) -> Plan:
+def read_plan(path: Path) -> Plan:
     """The plan that stands beside the tensors of our own convention.
 
     Raises:
         AdapterFileError: it is none.
     """
     try:
-        return Plan.from_json(text)
-    except RuleError as error:
+        return Plan.from_json(path.read_text(encoding="utf-8"))
+    except (RuleError, OSError, UnicodeDecodeError) as error:
         raise AdapterFileError(f"{path}: {error}") from None
 
 

@@ -6,7 +6,8 @@ import json
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -14,6 +15,10 @@ from torch import Tensor
 
 from oftfx.errors import OftfxError
 from oftfx.serving.copied.runtime.contract import ADAPTER_INDEX
+from oftfx.typed_json import parsed
+
+LARGEST = 2**31
+"""Bytes of an answer; more is no answer to what is asked here."""
 
 
 class ServerError(OftfxError, RuntimeError):
@@ -53,8 +58,9 @@ class OpenAIServer(Served):
 
     def models(self) -> list[str]:
         """Those that are no adapter of another."""
-        found = call(f"{self.url}/v1/models", None, self.seconds)["data"]
-        return [m["id"] for m in found if not m.get("parent")]
+        found = call(f"{self.url}/v1/models", None, self.seconds)
+        with understood(self.url):
+            return [_text(m["id"]) for m in found["data"] if not m.get("parent")]
 
     def tokens(self, prompt: Sequence[int], count: int) -> list[int]:
         """Greedy tokens after a prompt of token ids.
@@ -65,10 +71,11 @@ class OpenAIServer(Served):
         body = {"model": self.adapter or self.model, "prompt": list(prompt), "max_tokens": count, "temperature": 0}
         body |= {"return_token_ids": True, "ignore_eos": True}
         answer = call(f"{self.url}/v1/completions", body, self.seconds)
-        tokens = answer["choices"][0].get("token_ids")
-        if tokens is None:
-            raise ServerError(f"{self.url}: the answer has no token ids, without which nothing can be compared")
-        return [int(t) for t in tokens]
+        with understood(self.url):
+            tokens = answer["choices"][0].get("token_ids")
+            if tokens is None:
+                raise ServerError(f"{self.url}: the answer has no token ids, without which nothing can be compared")
+            return [int(t) for t in tokens]
 
 
 class InferenceServer(Served):
@@ -82,7 +89,8 @@ class InferenceServer(Served):
             found = call(f"{self.url}/v2/repository/index", {}, self.seconds)
         except ServerError:
             return []
-        return sorted({m["name"] for m in found})
+        with understood(self.url):
+            return sorted({_text(m["name"]) for m in found})
 
     def logits(self, ids: Tensor) -> Tensor:
         """``(1, n, vocabulary)`` of token ids ``(1, n)``, from one request.
@@ -91,6 +99,23 @@ class InferenceServer(Served):
             ServerError: it refuses the request, or the model takes or gives something else.
         """
         about = call(f"{self.url}/v2/models/{self.model}", None, self.seconds)
+        with understood(self.url):
+            body = self._asking(about, ids)
+        answer = call(f"{self.url}/v2/models/{self.model}/infer", body, self.seconds)
+        with understood(self.url):
+            for output in answer["outputs"]:
+                if output["name"] == "logits":
+                    found = torch.tensor(output["data"], dtype=torch.float32).reshape(output["shape"])
+                    if found.shape[:2] != ids.shape or found.dim() != 3:
+                        raise ServerError(
+                            f"{self.url}: logits of shape {list(found.shape)} for {ids.shape[1]} tokens; expected "
+                            f"[1, {ids.shape[1]}, vocabulary]"
+                        )
+                    return found
+        raise ServerError(f"{self.url}: model {self.model!r} gives no 'logits'")
+
+    def _asking(self, about: Any, ids: Tensor) -> dict[str, Any]:
+        """The request, by what the server says that its model takes."""
         known = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "position_ids": torch.arange(ids.shape[1])}
         inputs = []
         for one in about.get("inputs", []):
@@ -112,11 +137,25 @@ class InferenceServer(Served):
         body: dict[str, Any] = {"inputs": inputs, "outputs": [{"name": "logits"}]}
         if self.adapter:
             body["parameters"] = {"adapter": self.adapter}
-        answer = call(f"{self.url}/v2/models/{self.model}/infer", body, self.seconds)
-        for output in answer["outputs"]:
-            if output["name"] == "logits":
-                return torch.tensor(output["data"], dtype=torch.float32).reshape(output["shape"])
-        raise ServerError(f"{self.url}: model {self.model!r} gives no 'logits'")
+        return body
+
+
+@contextmanager
+def understood(url: str) -> Iterator[None]:
+    """JSON that is not what the protocol says becomes a `ServerError`."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, AttributeError, ValueError, RuntimeError, OverflowError) as error:
+        if isinstance(error, ServerError):
+            raise
+        what = f"{type(error).__name__}: {error}"[:200]
+        raise ServerError(f"{url}: its answer is not what the protocol says ({what})") from None
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no name")
+    return value
 
 
 def connect(url: str, *, model: str = "", adapter: str = "", seconds: float = 300.0) -> OpenAIServer | InferenceServer:
@@ -147,13 +186,15 @@ def call(url: str, body: Any, seconds: float) -> Any:
     request.add_header("Content-Type", "application/json")
     try:
         with urllib.request.urlopen(request, timeout=seconds) as response:
-            text = response.read()
+            text = response.read(LARGEST + 1)
+            if len(text) > LARGEST:
+                raise ServerError(f"{url}: the answer has more than {LARGEST:,} bytes")
     except urllib.error.HTTPError as error:
-        said = error.read().decode(errors="replace").strip()
+        said = error.read(4000).decode(errors="replace").strip()
         raise ServerError(f"{url}: {error.code}: {said[:400] or error.reason}") from None
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise ServerError(f"{url}: no answer: {getattr(error, 'reason', error)}") from None
     try:
-        return json.loads(text) if text else {}
+        return parsed(text) if text else {}
     except ValueError:
         raise ServerError(f"{url}: the answer is not JSON") from None

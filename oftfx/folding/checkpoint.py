@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 from pathlib import Path
 from typing import BinaryIO
 
 from oftfx.errors import AdapterFileError
+from oftfx.typed_json import parsed
 
 _TENSORS = ("model*.safetensors", "diffusion_pytorch_model*.safetensors")
 _OTHERS = ("pytorch_model*.bin", "qmodel.pt")
@@ -47,13 +47,13 @@ def _tensors(file: Path) -> list[str]:
             length = int.from_bytes(stream.read(8), "little")
             if length > file.stat().st_size:
                 raise ValueError("it is shorter than its header")
-            header = json.loads(stream.read(length))
+            header = parsed(stream.read(length))
             entries = [(n, e) for n, e in header.items() if n != "__metadata__" and not ROTATION.search(n)]
             return [
                 f"{name} {entry['dtype']} {entry['shape']} {_sample(stream, 8 + length, *entry['data_offsets'])}"
                 for name, entry in entries
             ]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, OSError) as error:
             raise AdapterFileError(f"{file} is damaged or not a safetensors file: {error}") from None
 
 

@@ -15,6 +15,7 @@ from oftfx.pages.figures import written
 from oftfx.pages.html import html
 from oftfx.pages.markdown import markdown
 from oftfx.terminal import render
+from oftfx.typed_json import parsed
 
 COLUMNS = ("fold", "verdict", "arrived %", "by", "output error %", "perplexity", "gain kept %", "weights")
 
@@ -90,7 +91,7 @@ class CompareReport:
             FoldError: it is something else.
         """
         try:
-            reports = {n: json.dumps(r) for n, r in json.loads(text)["reports"].items()}
+            reports = {n: json.dumps(r) for n, r in parsed(text)["reports"].items()}
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FoldError(
                 f"this text is not what CompareReport.to_json() wrote: {type(error).__name__}: {error}"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeAlias
@@ -12,7 +11,9 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.errors import FoldError
+from oftfx.files import is_name
 from oftfx.formats.registry import format_of
+from oftfx.typed_json import made, parsed
 
 Reference: TypeAlias = nn.Module | str | Path | Callable[[str], Tensor]
 
@@ -84,7 +85,12 @@ def _files(path: Path) -> Mapping[str, Path]:
 
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        try:
+            names = made(Mapping[str, str], parsed(index.read_text(encoding="utf-8"))["weight_map"], "weight_map")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FoldError(f"reference: {index} is damaged: {error}") from None
+        if (odd := next((f for f in names.values() if not is_name(f)), None)) is not None:
+            raise FoldError(f"reference: {index} names the file {odd[:200]!r}; expected files beside it")
         return {name: path / file for name, file in names.items()}
     files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     if not files:

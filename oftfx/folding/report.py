@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -12,14 +13,12 @@ from oftfx.errors import FoldError
 from oftfx.files import write_whole
 from oftfx.folding.facts import FoldFacts
 from oftfx.folding.fold_page import fold_page
-from oftfx.folding.measure import Measured
-from oftfx.folding.provenance import Provenance
-from oftfx.folding.record import SiteFold
 from oftfx.folding.summary import COLUMNS, cells, summary
 from oftfx.pages.html import html
 from oftfx.pages.markdown import markdown
 from oftfx.pages.pictures import Picture, picture
 from oftfx.terminal import render
+from oftfx.typed_json import made, parsed
 
 
 @dataclass(frozen=True)
@@ -80,18 +79,10 @@ class FoldReport(FoldFacts):
             FoldError: it is no report, or a damaged one.
         """
         try:
-            said = json.loads(text)
+            said = parsed(text)
             said = said.get("report", said)
-            measured, origin = said.get("measured"), said.get("provenance")
-            return cls(
-                sites=tuple(SiteFold(**s) for s in said["sites"]),
-                adapters=tuple(said["adapters"]),
-                dropped=tuple(said.get("dropped", ())),
-                measured=None if measured is None else Measured(**measured),
-                unchecked=tuple(said.get("unchecked", ())),
-                distilled=said.get("distilled", ""),
-                provenance=Provenance() if origin is None else Provenance(**origin),
-            )
+            fields = {f.name: said[f.name] for f in dataclasses.fields(cls) if said.get(f.name) is not None}
+            return made(cls, {"adapters": said["adapters"], **fields})
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise FoldError(
                 "this text is no report of a fold; expected what FoldReport.to_json() or `oftfx fold --json` wrote, or "

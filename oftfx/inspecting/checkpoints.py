@@ -12,6 +12,7 @@ from oftfx.adapter.folded import NOTE, read_note
 from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.errors import AdapterFileError
 from oftfx.folding.checkpoint import checkpoint_digest
+from oftfx.folding.report import report_from
 from oftfx.inspecting.found import Found, Table
 from oftfx.inspecting.headers import read_header
 
@@ -25,11 +26,12 @@ def inspect_checkpoint(directory: Path) -> Found:
     for file in sorted(directory.glob("*.safetensors")):
         if file.name != ROTATIONS:
             tensors |= read_header(file).tensors
-    quantization = config.get("quantization_config") or {}
+    quantization, architectures = config.get("quantization_config"), config.get("architectures")
+    named = architectures if isinstance(architectures, list) and architectures else [config.get("model_type")]
     facts: dict[str, Any] = {
-        "model": ", ".join(config.get("architectures") or [str(config.get("model_type"))]),
+        "model": ", ".join(map(str, named)),
         **{name: config[name] for name in _SIZES if name in config},
-        "quantized": _quantized(quantization),
+        "quantized": _quantized(quantization if isinstance(quantization, dict) else {}),
         "tensors": len(tensors),
         "bytes": sum(size for _, _, size in tensors.values()),
         "dtypes": dict(Counter(dtype for dtype, _, _ in tensors.values())),
@@ -45,19 +47,16 @@ def inspect_checkpoint(directory: Path) -> Found:
         note = read_note(directory)
     except AdapterFileError as error:
         return Found("fold", directory, facts, None, (str(error),))
-    sites = note["report"]["sites"]
+    report = report_from(note)
     facts |= {
         "written by": f"oftfx {note.get('oftfx')}",
         "folds": [_fold(f) for f in note["folds"]],
-        "actions": dict(Counter(s["action"] for s in sites)),
-        "survival of the update": f"{note['report']['survival']:.1%}" if note["folds"] else None,
+        "actions": dict(Counter(s.action for s in report)),
+        "survival of the update": f"{report.survival:.1%}" if note["folds"] and report.survival is not None else None,
         "rotations in front": ROTATIONS if note["rotations"] is not None else "none",
     }
-    worst = sorted(sites, key=lambda s: -float(s["relative_error"]))[:10]
-    rows = [
-        (s["fqn"], s["format"], s["action"], f"{s['relative_error']:.2e}", f"{s['survival']:.1%}", s["note"])
-        for s in worst
-    ]
+    worst = sorted(report, key=lambda s: -s.relative_error)[:10]
+    rows = [(s.fqn, s.format, s.action, f"{s.relative_error:.2e}", f"{s.survival:.1%}", s.note) for s in worst]
     table = Table("Largest errors", ("site", "format", "action", "relative error", "survival", "note"), rows)
     return Found("fold" if note["folds"] else "checkpoint", directory, facts, table if rows else None, tuple(faults))
 

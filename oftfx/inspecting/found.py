@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from oftfx.errors import OftfxError
-from oftfx.terminal import render
+from oftfx.terminal import plain, render
 
 
 class InspectError(OftfxError, ValueError):
@@ -57,7 +57,7 @@ class Found:
             f"  {name:<{width}}  {_shown(value)}" for name, value in self.facts.items() if value not in (None, "")
         ]
         lines += [f"fault: {fault}" for fault in self.faults]
-        text = "\n".join(lines) + "\n"
+        text = plain("\n".join(lines)) + "\n"
         return text + render(self.table.title, self.table.columns, self.table.rows) if self.table else text
 
 

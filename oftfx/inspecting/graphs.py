@@ -30,28 +30,10 @@ def inspect_graph(path: Path) -> Found:
         model.ir_version, model.graph.node[0]
     except Exception as error:  # protobuf's own types
         raise InspectError(f"{path} is not an ONNX file, or is damaged: {type(error).__name__}") from None
-    notes = {e.key.removeprefix("oftfx."): e.value for e in model.metadata_props}
-    beside = path.with_name(f"{path.name}.data")
-    opsets = {o.domain or "onnx": o.version for o in model.opset_import}
-    counted = Counter(node.op_type for node in model.graph.node)
-    facts: dict[str, Any] = {
-        "made by": f"{model.producer_name} {model.producer_version}".strip(),
-        "opsets": opsets,
-        "nodes": sum(counted.values()),
-        "operators": dict(counted.most_common(12)),
-        "bytes": path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0),
-        **{name.replace("_", " "): _plain(notes[name]) for name in _KNOWN if notes.get(name)},
-        "sha256": digest(path),
-    }
-    rows = []
-    initial = {i.name for i in model.graph.initializer}
-    for kind, values in (("input", model.graph.input), ("output", model.graph.output)):
-        for value in values:
-            shape = [d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim]
-            dtype = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
-            rows.append((value.name, "default" if value.name in initial else kind, dtype, "x".join(shape)))
-    faults = _faults(model, path)
-    return Found("onnx", path, facts, Table("Inputs and outputs", ("name", "kind", "dtype", "shape"), rows), faults)
+    try:
+        return _of_graph(onnx, model, path)
+    except (ValueError, TypeError, RecursionError) as error:  # text that is no UTF-8, and types that ONNX has not
+        raise InspectError(f"{path} is not an ONNX file, or is damaged: {error}") from None
 
 
 def inspect_graph_adapter(path: Path) -> Found:
@@ -94,3 +76,28 @@ def _plain(text: str) -> Any:
     if isinstance(value, dict):
         return {k: str(v)[:12] for k, v in value.items()}
     return [json.dumps(v) if isinstance(v, dict) else v for v in value] if isinstance(value, list) else text
+
+
+def _of_graph(onnx: Any, model: Any, path: Path) -> Found:
+    notes = {e.key.removeprefix("oftfx."): e.value for e in model.metadata_props}
+    beside = path.with_name(f"{path.name}.data")
+    opsets = {o.domain or "onnx": o.version for o in model.opset_import}
+    counted = Counter(node.op_type for node in model.graph.node)
+    facts: dict[str, Any] = {
+        "made by": f"{model.producer_name} {model.producer_version}".strip(),
+        "opsets": opsets,
+        "nodes": sum(counted.values()),
+        "operators": dict(counted.most_common(12)),
+        "bytes": path.stat().st_size + (beside.stat().st_size if beside.is_file() else 0),
+        **{name.replace("_", " "): _plain(notes[name]) for name in _KNOWN if notes.get(name)},
+        "sha256": digest(path),
+    }
+    rows = []
+    initial = {i.name for i in model.graph.initializer}
+    for kind, values in (("input", model.graph.input), ("output", model.graph.output)):
+        for value in values:
+            shape = [d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim]
+            dtype = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
+            rows.append((value.name, "default" if value.name in initial else kind, dtype, "x".join(shape)))
+    faults = _faults(model, path)
+    return Found("onnx", path, facts, Table("Inputs and outputs", ("name", "kind", "dtype", "shape"), rows), faults)

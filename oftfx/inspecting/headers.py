@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 
 from oftfx.inspecting.found import InspectError
 from oftfx.streaming.directory import BITS
+from oftfx.typed_json import parsed
 
 _LARGEST = 100 * 2**20  # as the format itself allows
 
@@ -45,7 +45,7 @@ def read_header(path: Path) -> Header:
             length = int.from_bytes(stream.read(8), "little")
             if size < 8 or length > min(size - 8, _LARGEST):
                 raise ValueError(f"its header would be {length:,} bytes in a file of {size:,}")
-            found: Any = json.loads(stream.read(length))
+            found: Any = parsed(stream.read(length))
         notes = {str(k): str(v) for k, v in found.pop("__metadata__", {}).items()}
         tensors = {}
         for name, entry in found.items():
@@ -56,7 +56,7 @@ def read_header(path: Path) -> Header:
             if min((*shape, 0)) < 0 or not 0 <= begin <= end <= size - 8 - length or wrong:
                 raise ValueError(f"{name} {entry['dtype']} {list(shape)} does not fit its place in the file")
             tensors[str(name)] = (str(entry["dtype"]), shape, end - begin)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise InspectError(f"{path} is damaged or not a safetensors file: {error}") from None
     return Header(notes, tensors)
 

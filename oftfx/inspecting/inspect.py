@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from oftfx.adapter.peft_files import CONFIG_FILE, WEIGHT_FILE
+from oftfx.folding.report import FoldReport
 from oftfx.inspecting.adapters import inspect_adapter
 from oftfx.inspecting.checkpoints import inspect_checkpoint
 from oftfx.inspecting.found import Found, InspectError, Table
@@ -15,11 +15,12 @@ from oftfx.inspecting.graphs import inspect_graph, inspect_graph_adapter
 from oftfx.inspecting.headers import digest, read_header
 from oftfx.planning.plans import Plan
 from oftfx.serving.copied.runtime.contract import SUFFIX
-from oftfx.training.job import RESULT
+from oftfx.training.job import RESULT, read_result
 from oftfx.training.progress import FILE as PROGRESS
 from oftfx.training.progress import losses_so_far
 from oftfx.training.recipe import FILE as RECIPE
 from oftfx.training.recipe import Recipe
+from oftfx.typed_json import parsed
 
 
 def inspect(path: str | Path) -> Found:
@@ -76,7 +77,7 @@ def _directory(path: Path) -> Found:
 def _training(path: Path) -> Found:
     recipe, losses = Recipe.read(path / RECIPE), losses_so_far(path)
     done = (path / RESULT).is_file()
-    result = json.loads((path / RESULT).read_text(encoding="utf-8")) if done else {}
+    result = read_result(path) if done else {}
     facts: dict[str, Any] = {
         "state": "complete"
         if done
@@ -95,15 +96,22 @@ def _training(path: Path) -> Found:
 
 def _json(path: Path) -> Found:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        found = parsed(text)
     except (OSError, ValueError) as error:
         raise InspectError(f"{path} is not readable as JSON: {error}") from None
     if isinstance(found, dict) and isinstance(found.get("sites"), list) and "survival" in found:
-        actions = Counter(str(s.get("action")) for s in found["sites"])
-        facts = {"adapters": found.get("adapters"), "sites": len(found["sites"]), "actions": dict(actions)}
-        facts |= {"survival of the update": f"{found['survival']:.1%}", "warnings": found.get("warnings")}
+        report = FoldReport.from_json(text)
+        actions = dict(Counter(s.action for s in report))
+        facts: dict[str, Any] = {
+            "adapters": list(report.adapters),
+            "sites": len(report),
+            "actions": actions,
+        }
+        share = None if report.survival is None else f"{report.survival:.1%}"
+        facts |= {"survival of the update": share, "warnings": report.warnings}
         return Found("fold report", path, facts)
-    plan = Plan.from_json(path.read_text(encoding="utf-8"))
+    plan = Plan.from_json(text)
     facts = {"model": plan.model_class, "sites": len(plan), "parameters": plan.trainable, "recorded": plan.trace.rung}
     kinds = Counter((e.site.kind, e.site.format, e.block_size) for e in plan)
     rows = [(k, f, str(size), str(count)) for (k, f, size), count in kinds.items()]

@@ -10,6 +10,7 @@ from typing import Any
 from oftfx.errors import RuleError, warn
 from oftfx.model.index import ModelIndex
 from oftfx.model.structure import is_own_module
+from oftfx.planning.patterns import compiled
 
 HEADS = {
     "SEQ_CLS": ("classifier", "score"),
@@ -135,6 +136,8 @@ def _names(value: Any) -> str | frozenset[str]:
 
 def _matches(pattern: str, fqn: str, *, whole: bool = False) -> re.Match[str] | None:
     try:
-        return re.fullmatch(pattern, fqn) if whole else re.match(pattern, fqn)
+        expression = compiled(pattern)
+        return expression.fullmatch(fqn) if whole else expression.match(fqn)
     except re.error as error:
-        raise RuleError(f"the PEFT configuration asks for {pattern!r}, no regular expression: {error}") from None
+        shown = repr(pattern[:200])
+        raise RuleError(f"the PEFT configuration asks for {shown}, no regular expression to be used: {error}") from None

@@ -8,20 +8,17 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from oftfx.errors import MissingExtraError, RuleError
 from oftfx.files import of_version, write_whole
-from oftfx.formats.layout import Layout
-from oftfx.model.site import Site
 from oftfx.pages.html import html
 from oftfx.pages.markdown import markdown
 from oftfx.pages.page import Page
-from oftfx.planning.coverage import Coverage, Unreached
+from oftfx.planning.coverage import Coverage
 from oftfx.planning.plan_page import plan_page
 from oftfx.planning.plan_table import pattern, plan_rows, plan_table, ranges
-from oftfx.planning.site_plan import Producer, SitePlan, Skipped, TraceInfo
-from oftfx.rotation.spec import OFT
+from oftfx.planning.site_plan import SitePlan, Skipped, TraceInfo
+from oftfx.typed_json import made, parsed
 
 VERSION = 1
 
@@ -100,27 +97,16 @@ class Plan:
             RuleError: not a plan, or one of another version.
         """
         try:
-            data = json.loads(text)
+            data = parsed(text)
             version = data.pop("oftfx_plan")
         except (ValueError, KeyError, AttributeError, TypeError):
             raise RuleError("this text is not an oftfx plan; expected what Plan.to_json() wrote") from None
         if version != VERSION:
             raise RuleError(f"this plan has {of_version(version, VERSION)}")
         try:
-            return cls(
-                model_class=data["model_class"],
-                entries=tuple(_entry(e) for e in data["entries"]),
-                skipped=tuple(Skipped(**s) for s in data["skipped"]),
-                trace=TraceInfo(**_tuples(data["trace"])),
-                train=tuple(data["train"]),
-                train_modules=tuple(data["train_modules"]),
-                train_bias=data["train_bias"],
-                train_buffers=tuple(data.get("train_buffers", ())),
-                brought=tuple(data.get("brought", ())),
-                coverage=_coverage(data.get("coverage", {})),
-            )
-        except (KeyError, TypeError) as error:
-            raise RuleError(f"this text is a damaged oftfx plan: {type(error).__name__}: {error}") from None
+            return made(cls, data)
+        except ValueError as error:
+            raise RuleError(f"this text is a damaged oftfx plan: {error}") from None
 
     def table(self, *, full: bool = False) -> str:
         """The plan as a table (needs the ``report`` extra).
@@ -196,23 +182,3 @@ def _largest(plan: Plan, count: int = 8) -> str:
     order = sorted(groups, key=lambda p: -sizes[p])
     shown = [f"{ranges(groups[p])} ({sizes[p] / plan.coverage.total:.1%})" for p in order[:count]]
     return ", ".join(shown) + (f" and {len(order) - count} more" if len(order) > count else "")
-
-
-def _tuples(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-
-
-def _coverage(values: dict[str, Any]) -> Coverage:
-    unreached = tuple(Unreached(**_tuples(u)) for u in values.get("unreached", ()))
-    return Coverage(**{**values, "unreached": unreached})
-
-
-def _entry(values: dict[str, Any]) -> SitePlan:
-    fields = _tuples(values)
-    site = _tuples(fields["site"])
-    site["layout"] = Layout(**site.get("layout", {}))
-    fields["site"] = Site(**site)
-    if producer := fields.get("producer"):
-        fields["producer"] = Producer(**_tuples(producer))
-    fields["spec"] = OFT.from_dict(fields["spec"])
-    return SitePlan(**fields)

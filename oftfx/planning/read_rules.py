@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,10 @@ from typing import Any
 from oftfx.errors import RuleError
 from oftfx.model.index import ModelIndex
 from oftfx.planning.from_peft import fields_of, rules_from_config, trained_by_config
+from oftfx.planning.peft_fields import check_fields
 from oftfx.planning.rules import Rule
 from oftfx.rotation.spec import OFT
+from oftfx.typed_json import parsed
 
 Rules = Rule | Sequence[Rule] | Sequence[str] | Mapping[Any, "OFT | None"] | str | Path
 
@@ -116,12 +117,13 @@ def names_of(text: str) -> list[str]:
 def _read_config(path: Path) -> dict[str, Any]:
     """A PEFT configuration as rules."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parsed(path.read_text(encoding="utf-8"))
         kind, targets = config.get("peft_type"), config.get("target_modules")
     except (OSError, ValueError, AttributeError) as error:
         raise RuleError(f"rules: {path} cannot be read as PEFT's configuration: {error}") from None
     if kind != "OFT" or not targets:
-        raise RuleError(f"rules: {path}: expected peft_type 'OFT' with target_modules, found {kind!r} with {targets!r}")
+        raise RuleError(f"rules: {path}: expected peft_type 'OFT' with target_modules, found {kind!r} with {targets!a}")
+    check_fields(config, f"rules: {path}", RuleError)
     return dict(config)
 
 
@@ -133,7 +135,7 @@ def _read_toml(path: Path) -> tuple[Rule, ...]:
             document = tomllib.load(file)
     except FileNotFoundError:
         raise RuleError(f"rules: no file {path}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RuleError(f"rules: {path} is not TOML: {error}") from None
     tables = document.get("rule")
     if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
@@ -145,5 +147,7 @@ def _read_toml(path: Path) -> tuple[Rule, ...]:
             raise RuleError(f"rules: a [[rule]] in {path} has no target: {table}")
         target, optional = fields.pop("target"), fields.pop("optional", False)
         excluded = fields.pop("exclude", False)
+        if not isinstance(optional, bool) or not isinstance(excluded, bool) or not isinstance(target, str):
+            raise RuleError(f"rules: {path}: target is a text, optional and exclude are true or false: {table}")
         result.append(Rule(target, None if excluded else OFT.from_dict(fields), optional=optional))
     return tuple(result)

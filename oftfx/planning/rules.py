@@ -11,8 +11,11 @@ import torch.nn as nn
 
 from oftfx.errors import RuleError
 from oftfx.model.site import Site
+from oftfx.planning.patterns import compiled
 from oftfx.rotation.spec import OFT
 
+_LONGEST = 2000
+"""Characters of a target: `fnmatch` takes seconds for thousands of ``[``."""
 Target = str | type[nn.Module] | Callable[[Site], bool]
 
 
@@ -44,11 +47,15 @@ class Rule:
     def __post_init__(self) -> None:
         if self.spec is not None and not isinstance(self.spec, OFT):
             raise RuleError(f"Rule({self.label!r}): spec must be an OFT or None, got {type(self.spec).__name__}")
+        if isinstance(self.target, str) and len(self.target) > _LONGEST:
+            raise RuleError(
+                f"Rule({self.target[:60]!r}...): {len(self.target):,} characters, expected {_LONGEST:,} at most"
+            )
         if isinstance(self.target, str) and self.target.startswith("re:"):
             try:
-                re.compile(self.target[3:])
+                compiled(self.target[3:])
             except re.error as error:
-                raise RuleError(f"Rule({self.target!r}): not a regular expression: {error}") from None
+                raise RuleError(f"Rule({self.target[:200]!r}): not a regular expression to be used: {error}") from None
         elif not (isinstance(self.target, (str, type)) or callable(self.target)):
             raise RuleError(f"Rule target must be a glob, 're:...', a module class or a predicate, got {self.target!r}")
 
@@ -74,5 +81,5 @@ class Rule:
         if not isinstance(self.target, str) or self.target == "all-linear":
             return False
         if self.target.startswith("re:"):
-            return re.fullmatch(self.target[3:], fqn) is not None
+            return compiled(self.target[3:]).fullmatch(fqn) is not None
         return fnmatch.fnmatchcase(fqn, self.target)

@@ -187,6 +187,8 @@ def _files(model: Path, adapters: Mapping[str, str | Path]) -> dict[str, Path]:
         if not NAME.fullmatch(name):
             raise ExportError(f"adapters: {name!r} cannot name an adapter; use letters, digits, '_', '.' and '-'")
         files[f"adapters/{name}{SUFFIX}"] = Path(path)
+    if odd := [name for name in files if any(len(part) > 255 for part in Path(name).parts)]:
+        raise ExportError(f"{model} names a file {odd[0][:80]!r}..., which no file can be called")
     if missing := [path for path in files.values() if not path.is_file()]:
         if missing[0].is_dir():
             raise ExportError(

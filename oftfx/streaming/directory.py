@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,6 +11,8 @@ from typing import Any
 
 from oftfx.adapter.checkpoints import read_json
 from oftfx.errors import FoldError
+from oftfx.files import is_name
+from oftfx.typed_json import parsed
 
 INDEX, WHOLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 BITS = {
@@ -151,8 +152,8 @@ def _files_of(index: Mapping[str, Any], path: Path) -> list[str]:
     if not isinstance(named, dict) or not named or not all(isinstance(f, str) for f in named.values()):
         raise FoldError(f"{path / INDEX}: no weight_map from tensor names to files")
     files = sorted({*named.values()})
-    if odd := next((f for f in files if Path(f).name != f), None):
-        raise FoldError(f"{path / INDEX}: names the file {odd!r}; expected files beside it")
+    if (odd := next((f for f in files if not is_name(f)), None)) is not None:
+        raise FoldError(f"{path / INDEX}: names the file {odd[:200]!r}; expected files beside it")
     return files
 
 
@@ -164,14 +165,14 @@ def _shard(file: Path) -> Shard:
             if not 0 < length <= size - 8:
                 raise ValueError(f"its header has {length} bytes, the file {size}")
             text = stream.read(length)
-        header: dict[str, Any] = json.loads(text)
+        header: dict[str, Any] = parsed(text)
         notes = header.pop("__metadata__", None)
         found = [
             Stored(n, file.name, str(e["dtype"]), tuple(map(int, e["shape"])), *(8 + length + o for o in _offsets(e)))
             for n, e in header.items()
         ]
         _check_bytes(found, 8 + length, size)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise FoldError(f"{file} is damaged or not a safetensors file: {error}; fetch it again") from None
     tensors = tuple(sorted(found, key=lambda t: (t.begin, t.end)))
     return Shard(file.name, notes, tuple(header), tensors, hashlib.sha256(text).hexdigest())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from oftfx.errors import FoldError, MissingExtraError, warn
+from oftfx.typed_json import is_text, parsed
 
 BATCH = 4
 """Sequences that go through the model at a time."""
@@ -83,14 +83,14 @@ def calibration_from(base: Path, file: Path, tokens: int, length: int) -> list[d
 
 def _text_of(line: str, where: str, tokenizer: Any) -> str:
     try:
-        entry = json.loads(line)
+        entry = parsed(line)
     except ValueError as error:
         raise FoldError(f"{where}: not JSON: {error}") from error
-    if isinstance(entry, dict) and isinstance(entry.get("text"), str):
+    if isinstance(entry, dict) and is_text(entry.get("text")):
         return str(entry["text"])
     if isinstance(entry, dict) and isinstance(entry.get("messages"), list):
         try:
             return str(tokenizer.apply_chat_template(entry["messages"], tokenize=False))
         except Exception as error:  # a template is a program of its own
             raise FoldError(f"{where}: the tokenizer's chat template does not take these messages: {error}") from error
-    raise FoldError(f'{where}: expected an object with "text" or "messages"')
+    raise FoldError(f'{where}: expected an object with "text" (characters, no halves of them) or "messages"')

@@ -33,6 +33,7 @@ from oftfx.training.progress import FILE as PROGRESS
 from oftfx.training.read_examples import read_examples
 from oftfx.training.recipe import FILE as RECIPE
 from oftfx.training.recipe import Recipe, RecipeError
+from oftfx.typed_json import made, parsed
 
 ADAPTER, RESULT, SCALES = "adapter", "oftfx_training.json", "scales"
 Bar = Callable[[str, int], AbstractContextManager[Callable[[int, str], None]]]
@@ -74,7 +75,7 @@ class Training:
         """
         _check_apart(self.out, self.recipe)
         if (self.out / RESULT).is_file():
-            self.result = json.loads((self.out / RESULT).read_text(encoding="utf-8"))
+            self.result = read_result(self.out)
             self.say(f"{self.out} is complete; nothing to do")
             return self.result
         model, (data, held_out), plan = self._prepared()
@@ -212,3 +213,20 @@ def _check_apart(out: Path, recipe: Recipe) -> None:
             )
     elif (out / PROGRESS).is_file() or (out.is_dir() and (out / "config.json").is_file()):
         raise OftfxError(f"{out} holds something else; choose another directory")
+
+
+def read_result(folder: Path) -> dict[str, Any]:
+    """What a complete run wrote.
+
+    Raises:
+        OftfxError: it is damaged.
+    """
+    try:
+        found = parsed((folder / RESULT).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("expected a JSON object")
+        for when, figures in made(Mapping[str, Any], found.get("held_out", {}), "held_out").items():
+            made(Mapping[str, float], figures, f"held_out.{when}")["loss"]
+    except (OSError, ValueError, KeyError) as error:
+        raise OftfxError(f"{folder / RESULT} is damaged: {error}; remove it to train from the start") from None
+    return found

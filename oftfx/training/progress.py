@@ -47,13 +47,16 @@ def resume(folder: Path, parameters: Sequence[nn.Parameter], optimizer: torch.op
         return []
     tensors = _read(path)
     _check(path, tensors, parameters)
+    try:
+        torch.set_rng_state(tensors["random"])
+    except (RuntimeError, TypeError) as error:
+        raise OftfxError(f"{path} is damaged (random: {error}); remove it to train from the start") from None
     for i, parameter in enumerate(parameters):
         parameter.copy_(tensors[f"parameter.{i}"])
         state = {name: tensors[f"{name}.{i}"] for name in _MOMENTS if f"{name}.{i}" in tensors}
         if state:
             # AdamW counts its steps in a tensor on the CPU, whatever the parameter's device.
             optimizer.state[parameter] = {n: t if n == "step" else t.to(parameter) for n, t in state.items()}
-    torch.set_rng_state(tensors["random"])
     return [float(x) for x in tensors["losses"]]
 
 
@@ -73,8 +76,10 @@ def _read(path: Path) -> dict[str, Tensor]:
 
     try:
         tensors = load_file(path)
-        tensors["losses"], tensors["random"]
-    except (SafetensorError, KeyError) as error:
+        losses, _ = tensors["losses"], tensors["random"]
+        if losses.dim() != 1 or not losses.is_floating_point():
+            raise ValueError(f"losses is {losses.dtype} of {losses.dim()} axes, expected a row of floats")
+    except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise OftfxError(f"{path} is damaged ({error}); remove it to train from the start") from None
     return tensors
 
@@ -84,10 +89,20 @@ def _check(path: Path, tensors: dict[str, Tensor], parameters: Sequence[nn.Param
     if count != len(parameters):
         raise OftfxError(f"{path} has {count} parameters, here are {len(parameters)}: it is of another adapter")
     for i, parameter in enumerate(parameters):
-        for name in ("parameter", "exp_avg", "exp_avg_sq"):
+        there = [name for name in _MOMENTS if f"{name}.{i}" in tensors]
+        if f"parameter.{i}" not in tensors or len(there) not in (0, len(_MOMENTS)):
+            raise OftfxError(
+                f"{path} is damaged: of parameter {i} it has {', '.join(there) or 'nothing'}; expected its value and "
+                f"none or all of {', '.join(_MOMENTS)}. Remove it to train from the start"
+            )
+        for name in ("parameter", *_MOMENTS):
             found = tensors.get(f"{name}.{i}")
-            if found is not None and found.shape != parameter.shape:
+            if found is None:
+                continue
+            if not found.is_floating_point():
+                raise OftfxError(f"{path} is damaged: {name} {i} is {found.dtype}, expected floats")
+            shape = torch.Size() if name == "step" else parameter.shape
+            if found.shape != shape:
                 raise OftfxError(
-                    f"{path}: {name} {i} is {tuple(found.shape)}, here it is {tuple(parameter.shape)}: it is of "
-                    "another adapter"
+                    f"{path}: {name} {i} is {tuple(found.shape)}, here it is {tuple(shape)}: it is of another adapter"
                 )

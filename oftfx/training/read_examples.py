@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from oftfx.errors import OftfxError
 from oftfx.streaming.texts import blocks, read_texts
 from oftfx.training.examples import IGNORED, Examples, Row
+from oftfx.typed_json import parsed
 
 
 class DataError(OftfxError, ValueError):
@@ -47,7 +47,7 @@ def read_examples(file: Path, tokenizer: Any, length: int) -> Examples:
     rows, remarks = [], Counter[str]()
     for number, line in _lines(file):
         try:
-            ids, learnt = row(json.loads(line), tokenizer)
+            ids, learnt = row(parsed(line), tokenizer)
         except Exception as error:  # a chat template is a program of its own
             raise DataError(f"{file}, line {number}: {error}") from error
         if len(ids) > length:
@@ -75,7 +75,7 @@ def _kinds(file: Path) -> set[str]:
     found = set()
     for number, line in _lines(file):
         try:
-            entry = json.loads(line)
+            entry = parsed(line)
         except ValueError as error:
             raise DataError(f"{file}, line {number}: not JSON: {error}") from error
         known = [k for k in ("text", "messages", "prompt") if isinstance(entry, dict) and k in entry]

@@ -104,7 +104,7 @@ class Recipe:
         """
         try:
             found = tomllib.loads(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise RecipeError(f"{path} cannot be read as TOML: {error}") from None
         return cls.of({**found, **changes}, str(path))
 

@@ -21,11 +21,12 @@ from oftfx.adapter.conventions.oft_v2 import DOTTED, FLAT, SCALED, skew_shape
 from oftfx.adapter.conventions.source import Source
 from oftfx.adapter.conventions.written import check_sites
 from oftfx.adapter.peft_files import EMBEDDING_SKEW, PREFIX, SKEW
-from oftfx.adapter.read import check_fields
 from oftfx.errors import AdapterFileError
 from oftfx.planning.from_peft import spec_from_config
+from oftfx.planning.peft_fields import check_fields
 from oftfx.rotation.module import whole
 from oftfx.rotation.spec import OFT
+from oftfx.typed_json import parsed
 
 NOTE = "lora_adapter_metadata"
 
@@ -66,7 +67,7 @@ class Diffusers(Foreign):
 
     def _config(self, source: Source) -> dict[str, Any]:
         try:
-            found = json.loads(source.notes.get(NOTE) or '{"peft_type": "OFT", "peft_version": "0.18"}')
+            found = parsed(source.notes.get(NOTE) or '{"peft_type": "OFT", "peft_version": "0.18"}')
         except ValueError as error:
             raise AdapterFileError(f"{source.path}: {NOTE} in its metadata is damaged: {error}") from None
         # A pipeline's file has the fields of each part behind the part's name.
@@ -76,7 +77,7 @@ class Diffusers(Foreign):
             found = {k.removeprefix(f"{part}.") if part else k: v for k, v in found.items()}
         if not isinstance(found, dict) or found.get("peft_type") != "OFT":
             raise AdapterFileError(f"{source.path}: {NOTE} in its metadata is no OFT configuration of one model")
-        check_fields(found, f"{source.path}: {NOTE}")
+        check_fields(found, f"{source.path}: {NOTE}", AdapterFileError)
         return found
 
     def write(self, adapter: Outgoing) -> Written:

@@ -10,7 +10,6 @@ By the formulas of their files of 2026.
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any
 
@@ -27,6 +26,7 @@ from oftfx.rotation.cayley import project
 from oftfx.rotation.module import whole
 from oftfx.rotation.skew import skew_matrix, skew_size, skew_vector
 from oftfx.rotation.spec import OFT
+from oftfx.typed_json import parsed
 
 SKEW, SCALED = ".oft_R.weight", ".oft_R.scaled_oft"
 FLAT = ("lora_unet_", "lora_transformer_", "lora_te_", "lora_te1_", "lora_te2_", "lora_te3_")
@@ -124,7 +124,7 @@ def skew_shape(source: Source, key: str, site: Site) -> tuple[int, int]:
 def _bound(source: Source) -> float | None:
     """The bound on norms that sd-scripts has noted."""
     try:
-        noted: Any = json.loads(source.notes.get("ss_network_args") or "{}")
+        noted: Any = parsed(source.notes.get("ss_network_args") or "{}")
         arguments = dict(noted)
         asked = str(arguments.get("oft_coft", arguments.get("coft"))).lower() in ("1", "true", "yes", "y", "on")
         return float(arguments.get("coft_eps", 6e-5)) if asked else None

@@ -10,8 +10,8 @@ from torch import Tensor
 from oftfx.adapter.conventions.base import Target
 from oftfx.adapter.conventions.source import Source
 from oftfx.adapter.peft_files import PREFIX, nearest
-from oftfx.adapter.read import check_fields
 from oftfx.errors import AdapterError, AdapterFileError
+from oftfx.planning.peft_fields import check_fields
 
 
 def checked_config(source: Source, kind: str) -> Mapping[str, Any]:
@@ -24,7 +24,7 @@ def checked_config(source: Source, kind: str) -> Mapping[str, Any]:
         raise AdapterFileError(f"{source.path}: no adapter_config.json beside it, which says what the numbers mean")
     if (found := source.config.get("peft_type")) != kind:
         raise AdapterFileError(f"{source.directory}: peft_type is {found!r}, the keys of the weights are of {kind}")
-    check_fields(source.config, f"{source.directory}")
+    check_fields(source.config, f"{source.directory}", AdapterFileError)
     # Every tuner has a word of its own for the biases of the layers that it changes.
     return {
         **source.config,

@@ -12,7 +12,7 @@ from torch import Tensor
 from oftfx.adapter.peft_files import CONFIG_FILE, PLAN_FILE, WEIGHT_FILE
 from oftfx.adapter.read import check_finite, no_file, read_json
 from oftfx.errors import AdapterFileError
-from oftfx.files import finish_landing
+from oftfx.files import finish_landing, is_name
 
 INDEX_FILE, MODEL_FILE = "model.safetensors.index.json", "model.safetensors"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -163,8 +163,10 @@ def _shards(index: Path) -> list[Path]:
     named = read_json(index).get("weight_map")
     if not isinstance(named, dict) or not all(isinstance(n, str) for n in named.values()):
         raise AdapterFileError(f"{index}: expected a 'weight_map' from names to files")
-    if outside := next((n for n in named.values() if Path(n).name != n or not n.endswith(".safetensors")), None):
-        raise AdapterFileError(f"{index} names {outside!r}, which is no safetensors file beside it")
+    if (
+        outside := next((n for n in named.values() if not is_name(n) or not n.endswith(".safetensors")), None)
+    ) is not None:
+        raise AdapterFileError(f"{index} names {outside[:200]!r}, which is no safetensors file beside it")
     files = [index.parent / n for n in dict.fromkeys(named.values())]
     if missing := next((f for f in files if not f.is_file()), None):
         raise AdapterFileError(f"{index} names {missing.name}, which is not there; is the checkpoint complete?")

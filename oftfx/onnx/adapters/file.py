@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ from oftfx.files import landing, write_whole
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks
 from oftfx.onnx.adapters.model_number import interface_of
 from oftfx.serving.copied.runtime.contract import INTERFACE, MODEL, ROTATIONS
+from oftfx.typed_json import made, parsed
 
 VERSION = 1
 
@@ -90,11 +91,18 @@ def _slots_of(graph: Path, model: nn.Module) -> Slots:
 
     if not graph.is_file():
         raise ExportError(f"{graph}: there is no such file")
-    found = onnx.load(str(graph), load_external_data=False)
+    try:
+        found = onnx.load(str(graph), load_external_data=False)
+    except Exception as error:  # protobuf's own types
+        raise ExportError(f"{graph} is not an ONNX file, or is damaged: {type(error).__name__}") from None
     notes = {entry.key: entry.value for entry in found.metadata_props}
     if ROTATIONS not in notes:
         raise ExportError(f"{graph} has no swappable rotations; export it with adapters='swappable'")
-    names = json.loads(notes[ROTATIONS])
+    try:
+        names = made(Mapping[str, str], parsed(notes[ROTATIONS]), ROTATIONS)
+        notes[INTERFACE], notes[MODEL]
+    except (ValueError, KeyError) as error:
+        raise ExportError(f"{graph} is damaged: what it says of its rotations cannot be read: {error}") from None
     if str(interface_of(model, names)) != notes[INTERFACE]:
         raise ExportError(
             f"{graph} was exported from another model: {notes[MODEL]} with other layers or weights than this "

@@ -90,7 +90,7 @@ def _specs(directory: Path) -> Callable[[str], OFT]:
     if not plan.is_file():
         spec = spec_from_config(read_config(directory / CONFIG_FILE))
         return lambda _: spec
-    known: Mapping[str, OFT] = {e.fqn: e.spec for e in read_plan(plan.read_text(encoding="utf-8"), plan)}
+    known: Mapping[str, OFT] = {e.fqn: e.spec for e in read_plan(plan)}
 
     def of(site: str) -> OFT:
         if site not in known:

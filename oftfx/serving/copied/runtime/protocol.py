@@ -61,7 +61,10 @@ class Tensor:
         Raises:
             RequestError: another type or shape.
         """
-        array = np.asarray(value)
+        try:
+            array = np.asarray(value)
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
+            raise RequestError(f"input {self.name!r} is no array: {error}") from error
         if self.datatype == "BYTES":
             if array.dtype.kind not in "OSU":
                 raise RequestError(f"input {self.name!r} is {array.dtype}, expected text (BYTES)")

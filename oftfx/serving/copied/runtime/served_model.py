@@ -76,18 +76,31 @@ class ServedModel:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             raise ServingError(f"{path} cannot be opened by ONNX Runtime: {error}") from error
-        metadata = self._session.get_modelmeta().custom_metadata_map
+        try:
+            metadata = self._session.get_modelmeta().custom_metadata_map
+            inputs = [Tensor.of(i, self.path) for i in self._session.get_inputs()]
+            outputs = [Tensor.of(o, self.path) for o in self._session.get_outputs()]
+        except UnicodeDecodeError as error:
+            raise ServingError(f"{path} is damaged: a name in it is no text: {error}") from error
         self.mode: str = metadata.get(MODE, "fixed")
         if self.mode not in MODES:
             raise ServingError(
                 f"{path}: {MODE} is {self.mode!r}, expected one of {', '.join(MODES)}; it was written by a newer oftfx"
             )
-        inputs = [Tensor.of(i, self.path) for i in self._session.get_inputs()]
         self.inputs = tuple(i for i in inputs if self.mode != "mixed" or i.name != ADAPTER_INDEX)
-        self.outputs = tuple(Tensor.of(o, self.path) for o in self._session.get_outputs())
+        self.outputs = tuple(outputs)
         self.batched = share_runs and _rows_stay_apart([t.axes for t in (*inputs, *self.outputs)])
-        self._stack = json.loads(metadata[ADAPTER_NAMES]) if self.mode == "mixed" else []
+        self._stack = self._names(metadata) if self.mode == "mixed" else []
         self._folder = self._adapter_folder(adapters, metadata)
+
+    def _names(self, metadata: Mapping[str, str]) -> list[str]:
+        try:
+            found = json.loads(metadata[ADAPTER_NAMES])
+        except (KeyError, ValueError, RecursionError) as error:
+            raise ServingError(f"{self.path} is damaged: its {ADAPTER_NAMES} cannot be read: {error}") from error
+        if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+            raise ServingError(f"{self.path} is damaged: its {ADAPTER_NAMES} is {metadata[ADAPTER_NAMES][:200]}")
+        return found
 
     def _adapter_folder(self, folder: str | Path | None, metadata: Mapping[str, str]) -> AdapterFolder | None:
         if self.mode != "swappable":
@@ -146,6 +159,7 @@ class ServedModel:
         return answers
 
     def _ready(self, request: Request) -> _Ready:
+        _check(request)
         adapter = self._adapter(request.parameters)
         known = {t.name: t for t in self.inputs}
         if set(request.inputs) != set(known):
@@ -223,6 +237,21 @@ class ServedModel:
             # The options keep no reference; `group` keeps the adapter alive during the run.
             options.add_active_adapter(group[0].adapter)
         return dict(zip(outputs, self._session.run(list(outputs), feeds, options), strict=True))
+
+
+def _check(request: Request) -> None:
+    """Whether a request has the types that the protocol gives it; a server's front end passes on what was sent."""
+    for what in ("inputs", "parameters"):
+        found = getattr(request, what)
+        if not isinstance(found, Mapping) or not all(isinstance(name, str) for name in found):
+            raise RequestError(f"{what}: got a {type(found).__name__}, expected values by name")
+    outputs = request.outputs
+    if outputs is not None and (
+        isinstance(outputs, str)
+        or not isinstance(outputs, Sequence)
+        or not all(isinstance(name, str) for name in outputs)
+    ):
+        raise RequestError(f"outputs: got a {type(outputs).__name__}, expected names")
 
 
 def _rows_stay_apart(axes: Sequence[tuple[str, ...]]) -> bool:
