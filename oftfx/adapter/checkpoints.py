@@ -216,7 +216,7 @@ class Plain(Checkpoint):
             )
         try:
             state = load_file(directory / self._FILE)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, KeyError, OSError) as error:
             raise AdapterFileError(f"{directory / self._FILE} is damaged or not there: {error}") from None
         layers = quantized_layers(model)
         parts = {name: _taken(state, name) for name in layers}

@@ -34,7 +34,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     try:
         data = path.read_bytes()
         tensors = load(data)
-    except SafetensorError as error:
+    except (SafetensorError, KeyError, OSError) as error:  # KeyError: a dtype that torch does not have
         raise AdapterFileError(f"{path} is damaged or not a safetensors file: {error}") from None
     check_finite(tensors, str(path))
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
@@ -85,6 +85,8 @@ def no_file(path: Path) -> str:
 def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
     """Raise `AdapterFileError` for numbers that are not finite."""
     for key, tensor in tensors.items():
+        if tensor.is_floating_point() and tensor.itemsize == 1:  # of which torch knows little
+            tensor = tensor.to(torch.float32)
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise AdapterFileError(
                 f"{where}: {key} holds {_bad(tensor)} of {tensor.numel()} numbers that are not finite"

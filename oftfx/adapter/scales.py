@@ -43,7 +43,7 @@ def saved_scales(directory: Path, root: nn.Module, adapter: str) -> Maker:
         with safe_open(path, framework="pt") as opened:
             notes = opened.metadata() or {}
             tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118  (no dictionary)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, KeyError) as error:
         raise AdapterFileError(
             f"{path}: {error}. save_adapter writes it for an adapter whose scales train (oftfx.fold_aware)"
         ) from error
