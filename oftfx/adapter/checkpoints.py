@@ -151,7 +151,7 @@ class Transformers(Checkpoint):
             transformers: Any = import_module("transformers")
         except ImportError as error:
             raise MissingExtraError("transformers", "hf", f"Reading {directory}") from error
-        maker = getattr(transformers, facts["class"], None)
+        maker: Any = getattr(transformers, facts["class"], None)
         if not (isinstance(maker, type) and issubclass(maker, transformers.PreTrainedModel)):
             raise AdapterFileError(
                 f"{directory}: transformers has no model {facts['class']}; load the model with its own "

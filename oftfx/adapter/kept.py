@@ -181,7 +181,7 @@ def _read(file: Path) -> tuple[dict[str, list[str]], dict[str, Tensor]]:
                 f"{file} was written for other weights than those beside it. Take both from one save, or call "
                 "save_rotations again with the folded model"
             )
-        sites = {f: [*keys] for f, keys in made(Mapping[str, tuple[str, ...]], parsed(notes["sites"]), "sites").items()}
+        sites = {f: [*keys] for f, keys in made(dict[str, tuple[str, ...]], parsed(notes["sites"]), "sites").items()}
         shapes = [tensors[k].shape for keys in sites.values() for k in keys]
     except (SafetensorError, KeyError, ValueError, AttributeError) as error:
         raise AdapterFileError(f"{file} is damaged or not of oftfx: {error}") from None

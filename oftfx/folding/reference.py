@@ -86,7 +86,7 @@ def _files(path: Path) -> Mapping[str, Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
         try:
-            names = made(Mapping[str, str], parsed(index.read_text(encoding="utf-8"))["weight_map"], "weight_map")
+            names = made(dict[str, str], parsed(index.read_text(encoding="utf-8"))["weight_map"], "weight_map")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise FoldError(f"reference: {index} is damaged: {error}") from None
         if (odd := next((f for f in names.values() if not is_name(f)), None)) is not None:

@@ -225,8 +225,8 @@ def read_result(folder: Path) -> dict[str, Any]:
         found = parsed((folder / RESULT).read_text(encoding="utf-8"))
         if not isinstance(found, dict):
             raise ValueError("expected a JSON object")
-        for when, figures in made(Mapping[str, Any], found.get("held_out", {}), "held_out").items():
-            made(Mapping[str, float], figures, f"held_out.{when}")["loss"]
+        for when, figures in made(dict[str, Any], found.get("held_out", {}), "held_out").items():
+            made(dict[str, float], figures, f"held_out.{when}")["loss"]
     except (OSError, ValueError, KeyError) as error:
         raise OftfxError(f"{folder / RESULT} is damaged: {error}; remove it to train from the start") from None
     return found

@@ -146,7 +146,11 @@ def test_a_result_of_training_that_is_none(tmp_path, text):
 
 @pytest.mark.parametrize(
     "answer",
-    [{}, [], 1, None, {"data": 1}, {"data": [{"id": []}]}, {"data": [{}], "choices": [{}]}, {"outputs": [{"name": "logits"}]},
+    [{}, [], 1, None,
+    {"data": 1},
+    {"data": [{"id": []}]},
+    {"data": [{}], "choices": [{}]},
+    {"outputs": [{"name": "logits"}]},
 
      {"outputs": [{"name": "logits", "data": [1.0], "shape": [1, 1, 1]}], "inputs": []},
      {"inputs": [{"name": "past_key_values.0", "shape": []}]}],

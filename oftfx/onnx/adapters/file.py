@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -99,7 +98,7 @@ def _slots_of(graph: Path, model: nn.Module) -> Slots:
     if ROTATIONS not in notes:
         raise ExportError(f"{graph} has no swappable rotations; export it with adapters='swappable'")
     try:
-        names = made(Mapping[str, str], parsed(notes[ROTATIONS]), ROTATIONS)
+        names = made(dict[str, str], parsed(notes[ROTATIONS]), ROTATIONS)
         notes[INTERFACE], notes[MODEL]
     except (ValueError, KeyError) as error:
         raise ExportError(f"{graph} is damaged: what it says of its rotations cannot be read: {error}") from None
