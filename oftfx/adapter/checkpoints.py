@@ -152,7 +152,7 @@ class Transformers(Checkpoint):
         except ImportError as error:
             raise MissingExtraError("transformers", "hf", f"Reading {directory}") from error
         maker: Any = getattr(transformers, facts["class"], None)
-        if not (isinstance(maker, type) and issubclass(maker, transformers.PreTrainedModel)):
+        if not _is_class(maker, transformers.PreTrainedModel):
             raise AdapterFileError(
                 f"{directory}: transformers has no model {facts['class']}; load the model with its own "
                 "from_pretrained and pass it: oftfx.load_folded(directory, model)"
@@ -303,6 +303,10 @@ def _hqq() -> Any:
     except ImportError as error:
         raise MissingExtraError("hqq", "hqq", "A model that hqq quantized") from error
     return AutoHQQHFModel
+
+
+def _is_class(value: object, above: type) -> bool:
+    return isinstance(value, type) and issubclass(value, above)
 
 
 def check_pickled(file: Path) -> None:

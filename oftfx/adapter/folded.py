@@ -184,7 +184,9 @@ def read_note(directory: Path) -> dict[str, Any]:
         there = "; load it with from_pretrained and oftfx.load_rotations" if (directory / ROTATIONS).is_file() else ""
         raise AdapterFileError(f"there is no {NOTE} in {str(directory)!r}; FoldResult.save writes it{there}")
     note = read_json(directory / NOTE)
-    if (version := note.get("oftfx_fold")) != _VERSION:
+    if "oftfx_fold" not in note:
+        raise AdapterFileError(f"{directory / NOTE} is damaged: it does not say its version")
+    if (version := note["oftfx_fold"]) != _VERSION:
         raise AdapterFileError(f"{directory / NOTE} has {of_version(version, _VERSION)}")
     try:
         check_note(note)

@@ -47,7 +47,9 @@ class Found:
         """All of it as JSON text."""
         rows = [dict(zip(self.table.columns, r, strict=True)) for r in self.table.rows] if self.table else None
         return json.dumps(
-            {"kind": self.kind, "path": str(self.path), **self.facts, "rows": rows, "faults": self.faults}, indent=1
+            {"kind": self.kind, "path": str(self.path), **self.facts, "rows": rows, "faults": self.faults},
+            indent=1,
+            default=ascii,
         )
 
     def __str__(self) -> str:

@@ -93,4 +93,4 @@ def _text_of(line: str, where: str, tokenizer: Any) -> str:
             return str(tokenizer.apply_chat_template(entry["messages"], tokenize=False))
         except Exception as error:  # a template is a program of its own
             raise FoldError(f"{where}: the tokenizer's chat template does not take these messages: {error}") from error
-    raise FoldError(f'{where}: expected an object with "text" (characters, no halves of them) or "messages"')
+    raise FoldError(f'{where}: expected an object with "text" or "messages"')
