@@ -48,6 +48,7 @@ def export(
 
     use_threads(threads)
     show.check_new(out, force=force)
+    show.check_page(html, force=force)
     made = _with_adapters(model, adapter or [], dtype)
     asked: dict[str, Any] = {"adapters": mode, "dialect": dialect}  # checked there
     with show.waiting(f"export{' and verify' if verify else ''} {out.name}", quiet=json):
@@ -82,6 +83,7 @@ def genai(
 
     use_threads(threads)
     show.check_new(out, force=force)
+    show.check_page(html, force=force)
     made, tokenizer = _with_adapters(model, adapter or [], dtype), open_tokenizer(model)
     asked: dict[str, Any] = {"adapters": mode}
     with show.waiting(f"export{' and verify' if verify else ''} {out.name}", quiet=json):
@@ -172,7 +174,5 @@ def _with_adapters(directory: Path, words: list[str], dtype: str) -> Any:
 
 
 def _end(report: Any, html: Path | None, json: bool) -> None:
-    if html is not None:
-        report.to_html(html)
-        show.say(f"written: {html}")
+    show.write_page(report, html)
     show.result(report.to_json() if json else str(report))

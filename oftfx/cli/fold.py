@@ -74,6 +74,7 @@ def fold(
     from oftfx.adapter.scales import SCALE_FILE
 
     use_threads(threads)
+    show.check_page(html, force=force)
     trained = quantized is None and (adapter / SCALE_FILE).is_file()
     convention = adapter_convention(adapter)
     if convention not in ("peft", "oftfx"):
@@ -100,9 +101,7 @@ def fold(
         report = _by_files(base, adapter, out, options, more, (calibration, tokens, sequence), dry_run, quiet or json)
     if report is None:
         return
-    if html is not None:
-        report.to_html(html)
-        show.say(f"written: {html}")
+    show.write_page(report, html)
     show.result(report.to_json() if json else report.table())
 
 

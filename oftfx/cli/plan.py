@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from oftfx.cli import show
-from oftfx.cli.options import Base, Html, Json
+from oftfx.cli.options import Base, Force, Html, Json
 
 
 def plan(
@@ -24,16 +24,16 @@ def plan(
     ] = False,
     full: Annotated[bool, typer.Option("--full", help="One row a site.")] = False,
     html: Html = None,
+    force: Force = False,
     json: Json = False,
 ) -> None:
     """Show what would be rotated, what not, and why; of a quantized model in its formats. No weights are loaded."""
     from oftfx.opened import open_bare
     from oftfx.surgery import plan as plan_of
 
+    show.check_page(html, force=force)
     made = plan_of(open_bare(model), asked_rules(target, rules, block_size, share_input))
-    if html is not None:
-        made.to_html(html)
-        show.say(f"written: {html}")
+    show.write_page(made, html)
     show.result(made.to_json() if json else made.table(full=full))
 
 

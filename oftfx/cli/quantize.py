@@ -44,6 +44,7 @@ def quantize(
     from oftfx.streaming.texts import calibration_from
 
     use_threads(threads)
+    show.check_page(html, force=force)
     bits = {"int4": 4, "int8": 8}
     if to not in (*bits, "nf4", "fp4", "llm.int8"):
         raise show.OutputError(f"--to {to}: expected int4, int8, nf4, fp4 or llm.int8")
@@ -65,7 +66,5 @@ def quantize(
             done = quantize_bnb(model, to, dtype=dtype)
     save_as = "compressed-tensors" if to in bits else None
     save_folded(done.model, done.report, out, save_as=save_as, beside=companions(model))
-    if html is not None:
-        done.report.to_html(html)
-        show.say(f"written: {html}")
+    show.write_page(done.report, html)
     show.result(done.report.to_json() if json else str(done.report))

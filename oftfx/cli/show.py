@@ -158,6 +158,14 @@ def check_new(path: Path, *, force: bool) -> None:
         raise OutputError(f"{path} is there already; choose another place, or replace it: --force")
 
 
-def is_terminal() -> bool:
-    """Whether somebody looks at standard error."""
-    return sys.stderr.isatty()
+def check_page(html: Path | None, *, force: bool) -> None:
+    """The same of a page, before the work whose report it is to have."""
+    if html is not None:
+        check_new(html, force=force)
+
+
+def write_page(report: Any, html: Path | None) -> None:
+    """Write the page, if one was asked for."""
+    if html is not None:
+        report.to_html(html)
+        say(f"written: {html}")

@@ -23,6 +23,10 @@ def test_pages_of_one_fold_and_of_several(files):
     plan = files.tmp / "plan.html"
     assert run("plan", files.base, "--block-size", "16", "--html", plan).status == 0
     assert "q_proj" in plan.read_text()
+    again = run("plan", files.base, "--block-size", "16", "--html", plan)
+    assert (again.status, "is there already" in again.err) == (1, True)
+    assert run("fold", files.base, files.adapter, files.tmp / "new", "--html", plan).status == 1
+    assert not (files.tmp / "new").exists()
 
 
 def test_a_model_card_has_the_figures_of_the_fold(files):
