@@ -93,14 +93,19 @@ class Followed:
 
 @dataclass(frozen=True)
 class Bare:
-    """What the base without the adapter says: its own tokens, and its logits over those that are expected."""
+    """What the base without the adapter says.
 
-    own: Expected
+    Attributes:
+        own: its own tokens; None where others are compared by logits, which need none.
+        logits: over the tokens that are expected.
+    """
+
+    own: Expected | None
     logits: Tensor
 
 
 @torch.no_grad()
-def bare(model: nn.Module, own: Expected, expected: Expected) -> Bare:
+def bare(model: nn.Module, own: Expected | None, expected: Expected) -> Bare:
     """Of a model without adapters."""
     ids = expected.whole.to(next(model.parameters()).device)
     logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
@@ -128,5 +133,5 @@ def _followed(expected: Expected, tokens: tuple[int, ...], error: float | None, 
         return Followed(expected, tokens, error)
     effect = relative_error(base.logits, expected.logits)
     # Over the expected tokens a model cannot go its own way: the base says there what its logits say.
-    alike = tuple(int(i) for i in base.logits.argmax(-1)) if error is not None else base.own.tokens
+    alike = base.own.tokens if error is None and base.own is not None else tuple(map(int, base.logits.argmax(-1)))
     return Followed(expected, tokens, error, effect, tokens == alike)

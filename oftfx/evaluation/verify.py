@@ -63,9 +63,11 @@ def verify(
     tokenizer, texts = open_tokenizer(base), [*(prompts or PROMPTS)]
     ids = [tokenizer(t)["input_ids"] or [tokenizer.eos_token_id or 0] for t in texts]
     show, total = progress or (lambda *_: None), 2 * len(ids)
-    ask, what = _asking(subject, model, served_adapter, adapter_file)
+    ask, what, by_tokens = _asking(subject, model, served_adapter, adapter_file)
     reference = open_model(base, dtype=dtype)
-    own = [greedy(reference, prompt, count) for prompt in ids] if adapter is not None else []
+    own: list[Expected | None] = [None] * len(ids)
+    if by_tokens and adapter is not None:
+        own = [greedy(reference, prompt, count) for prompt in ids]
     if adapter is not None:
         load_adapter(reference, adapter, adapter=_NAME)
     expected = []
@@ -87,21 +89,22 @@ def verify(
     return Verification(what, against, tuple(rows), tuple(words), tie)
 
 
-def _asking(subject: str | Path, model: str, served_adapter: str, adapter_file: Path | None) -> tuple[Ask, str]:
+def _asking(subject: str | Path, model: str, served_adapter: str, adapter_file: Path | None) -> tuple[Ask, str, bool]:
+    """How to ask, the name of what is asked, and whether it answers in tokens only."""
     text = str(subject)
     if text.startswith(("http://", "https://")):
         server = connect(text, model=model, adapter=served_adapter)
         name = f"{text} ({server.model}{f', adapter {served_adapter}' if served_adapter else ''})"
         if isinstance(server, OpenAIServer):
-            return lambda e, b: follow_tokens(e, server.tokens(e.prompt, len(e.tokens)), b), name
-        return lambda e, b: follow(e, _checked(server.logits(e.whole), e, name), b), name
+            return lambda e, b: follow_tokens(e, server.tokens(e.prompt, len(e.tokens)), b), name, True
+        return lambda e, b: follow(e, _checked(server.logits(e.whole), e, name), b), name, False
     if model or served_adapter:
         raise OftfxError(f"{text} is no server; --model and --served-adapter are for one (http://HOST:PORT)")
     path = Path(subject)
     if path.suffix == ".onnx" or (path / "genai_config.json").is_file():
         file = path if path.suffix == ".onnx" else path / "model.onnx"
         logits = graph_logits(file, adapter_file)
-        return lambda e, b: follow(e, _checked(logits(e.whole), e, file.name), b), str(path)
+        return lambda e, b: follow(e, _checked(logits(e.whole), e, file.name), b), str(path), False
     if adapter_file is not None:
         raise OftfxError(f"{text} is no .onnx file; --adapter-file is for one")
     made: Any = open_model(check_model(path))
@@ -111,7 +114,7 @@ def _asking(subject: str | Path, model: str, served_adapter: str, adapter_file: 
         found = made(input_ids=expected.whole, attention_mask=torch.ones_like(expected.whole), use_cache=False).logits
         return follow(expected, _checked(found, expected, path.name), base)
 
-    return run, str(path)
+    return run, str(path), False
 
 
 def _checked(logits: Tensor, expected: Expected, name: str) -> Tensor:

@@ -94,7 +94,7 @@ def verdict_of(sites: Sequence[SiteFold], measured: Measured | None, *, rounded_
             "",
             None,
             "Whether the adapter arrived was not measured: calibrated layers make up for each other's errors, so only "
-            "the whole model's outputs tell.",
+            "the whole model's outputs tell; `oftfx eval` compares them.",
         )
     if not math.isfinite(share):
         return Verdict("red", measure, None, f"The adapter did not arrive: the {measure} are not finite.")
