@@ -27,7 +27,7 @@ def relative_error(got: Tensor, expected: Tensor) -> float:
 def squared_error(got: Tensor, expected: Tensor) -> tuple[float, float]:
     """``|got - expected|^2`` and ``|expected|^2`` in float64; of tensors of any size, without copies of them."""
     sums = [
-        torch.stack([(a.double() - b.double()).square_().sum(), b.double().square_().sum()])
+        torch.stack([(a.double() - b.double()).square_().sum(), b.double().square().sum()])
         for a, b in pieces(got.detach(), expected.detach())
     ]
     missed, whole = torch.stack(sums).sum(0).tolist()

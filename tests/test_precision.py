@@ -47,3 +47,13 @@ def test_logits_are_not_copied_as_a_whole():
     with tracker.watching():
         assert relative_error(other, logits) == pytest.approx(0.125, rel=0.05)
     assert tracker.peak <= logits.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_what_is_compared_stays_as_it_is(dtype):
+    got, expected = torch.randn(7, 5, dtype=dtype), torch.randn(7, 5, dtype=dtype)
+    before = got.clone(), expected.clone()
+    first = relative_error(got, expected)
+    assert torch.equal(got, before[0])
+    assert torch.equal(expected, before[1])
+    assert relative_error(got, expected) == first

@@ -1,5 +1,6 @@
 """What a failed export says: the first layer that differs, or the module that cannot be exported."""
 
+import copy
 import subprocess
 import sys
 
@@ -214,3 +215,39 @@ def test_outputs_without_floats_or_rows(tmp_path):
         oftfx.export_onnx(model, tmp_path / "n.onnx", x, adapters="mixed")
     with pytest.raises(ExportError, match="1 example inputs by position, and Chosen.forward names 0"):
         oftfx.export_onnx(Chosen(False), tmp_path / "n.onnx", x)
+
+
+class Cancelling(nn.Module):
+    """``(1000 A x + b) - (1000 A x)`` by two layers: float32 itself loses three digits."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 8), nn.Linear(64, 8, bias=False)
+        with torch.no_grad():
+            self.first.weight.mul_(1000)
+            self.second.weight.copy_(self.first.weight)
+
+    def forward(self, x):
+        return self.first(x * 1.006) - self.second(x)
+
+
+def test_a_model_that_rounds_more_than_others_is_held_against_float64(tmp_path):
+    """Between a bound and ten times the bound, torch's own distance from float64 decides."""
+    model, x = Cancelling(), torch.randn(3, 64)
+    report = oftfx.export_onnx(model, tmp_path / "m.onnx", (x,))
+    assert 1e-5 < max(c.relative_error for c in report.checks) < 1e-4
+    with torch.no_grad():
+        assert rel(model(x), copy.deepcopy(model).double()(x.double())) > 5e-6
+
+
+class Off(nn.Linear):
+    """Computes a little else while it is exported."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y * (1 + 3e-5) if torch.onnx.is_in_onnx_export() else y
+
+
+def test_an_error_that_is_no_rounding_is_refused_just_over_the_bound(tmp_path):
+    with pytest.raises(ExportError, match=r"differs from torch by a relative 3\.0\de-05"):
+        oftfx.export_onnx(nn.Sequential(nn.Linear(6, 9), Off(9, 4)), tmp_path / "m.onnx", (torch.randn(2, 6),))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -122,6 +123,31 @@ def verify_onnx(path: Path, attempt: Attempt, level: int | None = None) -> tuple
     return tuple(checks)
 
 
+_FAR, _ALIKE = 10.0, 3.0
+"""Times the bound from which no rounding is thought of; and how much further from float64 a file may be than torch."""
+
+
+def _rounds_as_torch(
+    got: Tensor, want: Tensor, name: str, case: Case, attempt: Attempt, inputs: Mapping[str, Tensor], bound: float
+) -> bool:
+    """Whether a file that is a little over the bound is no further from the model in float64 than torch is.
+
+    Some models round more than others: where a few activations are thousands of times the rest, as at the first token
+    of a language model, float32 itself is 1e-5 off.
+    """
+    if not relative_error(got, want) <= _FAR * bound or want.dtype != torch.float32 or case.model is None:
+        return False
+    try:
+        wide = copy.deepcopy(case.model).double()
+        floats = {n: v.double() if v.is_floating_point() else v for n, v in inputs.items()}
+        exact = attempt.signature.run(wide, floats)[name]
+    except Exception:  # quantized layers, say, have no such form
+        return False
+    exact = attempt.signature.comparable(name, exact, inputs).cpu()
+    own = relative_error(want, exact)
+    return own <= _FAR * bound and relative_error(got, exact) <= _ALIKE * own
+
+
 def _check(session: Any, case: Case, attempt: Attempt, inputs: Mapping[str, Tensor], level: int | None) -> Verification:
     signature, outputs = attempt.signature, attempt.outputs
 
@@ -143,7 +169,7 @@ def _check(session: Any, case: Case, attempt: Attempt, inputs: Mapping[str, Tens
         got = signature.comparable(name, got, inputs)
         distance = relative_error(got, want)
         bound = allowed_error(want.dtype, attempt.deviation) if level is None else float("inf")
-        if not distance <= bound:
+        if not distance <= bound and not _rounds_as_torch(got, want, name, case, attempt, inputs, bound):
             raise DifferentError(
                 f"output {name} {where}: ONNX Runtime differs from torch by a relative {distance:.2e}, "
                 f"allowed {bound:g}",
