@@ -112,7 +112,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-def test_a_process_killed_at_every_step_leaves_one_adapter_or_none(saved, tmp_path):
+def test_a_process_killed_at_every_step_leaves_one_adapter(saved, tmp_path):
     folder, convention = saved
     if convention == "oftfx":  # nor one that knows nothing of its configuration
         save_file(load_file(folder / WEIGHTS), folder / WEIGHTS)
@@ -121,19 +121,15 @@ def test_a_process_killed_at_every_step_leaves_one_adapter_or_none(saved, tmp_pa
     subprocess.run([sys.executable, "-c", KILLED, tmp_path / "killed", convention], check=True, timeout=300)
     old, new, seen = series()(X), exact()(X), set()
     for killed in (tmp_path / "killed").iterdir():
-        if (killed / CONFIG).exists() or (killed / PLAN).exists():
-            output = loaded(killed)
-            assert torch.equal(output, old) or torch.equal(output, new), killed.name
-            seen.add("old" if torch.equal(output, old) else "new")
-        else:
-            with pytest.raises(AdapterFileError, match="a save was killed while its files took their places"):
-                loaded(killed)
-            seen.add("refused")
+        begun = not (killed / CONFIG).exists() and not (killed / PLAN).exists()
+        output = loaded(killed)
+        assert torch.equal(output, new) or (torch.equal(output, old) and not begun), killed.name
+        seen.add("ended by its reader" if begun else "old" if torch.equal(output, old) else "new")
         save(killed, convention)
         assert torch.equal(loaded(killed), new)
         assert not list(killed.glob(".*"))
         assert (killed / "README.md").exists()
-    assert seen == {"old", "new", "refused"}
+    assert seen == {"old", "new", "ended by its reader"}
 
 
 @pytest.mark.parametrize(

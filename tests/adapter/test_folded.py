@@ -412,22 +412,19 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
-def test_a_process_killed_at_every_step_leaves_one_model_or_none(tmp_path):
+def test_a_process_killed_at_every_step_leaves_one_model(tmp_path):
     first, second = result_of(1), result_of(2)
     for at in range(25):
         first.save(tmp_path / str(at))
     subprocess.run([sys.executable, "-c", KILLED, tmp_path], check=True, timeout=300)
     seen = set()
     for folder in tmp_path.iterdir():
-        if (folder / NOTE).exists():
-            output = oftfx.load_folded(folder, plain())(X)
-            seen.add("new" if torch.equal(output, second.model(X)) else "old")
-            assert torch.equal(output, second.model(X)) or torch.equal(output, first.model(X))
-        else:
-            with pytest.raises(AdapterFileError, match="a save was killed while its files took their places"):
-                oftfx.load_folded(folder, plain())
-            seen.add("refused")
-    assert seen == {"old", "new", "refused"}
+        begun = not (folder / NOTE).exists()
+        output = oftfx.load_folded(folder, plain())(X)
+        is_new = torch.equal(output, second.model(X))
+        assert is_new or (torch.equal(output, first.model(X)) and not begun)
+        seen.add("ended by its reader" if begun else "new" if is_new else "old")
+    assert seen == {"old", "new", "ended by its reader"}
 
 
 @NF4
