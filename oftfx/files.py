@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from oftfx.errors import OftfxError
+from oftfx.errors import OftfxError, warn
 
 try:
     import fcntl
@@ -164,6 +164,7 @@ def finish_landing(directory: Path, *heads: str) -> bool:
                         rename(made / _NEW / name, directory / name)
                     sync(directory)
                     shutil.rmtree(made, ignore_errors=True)
+                    warn(f"{directory}: a save was killed while its files took their places; they are there now")
                     return True
             except OSError:
                 continue

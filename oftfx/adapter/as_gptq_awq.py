@@ -9,6 +9,7 @@ Sources: the formats of https://github.com/AutoGPTQ/AutoGPTQ and https://github.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -64,6 +65,7 @@ class _Grouped(Transformers):
                 )
         return next(iter(kinds))
 
+    @abstractmethod
     def _said(
         self, bare: Bare, found: dict[str, IntegerLayer], bits: int, group: int
     ) -> tuple[dict[str, Any], Callable[[IntegerLayer], dict[str, Tensor]]]:
@@ -72,7 +74,6 @@ class _Grouped(Transformers):
         Raises:
             FoldError: the form cannot say it.
         """
-        raise NotImplementedError
 
 
 class AsGptq(_Grouped):

@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 from oftfx.adapter.checkpoints import read_json
-from oftfx.adapter.folded import NOTE, read_note
+from oftfx.adapter.folded import NOTE, own_files, read_note
 from oftfx.adapter.kept import CONFIG_KEY
 from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.errors import FoldError
@@ -22,7 +22,8 @@ def base_again(folded: Path, out: Path) -> int:
     """Write the checkpoint without rotations and without our notes; the number of sites that had one.
 
     Raises:
-        FoldError: a site's weight was changed by the fold.
+        FoldError: a site's weight was changed by the fold, or ``out`` holds a checkpoint of others, whose weights would
+            be mixed with these.
         AdapterFileError: it is no fold, or not complete.
     """
     sites = read_note(folded)["report"]["sites"]
@@ -33,7 +34,7 @@ def base_again(folded: Path, out: Path) -> int:
             + (f", like {len(changed) - 1} more" if changed[1:] else "")
             + "; the base's weights are not in there any more. Use the checkpoint that was folded"
         )
-    with landing(out, _CONFIG, FoldError) as made:
+    with landing(out, _CONFIG, FoldError, stale=own_files(out)) as made:
         for file in sorted(folded.iterdir()):
             if file.name in (NOTE, ROTATIONS, _CONFIG) or file.name.startswith(".") or file.is_dir():
                 continue

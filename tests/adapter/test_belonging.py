@@ -112,6 +112,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.filterwarnings("ignore:.*a save was killed while")
 def test_a_process_killed_at_every_step_leaves_one_adapter(saved, tmp_path):
     folder, convention = saved
     if convention == "oftfx":  # nor one that knows nothing of its configuration

@@ -412,6 +412,7 @@ for folder in sorted(Path(sys.argv[1]).iterdir()):
 """
 
 
+@pytest.mark.filterwarnings("ignore:.*a save was killed while")
 def test_a_process_killed_at_every_step_leaves_one_model(tmp_path):
     first, second = result_of(1), result_of(2)
     for at in range(25):

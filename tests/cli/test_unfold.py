@@ -28,3 +28,13 @@ def test_a_fold_that_changed_weights_is_refused(files):
     assert done.status == 1
     assert "was folded, like 13 more" in done.err
     assert not (files.tmp / "again").exists()
+
+
+@pytest.mark.needs("bitsandbytes", "accelerate")
+def test_weights_of_others_are_not_mixed_with_the_bases(files):
+    assert run("quantize", files.base, files.tmp / "nf4", "--to", "nf4").status == 0
+    assert run("fold", files.tmp / "nf4", files.adapter, files.out, "--quiet").status == 0
+    before = sorted(p.name for p in files.base.iterdir())
+    done = run("unfold", files.out, files.base, "--force")
+    assert (done.status, "holds a checkpoint that FoldResult.save did not write" in done.err) == (1, True)
+    assert sorted(p.name for p in files.base.iterdir()) == before

@@ -27,6 +27,7 @@ import torch.nn as nn
 
 import oftfx
 from oftfx.demo import smollm
+from oftfx.evaluation import tokens as by_torch
 from oftfx.files import write_whole
 from oftfx.terminal import render
 
@@ -78,16 +79,10 @@ class Engine:
         self.process.wait()
 
 
-@torch.no_grad()
 def greedy(model: nn.Module, ids: list[int], count: int = COUNT) -> tuple[list[int], list[float]]:
     """torch's tokens, and by how much each was ahead of the second best."""
-    given, tokens, margins = torch.tensor([ids]), [], []
-    for _ in range(count):
-        best = model(input_ids=given, use_cache=False).logits[0, -1].float().topk(2)
-        tokens.append(int(best.indices[0]))
-        margins.append(float(best.values[0] - best.values[1]))
-        given = torch.cat([given, best.indices[:1].unsqueeze(0)], 1)
-    return tokens, margins
+    said = by_torch.greedy(model, ids, count)
+    return [*said.tokens], [*said.margins]
 
 
 def compared(got: list[list[int]], wanted: list[tuple[list[int], list[float]]]) -> list[dict[str, Any]]:
