@@ -156,7 +156,7 @@ def _rounded(path: str, layer: nn.Module, plain: nn.Module, shown: Shown | None,
         best = best_rounding(site, shown)
         state, few = best.state, are_few(shown)
         note = f"{shown.tokens} tokens for {shown.width} input features are few" if few else ""
-        line = {"action": "calibrated", "output_error": best.error, "tokens": shown.tokens, "few_tokens": few}
+        line = {"action": "calibrated", "output_error": best.judged.error, "tokens": shown.tokens, "few_tokens": few}
         line |= {"note": note}
     stored.write(layer, state)
     got = site.arrived(stored, layer)

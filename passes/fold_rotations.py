@@ -21,6 +21,7 @@ from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned, untouched
 from oftfx.folding.workbench import Workbench
 from oftfx.formats.base import WeightFormat
+from oftfx.formats.experts import ExpertsFormat
 from oftfx.formats.mxfp4_experts import born_in_mxfp4
 from oftfx.formats.sharded import ShardedRows, groups_of, is_sharded, reshard
 from oftfx.model.running import Inputs
@@ -28,7 +29,8 @@ from oftfx.model.site import Site
 from oftfx.model.structure import structural_copy
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.passes.quantized.as_trained import AsTrained
-from oftfx.passes.quantized.calibrate import NOT_REACHED, UNSEEN, Calibrate, in_running_order
+from oftfx.passes.quantized.calibrate import NOT_REACHED, Calibrate, give_folded, in_running_order
+from oftfx.passes.quantized.calibrate_experts import UNSEEN
 from oftfx.passes.quantized.dequantize import Dequantize
 from oftfx.passes.quantized.from_reference import FromReference
 from oftfx.passes.quantized.keep import Keep
@@ -135,14 +137,18 @@ class FoldRotations(Pass):
         some_ran = any(t.placement.ran for t in todo)
         remarks = {t.fqn: _NEVER_RAN if some_ran and not t.placement.ran else hooks_remark(t.placement) for t in todo}
         remarks |= {t.fqn: UNSEEN for t in todo if self._is_unseen(t)}
-        later = {t.placement.module: t for t in todo if self._is_calibrated(t)}
-        at_once = [t for t in todo if t.placement.module not in later]
+        later = dict[nn.Module, list[_Todo]]()
+        for one in todo:
+            if self._is_calibrated(one):
+                later.setdefault(one.placement.module, []).append(one)
+        calibrated = {t.fqn for some in later.values() for t in some}
+        at_once = [t for t in todo if t.fqn not in calibrated]
         order, done = [t.fqn for t in todo], dict[str, SiteFold]()
 
         def fold(one: _Todo, shown: Shown | None = None, remark: str = "") -> None:
             bench.note(one.placement, one.format)
             result = self._fold(one, bench, shown)
-            if one.placement.module not in later:  # else a forward of it is under way
+            if one.fqn not in calibrated:  # else a forward of it is under way
                 bench.finish()
             self.journal.site_done()
             was_rounded = result.action in ("requantized", "from reference")
@@ -158,13 +164,16 @@ class FoldRotations(Pass):
         todo.clear()  # a layer in whose place another one stands is not kept
         while at_once:
             fold(at_once.pop(0))
-        in_running_order(
-            model,
-            list(later),
-            self.calibration,
-            lambda module, shown: fold(later[module], shown, "" if shown is not None else NOT_REACHED),
-            unfolded,
-        )
+
+        def fold_layer(module: nn.Module, shown: Shown | None) -> None:
+            for one in later[module]:  # of experts, one parameter after the other
+                fold(one, shown, "" if shown is not None else NOT_REACHED)
+
+        def leave(module: nn.Module, fellow: nn.Module | None) -> None:
+            give_folded([t.format for t in later[module]], module, fellow)
+
+        experts = {m for m, some in later.items() if some[0].placement.format is not None}
+        in_running_order(model, list(later), self.calibration, fold_layer, unfolded, leave, experts=experts)
         bench.finish()
         return tuple(done[fqn] for fqn in order)
 
@@ -176,10 +185,10 @@ class FoldRotations(Pass):
         return todo
 
     def _unfolded(
-        self, program: Program, later: Mapping[nn.Module, _Todo]
+        self, program: Program, later: Mapping[nn.Module, list[_Todo]]
     ) -> tuple[nn.Module, Sequence[nn.Module]] | None:
         """The model as it is now, to run beside the one that is folded, with the layers that are calibrated."""
-        if not any("calibrate" in choices(one.policy) for one in later.values()):
+        if not any("calibrate" in choices(one.policy) for some in later.values() for one in some):
             return None
         memo = dict[int, Any]()
         try:
@@ -207,9 +216,9 @@ class FoldRotations(Pass):
             if option == "calibrate" and shown is None:
                 continue
             bound = one.policy if isinstance(one.policy, Budget) else None
-            if (done := self._of(option).fold(site, bench, shown, bound)) is not None:
+            if (done := self._of(option).fold(site, bench, _for(option, shown), bound)) is not None:
                 return done
-        last = self._of(options[-1]).fold(site, bench, shown, None)
+        last = self._of(options[-1]).fold(site, bench, _for(options[-1], shown), None)
         if last is None:
             raise FoldError(f"{one.fqn}: policy {options[-1]!r} was to be taken as it is and has folded nothing")
         return last
@@ -224,13 +233,15 @@ class FoldRotations(Pass):
     def _is_calibrated(self, one: _Todo) -> bool:
         if one.format.lossless or one.as_trained or not self.calibration:
             return False
-        if one.placement.format is not None:  # what reads a parameter of its own, and with which rows, no hook sees
-            return False
+        if one.placement.format is not None:  # moments are only known of experts that are rounded one by one
+            return isinstance(one.format, ExpertsFormat) and "calibrate" in choices(one.policy)
         # A budget measures output errors where it can.
         return isinstance(one.policy, Budget) or one.policy in ("calibrate", "reference")
 
     def _is_unseen(self, one: _Todo) -> bool:
-        wanted = isinstance(one.policy, str) and one.policy in ("calibrate", "reference") and bool(self.calibration)
+        if self._is_calibrated(one) or not self.calibration:
+            return False
+        wanted = isinstance(one.policy, str) and one.policy in ("calibrate", "reference")
         return wanted and not one.format.lossless and one.placement.format is not None
 
     def _check(self, one: _Todo) -> None:
@@ -291,6 +302,11 @@ def _todo(fqn: str, placement: Placement, policy: str | Budget) -> _Todo:
     if found.lossless and any(p in _ROUNDING for p in choices(policy)):
         found = born_in_mxfp4(found, placement.module) or found
     return _Todo(fqn, placement, found, policy)
+
+
+def _for(policy: str, shown: Shown | None) -> Shown | None:
+    """What a policy can use of it: what all experts read together says nothing of one."""
+    return None if shown is not None and shown.experts is not None and policy != "calibrate" else shown
 
 
 def _unreadable(fqn: str, placement: Placement) -> str:

@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.folding.inputs import is_of_input, not_taken
+from oftfx.folding.shown import Call
 from oftfx.folding.spill import Spill, Watch
 from oftfx.model.running import Inputs, call_once, evaluating, input_name
 
@@ -34,7 +35,7 @@ class _Run:
     inputs: Inputs
     resume: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     at: nn.Module | None = None
-    x: Tensor | None = None
+    call: Call | None = None
     finished: bool = False
     watch: Watch | None = None
     error: BaseException | None = None
@@ -62,6 +63,9 @@ class Lockstep:
         layers: the layers to stop at, in the order to prefer where forwards wait at different ones.
         beside: another model and its layers, one for each of ``layers``.
         spill: where waiting forwards keep what they hold; None: in memory.
+
+    Attributes:
+        calls: of the layer that is being shown, one for each of its inputs.
     """
 
     def __init__(
@@ -80,6 +84,7 @@ class Lockstep:
         self._messages: queue.SimpleQueue[_Run] = queue.SimpleQueue()
         self._here = threading.local()
         self._stopping = False
+        self.calls: list[Call] = []
 
     def run(self, batches: Sequence[Inputs], show: Show) -> list[nn.Module]:
         """Show every layer once with the tensors it is about to read; returns the layers that no input reached."""
@@ -100,8 +105,10 @@ class Lockstep:
                     layer = min((r.at for r in runs if r.at is not None), key=self._rank.__getitem__)
                     fellow = self._fellow.get(layer)
                     waiting = [(r, f) for r, f in zip_longest(runs, fellows) if r.at is layer]
-                    others = [None if f is None or f.at is not fellow else f.x for _, f in waiting]
-                    show(layer, [r.x for r, _ in waiting if r.x is not None], others)
+                    others = [f.call.x if f is not None and f.call and f.at is fellow else None for _, f in waiting]
+                    self.calls = [r.call for r, _ in waiting if r.call is not None]
+                    show(layer, [c.x for c in self.calls], others)
+                    self.calls = []
                     self._open -= {layer, fellow}
                     for run in [r for r in everyone if r.at is layer or (r.at is fellow and fellow is not None)]:
                         self._move(run)
@@ -117,7 +124,7 @@ class Lockstep:
 
     def _move(self, run: _Run) -> None:
         """Let one forward compute until it waits again or ends."""
-        run.at = run.x = None
+        run.at = run.call = None
         run.resume.release()
         moved = self._messages.get()
         if moved.error is not None:
@@ -147,7 +154,7 @@ class Lockstep:
             raise _Stopped
         if run.watch is not None:
             run.watch.put_away()
-        run.at, run.x = module, args[0] if args else kwargs[input_name(module, kwargs)]
+        run.at, run.call = module, Call(args[0] if args else kwargs[input_name(module, kwargs)], args, kwargs)
         self._messages.put(run)
         run.resume.acquire()
         if self._stopping or not self._rank.keys() & self._open:

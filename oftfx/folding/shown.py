@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn as nn
 from torch import Tensor
 
 Regular = Literal["as seen", "damped", "shrunk", "diagonal"]
@@ -20,6 +21,39 @@ def _nothing() -> None:
 
 
 @dataclass(frozen=True, eq=False)
+class Call:
+    """How a layer is called.
+
+    Attributes:
+        x: what it reads, one of the arguments.
+        args: by position.
+        kwargs: by name.
+    """
+
+    x: Tensor
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def reading(self, x: Tensor) -> Call:
+        """The same call, but of another tensor."""
+        args = tuple(x if a is self.x else a for a in self.args)
+        return Call(x, args, {k: x if v is self.x else v for k, v in self.kwargs.items()})
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertCalls:
+    """What it takes to see which rows each expert of a layer reads: see `oftfx.folding.expert_rows`.
+
+    Attributes:
+        calls: of the layer, one for each of its inputs.
+        fellow: the layer in the unfolded model; None where there is none.
+    """
+
+    calls: Sequence[Call]
+    fellow: nn.Module | None
+
+
+@dataclass(frozen=True, eq=False)
 class Shown:
     """Rows that a layer reads, with the rows of the same tokens in the unfolded model.
 
@@ -27,11 +61,13 @@ class Shown:
         inputs: ``X~ (..., in)`` of each batch: what the layers before it, already folded, have made.
         unfolded: ``X`` of the same batch, or None where it is not known.
         read: called when the rows of a batch have been read.
+        experts: of a layer that hands rows on to experts of its own.
     """
 
     inputs: Sequence[Tensor]
     unfolded: Sequence[Tensor | None]
     read: Callable[[], None] = _nothing
+    experts: ExpertCalls | None = None
 
     @property
     def width(self) -> int:

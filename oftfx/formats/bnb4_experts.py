@@ -8,7 +8,8 @@ Bytes are the parametrization's ``original``, and a state_dict has them under th
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,11 +18,12 @@ from torch import Tensor
 from torch.nn.utils.parametrize import ParametrizationList
 
 from oftfx.errors import FormatError, MissingExtraError
-from oftfx.formats.base import Geometry, WeightFormat, WeightState
+from oftfx.formats.base import Geometry, WeightState
 from oftfx.formats.bnb4 import flat_codes, flat_grid, packed_bytes, scale_fault
+from oftfx.formats.experts import Apart, ExpertsFormat
 from oftfx.formats.layout import Layout
 from oftfx.formats.parametrized import parametrization_of, property_of, replace_by, restore
-from oftfx.grids import Codes, Grid
+from oftfx.grids import Codes, Grid, Partition
 
 _KIND = "Bnb4bitParametrization"
 
@@ -82,7 +84,7 @@ def _is_four_bits(computes: ParametrizationList) -> bool:
     return first.__name__ == _KIND and first.__module__.startswith("bitsandbytes.")
 
 
-class Bnb4Experts(WeightFormat):
+class Bnb4Experts(ExpertsFormat):
     """One parameter of a module of experts, in 4 bits.
 
     Not registered, as `oftfx.formats.dense.DenseParameter` is not: a `Site` knows the parameter.
@@ -135,7 +137,39 @@ class Bnb4Experts(WeightFormat):
         """Nearest codes; with double quantization all scales are chosen anew, unless nothing has changed."""
         stored = self._layout.restore(weight.float(), self._shape(like)).flatten(0, 1).contiguous()
         grid, codes, _ = stored_codes(self._list(like))
-        coded = grid.nearest(stored, codes)
+        return self._packed(grid.nearest(stored, codes), like)
+
+    def apart(self, module: nn.Module) -> Apart | None:
+        """Where an expert, or of ``(experts, in, out)`` each of its stored rows, is whole blocks."""
+        state, (experts, high, wide) = self._state(module), self._shape(module)
+        size = state.blocksize
+        grid, coded, _ = stored_codes(self._list(module))
+        if self._layout.stored == "experts":
+            if high * wide % size:
+                return None
+            partition, scales = Partition.flat((high, wide), size), coded.scale.view(experts, -1)
+            codes = coded.codes.view(experts, high, wide)
+        else:  # blocks are along the outputs
+            if wide % size:
+                return None
+            partition = Partition.tiles((wide, high), (size, 1))
+            scales = coded.scale.view(experts, high, -1).transpose(1, 2).flatten(1)
+            codes = coded.codes.view(experts, high, wide).transpose(1, 2)
+        one = replace(grid, partition=partition, couple=None)
+        return Apart(one, [Codes(c.contiguous(), s.contiguous()) for c, s in zip(codes, scales, strict=True)])
+
+    def together(self, coded: Sequence[Codes], like: nn.Module) -> WeightState:
+        """With double quantization all scales are coupled anew, unless none has changed."""
+        grid, old, _ = stored_codes(self._list(like))
+        codes, scales = torch.stack([c.codes for c in coded]), torch.stack([c.scale for c in coded])
+        if self._layout.stored != "experts":
+            codes = codes.transpose(1, 2)
+            scales = scales.unflatten(1, (-1, codes.shape[1])).transpose(1, 2)
+        scale = scales.reshape(-1)
+        scale, parts = (scale, old.parts) if torch.equal(scale, old.scale) else grid.stored(scale)
+        return self._packed(Codes(codes.reshape(old.codes.shape), scale, parts=parts), like)
+
+    def _packed(self, coded: Codes, like: nn.Module) -> WeightState:
         old, state = self._list(like).original, copy.copy(self._state(like))
         raw = packed_bytes(coded, state).view(old.dtype).reshape(old.shape)
         return {**self.read(like), "original": nn.Parameter(raw, requires_grad=False), "state": state}

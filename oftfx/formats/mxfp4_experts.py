@@ -8,6 +8,8 @@ again, so that they can be written as they were.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn as nn
 from torch import Tensor
@@ -16,6 +18,7 @@ from oftfx.errors import FormatError
 from oftfx.formats.base import WeightFormat, WeightState
 from oftfx.formats.by_name import class_named
 from oftfx.formats.dense import DenseParameter
+from oftfx.formats.experts import Apart, ExpertsFormat
 from oftfx.formats.packing.float4_codes import stored_power, to_exponents, to_nibbles
 from oftfx.grids import Codes, Float4, Grid, Partition
 
@@ -25,7 +28,7 @@ BLOCKS, SCALES = "_blocks", "_scales"
 """Behind the name of a parameter, what a checkpoint has of it."""
 
 
-class Mxfp4Experts(DenseParameter):
+class Mxfp4Experts(DenseParameter, ExpertsFormat):
     """One such parameter, rounded to MXFP4 when it is folded by a policy that rounds.
 
     Not registered: in memory it is a plain parameter, and only its values say where it comes from; see `born_in_mxfp4`.
@@ -38,7 +41,22 @@ class Mxfp4Experts(DenseParameter):
         """The nearest values of MXFP4, with scales of their own; groups that have not changed keep theirs."""
         wide = weight.float()
         grid, old = _grid(wide), codes_of(self.borrow(like))
-        new = grid.values(grid.nearest(wide, old))
+        return self._state_of(grid.values(grid.nearest(wide, old)), like)
+
+    def apart(self, module: nn.Module) -> Apart | None:
+        """Always: groups are along the inputs of one expert."""
+        matrices = self.each(self.borrow(module), module)
+        coded = [codes_of(matrix.contiguous()) for matrix in matrices]
+        found = [c for c in coded if c is not None]
+        return Apart(_grid(matrices[0]), found) if len(found) == len(coded) else None
+
+    def together(self, coded: Sequence[Codes], like: nn.Module) -> WeightState:
+        """Their values."""
+        grid, layout = _grid(coded[0].codes), self.layout(like)
+        each = torch.stack([grid.values(c) for c in coded])  # (experts, out, in)
+        return self._state_of(each.transpose(0, 1).flatten(1) if layout.each else each.flatten(0, 1), like)
+
+    def _state_of(self, new: Tensor, like: nn.Module) -> WeightState:
         state = super().requantize(new, like)
         if not torch.equal(self.layout(like).matrix(state[self.parameter].detach()).float(), new):
             raise FormatError(f"values of MXFP4 do not fit in {self.dtype(like)}")

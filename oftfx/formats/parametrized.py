@@ -22,6 +22,12 @@ def parametrization_of(module: nn.Module, name: str) -> ParametrizationList | No
     return found if isinstance(found, ParametrizationList) else None
 
 
+def parametrized_names(module: nn.Module) -> list[str]:
+    """Names of a module's parameters that something computes."""
+    lists = module._modules.get(_CHILD)
+    return [] if lists is None else list(lists._modules)
+
+
 def property_of(module: nn.Module, name: str) -> dict[str, Any]:
     """What `restore` needs of the class: the property, and what torch puts beside it."""
     known = vars(type(module))
@@ -31,11 +37,13 @@ def property_of(module: nn.Module, name: str) -> dict[str, Any]:
 def replace_by(module: nn.Module, name: str, parameter: nn.Parameter) -> None:
     """End the parametrization of one parameter of one module; copies keep theirs."""
     lists: Any = module._modules[_CHILD]
-    del lists._modules[name]
     kept = {k: v for k, v in vars(type(module)).items() if k != name}
-    if not lists._modules:
+    others = {k: v for k, v in lists._modules.items() if k != name}
+    if others:  # in a new list: what shares the old one keeps it
+        module._modules[_CHILD] = nn.ModuleDict(others).train(lists.training)
+    else:
         del module._modules[_CHILD]
-    _recast(module, kept if lists._modules else {})
+    _recast(module, kept if others else {})
     module._parameters[name] = parameter
 
 

@@ -19,7 +19,7 @@ from oftfx.model.huggingface import can_except
 from oftfx.model.site import Site
 from oftfx.model.sites import format_at
 from oftfx.passes.insert_rotations import rotation_for
-from oftfx.passes.quantized.calibrate import UNSEEN
+from oftfx.passes.quantized.calibrate_experts import UNSEEN
 from oftfx.placement.frozen import product_of
 from oftfx.planning.plans import Plan
 from oftfx.planning.program import Program

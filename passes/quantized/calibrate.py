@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 
 import torch
@@ -11,18 +11,18 @@ import torch.nn as nn
 from oftfx.folding.lockstep import Lockstep
 from oftfx.folding.policies import Budget
 from oftfx.folding.record import SiteFold
-from oftfx.folding.shown import Showing, Shown
+from oftfx.folding.shown import ExpertCalls, Showing, Shown
 from oftfx.folding.spill import Spill
 from oftfx.folding.turned import Turned
 from oftfx.folding.workbench import Workbench
-from oftfx.formats.registry import format_of
+from oftfx.formats.base import WeightFormat
 from oftfx.model.running import Inputs
+from oftfx.passes.quantized.calibrate_experts import calibrated_experts
 from oftfx.passes.quantized.policy import QuantizedPolicy, check_finite_inputs, rounded, write_rounded
 from oftfx.passes.quantized.roundings import are_few, best_rounding
 from oftfx.placement.find import placements_on
 
 NOT_REACHED = "no calibration input reached this layer, or only zeros, so its weights are rounded to the nearest codes"
-UNSEEN = "what each expert reads cannot be seen from outside, so its weights are rounded to the nearest codes"
 
 
 class Calibrate(QuantizedPolicy):
@@ -33,7 +33,8 @@ class Calibrate(QuantizedPolicy):
     their errors. How much it believes the inputs, and whether it does better to round to the nearest codes or to keep
     the old ones, is judged on a quarter of them that it has not learnt from.
 
-    Without inputs (none reached the layer) the nearest codes are taken, and the report says so.
+    Without inputs (none reached the layer) the nearest codes are taken, and the report says so. Experts are rounded one
+    by one, each for the rows that it reads.
 
     Examples:
         >>> import oftfx, torch
@@ -49,12 +50,14 @@ class Calibrate(QuantizedPolicy):
     preserves = "lossy"
 
     def fold(self, site: Turned, bench: Workbench, shown: Shown | None, bound: Budget | None) -> SiteFold | None:  # noqa: ARG002
-        """Round."""
+        """Round; the experts of a parameter one by one."""
         if shown is None:
             return write_rounded(site, rounded(site, site.target, None), "requantized", None, bound)
+        if shown.experts is not None:
+            return calibrated_experts(site, shown, bound)
         check_finite_inputs(site, shown)
         best = best_rounding(site, shown)
-        done = write_rounded(site, best.state, "calibrated", None, bound, judged=(best.error, best.survival))
+        done = write_rounded(site, best.state, "calibrated", None, bound, judged=best.judged)
         if done is None:
             return None
         few = are_few(shown)
@@ -71,6 +74,7 @@ def in_running_order(
     unfolded: tuple[nn.Module, Sequence[nn.Module]] | None = None,
     leave: Callable[[nn.Module, nn.Module | None], None] | None = None,
     spill: Spill | None = None,
+    experts: Collection[nn.Module] = (),
 ) -> None:
     """Fold layers in the order in which the model runs them, each knowing what the ones before it have become.
 
@@ -84,33 +88,39 @@ def in_running_order(
         calibration: the inputs.
         fold: gets a layer and its inputs; None where none reached it, or only zeros (an expert that got no tokens):
             every rounding would look perfect.
-        unfolded: a model of the same weights that runs beside, and its layers, one for each. Once forwards have left a
-            layer there, it is given the folded weight as well, so that the old one need not be kept for it.
+        unfolded: a model of the same weights that runs beside, and its layers, one for each.
         spill: where the hidden states are kept; None: in memory.
-        leave: instead of that: gets a layer that all forwards have left, and the one of the unfolded model.
+        leave: gets a layer that all forwards have left, and the one of the unfolded model. That can be given the folded
+            weight as well, so that the old one need not be kept for it.
+        experts: layers that hand rows on to experts of theirs: `Shown.experts` says how they were called.
     """
     if not layers:
         return
     showing, left = Showing() if spill is None else Showing(spill.forget), list[nn.Module]()
     fellows = {} if unfolded is None else dict(zip(layers, unfolded[1], strict=True))
-    leave = leave or _give_folded
+    lockstep = Lockstep(model, layers, unfolded, spill)
 
     def show(module: nn.Module, inputs: list[torch.Tensor], others: list[torch.Tensor | None]) -> None:
         while left:
             module_left = left.pop()
-            leave(module_left, fellows.get(module_left))
+            if leave is not None:
+                leave(module_left, fellows.get(module_left))
         shown = showing.of(inputs, others)
+        if module in experts:
+            shown = replace(shown, experts=ExpertCalls(lockstep.calls, fellows.get(module)))
         fold(module, None if shown.is_zero() else shown)
         left.append(module)
 
-    for module in Lockstep(model, layers, unfolded, spill).run(calibration, show):
+    for module in lockstep.run(calibration, show):
         fold(module, None)
 
 
-def _give_folded(module: nn.Module, fellow: nn.Module | None) -> None:
-    weight_format = format_of(module)
-    if weight_format is not None and fellow is not None:
-        drop_rotations(fellow)
+def give_folded(formats: Sequence[WeightFormat], module: nn.Module, fellow: nn.Module | None) -> None:
+    """Let a layer of the unfolded model, which all forwards have left, have the weight of the folded one."""
+    if fellow is None:
+        return
+    drop_rotations(fellow)
+    for weight_format in (f for f in formats if f.matches(module)):
         state = weight_format.read(module)
         weight_format.write(fellow, state)
         weight_format.own(fellow)

@@ -17,6 +17,7 @@ from oftfx.folding.turned import Turned, untouched
 from oftfx.folding.workbench import Workbench
 from oftfx.formats.base import WeightState
 from oftfx.passes.protocol import Change, Pass, PassResult
+from oftfx.passes.quantized.judged import Judged, Rounding
 from oftfx.placement.find import rotated_sites
 from oftfx.planning.program import Program
 from oftfx.rotation.ieee import ieee_products
@@ -80,7 +81,7 @@ def write_rounded(
     shown: Shown | None,
     bound: Budget | None,
     *,
-    judged: tuple[float, float] | None = None,
+    judged: Judged | None = None,
 ) -> SiteFold | None:
     """Write a weight on its format's grid and measure it; None, and the old one again, where it is not good enough.
 
@@ -90,14 +91,14 @@ def write_rounded(
         action: for the report.
         shown: inputs to measure the layer's outputs on.
         bound: what is good enough; None: anything.
-        judged: error and survival of the outputs, where they have been measured already.
+        judged: the outputs, where they have been measured already.
     """
     module, weight_format = site.module, site.format
     old = weight_format.read(module)
     weight_format.write(module, state)
     got = site.arrived(weight_format, module, None if shown is None else shown.seen)
     if judged is not None:
-        got = replace(got, output_error=judged[0], output_survival=judged[1])
+        got = replace(got, output_error=judged.error, output_survival=judged.survival)
     if bound is not None and not bound.allows(got):
         weight_format.write(module, old)
         return None
@@ -106,7 +107,7 @@ def write_rounded(
     return site.line(action, weight_format.nbytes(module), got)
 
 
-def rounded(site: Turned, wanted: Tensor, moments: Tensor | None) -> WeightState:
+def rounded(site: Rounding, wanted: Tensor, moments: Tensor | None) -> WeightState:
     """``wanted`` on the grid of the site's format: the nearest codes, or with ``moments`` error-compensated ones."""
     if moments is None:
         return site.format.requantize(wanted, site.module)

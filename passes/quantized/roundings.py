@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from oftfx.folding.shown import Regular, Shown
-from oftfx.folding.turned import Turned
 from oftfx.formats.base import WeightState
+from oftfx.passes.quantized.judged import Judged, Rounding, values_of
 from oftfx.passes.quantized.policy import rounded
 
 _RICH, _FEW, _MEAGRE = 4, 2, 0.5  # tokens for each input feature
@@ -32,7 +32,7 @@ class Way:
     share: float = 0.0
     keep: bool = False
 
-    def state(self, site: Turned, shown: Shown) -> WeightState:
+    def state(self, site: Rounding, shown: Shown) -> WeightState:
         """The rounded weight."""
         if self.keep:
             return site.format.read(site.module)
@@ -55,14 +55,14 @@ class Best:
     Attributes:
         way: how it was made.
         state: the weight.
-        error: ``|Y_folded - Y'| / |Y'|`` on held-out inputs, with ``Y' = X W'^T`` and ``Y_folded = X~ W_folded^T``.
-        survival: ``<Y_folded - Y, Y' - Y> / |Y' - Y|^2`` there, with ``Y = X W^T``.
+        judge: the inputs that it was judged by.
+        judged: how it did.
     """
 
     way: Way
     state: WeightState
-    error: float
-    survival: float
+    judge: Shown
+    judged: Judged
 
     @property
     def remark(self) -> str:
@@ -79,7 +79,7 @@ def are_few(shown: Shown) -> bool:
     return shown.tokens < _FEW * shown.width
 
 
-def best_rounding(site: Turned, shown: Shown) -> Best:
+def best_rounding(site: Rounding, shown: Shown) -> Best:
     """Try the ways on part of the inputs and judge them on the rest.
 
     Nearest rounding, or the old codes where they are better, is what another way has to beat by more than the standard
@@ -104,15 +104,11 @@ def best_rounding(site: Turned, shown: Shown) -> Best:
     gain = safe.errors - best.errors
     if not float(gain.mean()) > float(gain.std(correction=0)) / len(gain) ** 0.5:
         best = safe
-    before = judge.outputs(site.base)
-    update, whole = wanted - before, float(wanted.square().sum())
-    asked = float(update.square().sum())
-    outputs = judge.outputs(values_of(site, best.state), own=True)
-    survival = float(((outputs - before) * update).sum()) / asked if asked > 0 else 1.0
-    relative = (best.error / whole) ** 0.5 if whole > 0 else 0.0
-    del learn, outputs, before, update, wanted
+    del wanted
+    judged = Judged.of(site, best.state, judge)
+    del learn
     state = best.state if rich or best is safe else best.way.state(site, shown)
-    return Best(best.way, state, relative, survival)
+    return Best(best.way, state, judge, judged)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,18 +122,6 @@ class _Tried:
         return float(self.errors.sum(dtype=torch.float64))
 
 
-def _tried(site: Turned, way: Way, learn: Shown, judge: Shown, wanted: Tensor) -> _Tried:
+def _tried(site: Rounding, way: Way, learn: Shown, judge: Shown, wanted: Tensor) -> _Tried:
     state = way.state(site, learn)
     return _Tried(way, state, (judge.outputs(values_of(site, state), own=True) - wanted).square_().sum(1))
-
-
-@torch.no_grad()
-def values_of(site: Turned, state: WeightState) -> Tensor:
-    """The weight ``(out, in)`` that a state stands for; the layer has its own again afterwards."""
-    module, weight_format = site.module, site.format
-    old = weight_format.read(module)
-    weight_format.write(module, state)
-    try:
-        return weight_format.dequantize(module)
-    finally:
-        weight_format.write(module, old)

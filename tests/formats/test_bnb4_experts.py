@@ -260,12 +260,83 @@ def test_what_is_refused_by_name(monkeypatch):
     assert len(oftfx.plan(quantized(), "all-linear").coverage.unreached) == 2 * 3 + 2
 
 
-def test_calibration_says_that_it_has_seen_nothing(ids):
+def data(batches, length=32, seed=3):
+    generator = torch.Generator().manual_seed(seed)
+    return [{"input_ids": torch.randint(131, (4, length), generator=generator)} for _ in range(batches)]
+
+
+@pytest.mark.parametrize(
+    ("family", "experts", "double"),
+    [("mixtral", "shared", False), ("mixtral", "each", True), ("gpt_oss", "shared", True), ("gpt_oss", "each", False)],
+)
+def test_calibrated_one_by_one(family, experts, double):
+    """Each expert is rounded for the rows it reads: the model's outputs on other inputs are nearer than by rounding."""
+    model = randomize(
+        oftfx.transform(quantized(family, double=double), {"*.experts.*_proj": OFT(16, experts=experts)}), std=0.1
+    )
+    fresh = {"input_ids": torch.cat([batch["input_ids"] for batch in data(8, seed=4)])}
+    wanted = logits(floats(family, model), fresh)
+    plain = oftfx.fold(model, quantized="requantize").model
+    result = oftfx.fold(model, quantized="calibrate", calibration=data(24))
+    # By the median token: one that a rounding sends to other experts is as wrong in either.
+    calibrated, nearest = ((logits(m, fresh) - wanted).norm(dim=-1).median() for m in (result.model, plain))
+    assert calibrated < 0.75 * nearest
+    # What the package reads of the bytes are the values that the model has.
+    assert rel(logits(result.model, fresh), logits(floats(family, result.model, turned=False), fresh)) < 2e-6
+    assert len([*four_bit_parameters(result.model)]) == 4
+    for row in result.report:
+        assert row.action == "calibrated"
+        assert row.tokens == 24 * 4 * 32 * 2  # each token goes to two experts
+        assert 0.9 < row.output_survival < 1.1
+    assert torch.equal(logits(oftfx.unfold(result), fresh), logits(model, fresh))
+
+
+def test_an_expert_that_reads_nothing_is_rounded_to_the_nearest():
     model = randomize(oftfx.transform(quantized(), RULES), std=0.2)
+    with torch.no_grad():
+        router = model.model.layers[0].mlp.gate
+        weight = next(router.parameters())
+        weight[2] = 0
+        weight[:2] = 0  # equal scores: the first two are chosen
+    with pytest.warns(OftfxWarning, match="1 of 3 experts was reached by no calibration input"):
+        result = oftfx.fold(model, quantized="calibrate", calibration=data(4))
+    rows = {row.fqn: row for row in result.report}
+    assert "1 of 3 experts was reached" in rows["model.layers.0.mlp.experts.gate_up_proj"].note
+    assert "reached" not in rows["model.layers.1.mlp.experts.gate_up_proj"].note
+    nearest = oftfx.fold(model, quantized="requantize").model
+    for one, other, same in zip(
+        result.model.model.layers[0].mlp.experts.gate_up_proj,
+        nearest.model.layers[0].mlp.experts.gate_up_proj,
+        (False, False, True),
+        strict=True,
+    ):
+        assert torch.equal(one, other) == same
+
+
+def test_few_tokens_are_said_and_a_budget_tries():
+    model = randomize(oftfx.transform(quantized(), RULES), std=0.2)
+    few = oftfx.fold(model, quantized="calibrate", calibration=data(1, length=8)).report
+    assert all(row.few_tokens and "experts have read few tokens for 64 input features" in row.note for row in few)
+    strict, loose = (
+        oftfx.fold(model, quantized=oftfx.Budget(error, ("calibrate", "keep")), calibration=data(8)).report
+        for error in (1e-4, 0.5)
+    )
+    assert {row.action for row in strict} == {"kept"}
+    assert {row.action for row in loose} == {"calibrated"}
+
+
+def test_a_forward_that_shows_nothing_says_so(monkeypatch):
+    model = randomize(oftfx.transform(quantized(), {"*.layers.0.mlp.experts.gate_up_proj": OFT(16)}), std=0.2)
+    from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+    def forward(self, hidden_states, *_):
+        return torch.einsum("...i,eoi->...o", hidden_states, self.gate_up_proj)[..., :64]
+
+    monkeypatch.setattr(MixtralExperts, "forward", forward)
     with pytest.warns(OftfxWarning, match="cannot be seen from outside"):
-        result = oftfx.fold(model, quantized="calibrate", calibration=[ids()])
-    assert {s.action for s in result.report} == {"requantized"}
-    assert all("nearest codes" in s.note for s in result.report)
+        (row,) = oftfx.fold(model, quantized="calibrate", calibration=data(2)).report
+    assert row.action == "requantized"
+    assert "cannot be seen" in row.note
 
 
 def test_a_reference_is_a_function(ids):

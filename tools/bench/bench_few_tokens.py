@@ -30,7 +30,8 @@ from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned
 from oftfx.formats.registry import format_of
 from oftfx.formats.scalar import ScalarFormat
-from oftfx.passes.quantized.roundings import KEEP, NEAREST, best_rounding, values_of
+from oftfx.passes.quantized.judged import values_of
+from oftfx.passes.quantized.roundings import KEEP, NEAREST, best_rounding
 from oftfx.placement.find import rotated_sites
 from tools.bench.fold_updates import layers
 

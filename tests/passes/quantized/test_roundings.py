@@ -64,7 +64,7 @@ def test_dependent_inputs(tokens):
     assert best <= 1.01 * min(nearest, keep)
     if tokens > 1000:
         assert best < 0.6 * nearest
-        assert chosen.error == pytest.approx(best, rel=0.1)
+        assert chosen.judged.error == pytest.approx(best, rel=0.1)
 
 
 @pytest.mark.parametrize("seed", range(3))
