@@ -293,15 +293,29 @@ def _alone(directory: Path) -> Iterator[None]:
 
 def lock(directory: Path, *, wait: bool = False) -> int | None:
     """A handle that no other process has until this one closes it or ends; None where another has, or nothing locks."""
+    try:
+        return hold(directory, wait=wait)
+    except BlockingIOError:
+        return None
+
+
+def hold(directory: Path, *, wait: bool = False) -> int | None:
+    """The same; None where nothing locks (Windows, some network file systems).
+
+    Raises:
+        BlockingIOError: another process has it.
+    """
     if fcntl is None:
         return None
     handle = -1
     try:
         handle = os.open(directory, os.O_RDONLY)
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
+    except OSError as error:
         if handle >= 0:
             os.close(handle)
+        if isinstance(error, BlockingIOError):
+            raise
         return None
     return handle
 

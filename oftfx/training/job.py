@@ -27,6 +27,7 @@ from oftfx.planning.read_rules import names_of
 from oftfx.rotation.spec import OFT
 from oftfx.surgery import plan as plan_of
 from oftfx.surgery import transform
+from oftfx.training.claim import check_data, claimed
 from oftfx.training.examples import Examples
 from oftfx.training.minimise import Schedule, minimise
 from oftfx.training.progress import FILE as PROGRESS
@@ -78,8 +79,15 @@ class Training:
             self.result = read_result(self.out)
             self.say(f"{self.out} is complete; nothing to do")
             return self.result
-        model, (data, held_out), plan = self._prepared()
+        prepared = self._prepared()  # a recipe that cannot be run leaves no directory
+        with claimed(self.out):
+            return self._run(*prepared)
+
+    def _run(self, model: nn.Module, parts: tuple[Examples, Examples], plan: Plan) -> dict[str, Any]:
+        data, held_out = parts
         convention = self._convention(model)
+        read = {n: Path(p) for n in ("data", "held_out", "rules") if (p := getattr(self.recipe, n))}
+        check_data(self.out, read)
         self.recipe.write(self.out / RECIPE)
         self._loss_of("before", model, held_out)
         steps = self._steps(data)
