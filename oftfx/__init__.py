@@ -56,8 +56,8 @@ _HOME = {
     "fold_aware": "oftfx.foldaware",
     "fold_checkpoint": "oftfx.streaming.directory_fold",
     "Budget": "oftfx.folding.policies",
-    "save_rotations": "oftfx.adapter.kept",
-    "load_rotations": "oftfx.adapter.kept",
+    "save_rotations": "oftfx.adapter.fixed_rotations",
+    "load_rotations": "oftfx.adapter.fixed_rotations",
     "load_folded": "oftfx.adapter.folded",
     "FoldResult": "oftfx.folds",
     "FoldReport": "oftfx.folding.report",
@@ -78,8 +78,8 @@ __all__ = ["__version__", *_HOME]
 if TYPE_CHECKING:
     from oftfx.adapter.card import model_card
     from oftfx.adapter.conventions.registry import adapter_convention
+    from oftfx.adapter.fixed_rotations import load_rotations, save_rotations
     from oftfx.adapter.folded import load_folded
-    from oftfx.adapter.kept import load_rotations, save_rotations
     from oftfx.adapter.load import load_adapter
     from oftfx.adapter.rows import adapter_rows
     from oftfx.adapter.save import save_adapter

@@ -13,8 +13,8 @@ import torch.nn as nn
 from oftfx.adapter.before_fold import Before, own_copy
 from oftfx.adapter.distilled import distil_scales
 from oftfx.adapter.fingerprint import fingerprint
+from oftfx.adapter.fixed_rotations import guard_saving
 from oftfx.adapter.folded import save_folded
-from oftfx.adapter.kept import guard_saving
 from oftfx.adapter.store import AdapterStore, drop_store, located
 from oftfx.errors import AdapterError, FoldError, warn
 from oftfx.folding.aware import forget_all

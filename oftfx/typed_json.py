@@ -7,7 +7,10 @@ import json
 import types
 from collections.abc import Mapping
 from functools import cache
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from oftfx.errors import AdapterFileError
 
 T = TypeVar("T")
 _LARGEST = 2**63
@@ -24,6 +27,21 @@ def parsed(text: str | bytes) -> Any:
         return json.loads(text)
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        AdapterFileError: there is no such file, or it is none.
+    """
+    try:
+        found = parsed(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise AdapterFileError(f"{path} is not a JSON object: {error}") from None
+    if not isinstance(found, dict):
+        raise AdapterFileError(f"{path} is not a JSON object, but {type(found).__name__}")
+    return found
 
 
 def is_text(value: object) -> bool:

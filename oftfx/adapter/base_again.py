@@ -6,13 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
-from oftfx.adapter.checkpoints import read_json
+from oftfx.adapter.fixed_rotations import CONFIG_KEY
+from oftfx.adapter.fixed_rotations import FILE as ROTATIONS
 from oftfx.adapter.folded import NOTE, own_files, read_note
-from oftfx.adapter.kept import CONFIG_KEY
-from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.errors import FoldError
 from oftfx.files import landing, write
 from oftfx.folding.checkpoint import ROTATION
+from oftfx.typed_json import read_object
 
 _CONFIG = "config.json"
 _KEPT = ("kept", "untouched")
@@ -40,7 +40,7 @@ def base_again(folded: Path, out: Path) -> int:
                 continue
             if not _without_rotations(file, made / file.name):
                 shutil.copyfile(file, made / file.name)
-        config = read_json(folded / _CONFIG)
+        config = read_object(folded / _CONFIG)
         config.pop(CONFIG_KEY, None)
         write(made / _CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     return sum(s["action"] == "kept" for s in sites)
@@ -60,7 +60,7 @@ def _without_rotations(file: Path, target: Path) -> bool:
             save_file({n: opened.get_tensor(n) for n in own}, target, metadata=opened.metadata())
         return True
     if file.name.endswith(".index.json"):
-        index = read_json(file)
+        index = read_object(file)
         named = index.get("weight_map")
         if not isinstance(named, dict):
             raise FoldError(f"{file}: no weight_map from tensor names to files")

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 import torch.nn as nn
 
-from oftfx.adapter.kept import guard_saving
+from oftfx.adapter.fixed_rotations import guard_saving
 from oftfx.adapter.store import AdapterStore, find_store, keep_store, located
 from oftfx.errors import FoldError
 from oftfx.folding.journal import Journal

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from oftfx.adapter.checkpoints import read_json
+from oftfx.adapter.fixed_rotations import FILE as ROTATIONS
 from oftfx.adapter.folded import NOTE
-from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.errors import AdapterFileError, FoldError
 from oftfx.folding.fold_page import banner_of, before_and_after, origin
 from oftfx.folding.fold_tables import worst_ten
@@ -18,6 +17,7 @@ from oftfx.folding.summary import actions
 from oftfx.pages.markdown import banner as banner_text
 from oftfx.pages.markdown import escaped, section
 from oftfx.pages.page import Code, Section, Terms, Text
+from oftfx.typed_json import read_object
 
 
 def model_card(
@@ -114,7 +114,7 @@ def _note(file: Path) -> dict[str, Any]:
             f"there is no {NOTE} in {str(file.parent)!r}; FoldResult.save and `oftfx fold` write it: name "
             "their directory"
         )
-    note = read_json(file)
+    note = read_object(file)
     if not isinstance(note.get("report"), dict):
         raise AdapterFileError(f"{file} is damaged: it has no report; fold again")
     return note

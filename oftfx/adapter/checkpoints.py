@@ -15,8 +15,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from oftfx.adapter.fixed_rotations import SavesRotations
 from oftfx.adapter.gptq_state import as_published
-from oftfx.adapter.kept import SavesRotations
 from oftfx.adapter.mxfp4_state import as_mxfp4, on_grid
 from oftfx.errors import AdapterFileError, FoldError, MissingExtraError
 from oftfx.folding.checkpoint import ROTATION
@@ -26,7 +26,6 @@ from oftfx.formats.registry import format_of
 from oftfx.model.huggingface import can_except
 from oftfx.model.structure import replace_module, structural_copy
 from oftfx.placement.find import rotated_sites
-from oftfx.typed_json import parsed
 
 Facts = Mapping[str, Any]
 """What a reader has to know besides the files, as JSON."""
@@ -363,18 +362,3 @@ def _no_load_report() -> Iterator[None]:
     finally:
         for logger in loggers:
             logger.removeFilter(chosen)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        AdapterFileError: it is none.
-    """
-    try:
-        found = parsed(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise AdapterFileError(f"{path} is not readable as JSON: {error}") from None
-    if not isinstance(found, dict):
-        raise AdapterFileError(f"{path} is not a JSON object")
-    return found

@@ -14,11 +14,11 @@ import torch.nn as nn
 from oftfx.adapter.as_compressed import Compressed
 from oftfx.adapter.as_gptq_awq import AsAwq, AsGptq
 from oftfx.adapter.as_transforms import WithTransforms
-from oftfx.adapter.checkpoints import Checkpoint, Facts, Hqq, Plain, Transformers, read_json
+from oftfx.adapter.checkpoints import Checkpoint, Facts, Hqq, Plain, Transformers
+from oftfx.adapter.fixed_rotations import FILE as ROTATIONS
+from oftfx.adapter.fixed_rotations import load_rotations, multiply_right, save_rotations
 from oftfx.adapter.fold_note import check_note
 from oftfx.adapter.four_bit_state import FourBitState
-from oftfx.adapter.kept import FILE as ROTATIONS
-from oftfx.adapter.kept import load_rotations, multiply_right, save_rotations
 from oftfx.adapter.quanto_state import QuantoState
 from oftfx.adapter.servers import check_server
 from oftfx.adapter.with_code import WithCode
@@ -29,6 +29,7 @@ from oftfx.folding.note import fold_notes, note_again
 from oftfx.folding.report import FoldReport
 from oftfx.model.compressed import keep_compressed
 from oftfx.placement.find import rotated_sites
+from oftfx.typed_json import read_object
 from oftfx.version import __version__
 
 NOTE = "oftfx_fold.json"
@@ -183,7 +184,7 @@ def read_note(directory: Path) -> dict[str, Any]:
     if not (directory / NOTE).is_file():
         there = "; load it with from_pretrained and oftfx.load_rotations" if (directory / ROTATIONS).is_file() else ""
         raise AdapterFileError(f"there is no {NOTE} in {str(directory)!r}; FoldResult.save writes it{there}")
-    note = read_json(directory / NOTE)
+    note = read_object(directory / NOTE)
     if "oftfx_fold" not in note:
         raise AdapterFileError(f"{directory / NOTE} is damaged: it does not say its version")
     if (version := note["oftfx_fold"]) != _VERSION:
@@ -213,7 +214,7 @@ def read_note(directory: Path) -> dict[str, Any]:
 def own_files(directory: Path) -> list[str]:
     """What an earlier save of ours left there, to be replaced; what others left there must not be."""
     if (directory / NOTE).is_file():
-        named = read_json(directory / NOTE).get("files")
+        named = read_object(directory / NOTE).get("files")
         return [n for n in named if is_name(n)] if isinstance(named, list) else []
     if directory.is_dir() and ((directory / _CONFIG).exists() or checkpoint_digest(directory) is not None):
         raise FoldError(

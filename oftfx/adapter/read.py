@@ -17,7 +17,7 @@ from oftfx.errors import AdapterFileError, RuleError
 from oftfx.files import remains
 from oftfx.planning.peft_fields import check_fields
 from oftfx.planning.plans import Plan
-from oftfx.typed_json import parsed
+from oftfx.typed_json import read_object
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -61,16 +61,10 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         AdapterFileError: no such file, or not one.
     """
-    try:
-        found = parsed(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    if not path.exists():
         advice = _interrupted(path) or "it says how the numbers become a rotation"
-        raise AdapterFileError(f"no file {path}; {advice}") from None
-    except (ValueError, OSError) as error:
-        raise AdapterFileError(f"{path} is not a JSON object: {error}") from None
-    if not isinstance(found, dict):
-        raise AdapterFileError(f"{path} is not a JSON object, but {type(found).__name__}")
-    return found
+        raise AdapterFileError(f"no file {path}; {advice}")
+    return read_object(path)
 
 
 def no_file(path: Path) -> str:

@@ -10,12 +10,12 @@ from typing import Any
 
 from oftfx.adapter import peft_files
 from oftfx.adapter.belonging import KEY, check_belongs
-from oftfx.adapter.checkpoints import read_json
 from oftfx.adapter.save import PLAN_FILE
 from oftfx.adapter.scales import SCALE_FILE
 from oftfx.errors import AdapterFileError
 from oftfx.inspecting.found import Found, Table
 from oftfx.inspecting.headers import digest, read_header
+from oftfx.typed_json import read_object
 
 COLUMNS = ("layers", "count", "blocks", "block size", "parameters")
 _SAID = (
@@ -30,7 +30,7 @@ def inspect_adapter(directory: Path) -> Found:
     header = read_header(path)
     own = (directory / PLAN_FILE).is_file()
     side = directory / (PLAN_FILE if own else peft_files.CONFIG_FILE)
-    config = read_json(side) if side.is_file() else {}
+    config = read_object(side) if side.is_file() else {}
     faults = [] if side.is_file() else [f"there is no {side.name}, which says how the numbers become a rotation"]
     try:
         if config:

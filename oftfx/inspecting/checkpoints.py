@@ -7,21 +7,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from oftfx.adapter.checkpoints import read_json
+from oftfx.adapter.fixed_rotations import FILE as ROTATIONS
 from oftfx.adapter.folded import NOTE, read_note
-from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.errors import AdapterFileError
 from oftfx.folding.checkpoint import checkpoint_digest
 from oftfx.folding.report import report_from
 from oftfx.inspecting.found import Found, Table
 from oftfx.inspecting.headers import read_header
+from oftfx.typed_json import read_object
 
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
 def inspect_checkpoint(directory: Path) -> Found:
     """What model it is, how it is quantized, what it weighs, and what was folded into it."""
-    config = read_json(directory / "config.json")
+    config = read_object(directory / "config.json")
     tensors: dict[str, tuple[str, tuple[int, ...], int]] = {}
     for file in sorted(directory.glob("*.safetensors")):
         if file.name != ROTATIONS:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from oftfx.adapter.checkpoints import read_json
 from oftfx.errors import FoldError
 from oftfx.files import is_name
-from oftfx.typed_json import parsed
+from oftfx.typed_json import parsed, read_object
 
 INDEX, WHOLE, CONFIG = "model.safetensors.index.json", "model.safetensors", "config.json"
 BITS = {
@@ -102,7 +101,7 @@ class CheckpointDirectory:
             raise FoldError(f"{path} is no directory; expected one with {CONFIG} and {WHOLE} or {INDEX}")
         if not (path / CONFIG).is_file():
             raise FoldError(f"{path} has no {CONFIG}; expected a directory that transformers saved a model to")
-        index = read_json(path / INDEX) if (path / INDEX).is_file() else None
+        index = read_object(path / INDEX) if (path / INDEX).is_file() else None
         files = [WHOLE] if index is None else _files_of(index, path)
         if missing := [f for f in files if not (path / f).is_file()]:
             there = ", ".join(sorted(p.name for p in path.iterdir() if p.suffix in _WEIGHTS)) or "no weights"

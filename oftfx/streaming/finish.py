@@ -15,12 +15,11 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.adapter import peft_files
-from oftfx.adapter.checkpoints import read_json
 from oftfx.adapter.fingerprint import fingerprint_of
+from oftfx.adapter.fixed_rotations import CONFIG_KEY, rotation_notes
+from oftfx.adapter.fixed_rotations import FILE as ROTATIONS
 from oftfx.adapter.folded import NOTE, file_sum, note_of
 from oftfx.adapter.from_file import AdapterFiles
-from oftfx.adapter.kept import CONFIG_KEY, rotation_notes
-from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.adapter.packed import packed_one_by_one
 from oftfx.files import put, write
 from oftfx.folding.note import noted
@@ -37,6 +36,7 @@ from oftfx.streaming.journal import Done
 from oftfx.streaming.skeleton import Skeleton
 from oftfx.streaming.transformers_loader import ties
 from oftfx.streaming.work import Work
+from oftfx.typed_json import read_object
 
 SUMS = "oftfx_sha256.json"
 OURS = (NOTE, ROTATIONS, SUMS)
@@ -92,7 +92,7 @@ class Finish:
 
     def _config(self, file: Path) -> None:
         source = self.base.path / CONFIG
-        config, before = read_json(source), read_json(source)
+        config, before = read_object(source), read_object(source)
         config.pop(CONFIG_KEY, None)
         tied = ties(self.skeleton.model)
         untied = self.decisions.untied & {*tied, *tied.values()}
@@ -169,7 +169,7 @@ class Finish:
     def _earlier(self) -> list[Any]:
         """What was folded into the checkpoint before."""
         note = self.base.path / NOTE
-        return list(read_json(note).get("folds", ())) if note.is_file() else []
+        return list(read_object(note).get("folds", ())) if note.is_file() else []
 
     def _fingerprint(self) -> str:
         """As of the adapter in a model."""
@@ -195,4 +195,4 @@ def report_of(note: Path) -> FoldReport:
     Raises:
         AdapterFileError: the note is damaged.
     """
-    return report_from(read_json(note))
+    return report_from(read_object(note))

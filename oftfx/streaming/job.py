@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from oftfx.adapter import peft_files
+from oftfx.adapter.fixed_rotations import FILE as ROTATIONS
 from oftfx.adapter.folded import NOTE, own_files
 from oftfx.adapter.from_file import AdapterFiles
-from oftfx.adapter.kept import FILE as ROTATIONS
 from oftfx.adapter.peft_files import PLAN_FILE
 from oftfx.errors import FoldError, warn
 from oftfx.folding.checkpoint import checkpoint_digest

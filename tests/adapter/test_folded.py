@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import oftfx
 from oftfx import OFT, Budget
-from oftfx.adapter.kept import SavesRotations
+from oftfx.adapter.fixed_rotations import SavesRotations
 from oftfx.errors import AdapterFileError, FoldError, OftfxWarning
 from oftfx.folding.note import fold_notes
 from oftfx.model.structure import structural_copy
