@@ -6,9 +6,9 @@
 
 An OFT adapter is trained on every base (with --floats also one on the float model) at the learning rate that is best
 unfolded, then folded by every policy. The base itself, calibrated on the same data, tells what is not the adapter's
-doing. Trained adapters and finished rows are kept in the folder, so an interrupted run goes on. Writes
-tools/results/fold_quality.json, from which tools/docs/update_tables.py makes the documentation's tables. A base of the
-language model takes about half an hour on one core.
+doing. Trained adapters and finished rows are kept in the folder, so an interrupted run goes on; a new folder begins
+with the rows of the committed results. Writes tools/results/fold_quality.json, from which tools/docs/update_tables.py
+makes the documentation's tables. A base of the language model takes about half an hour on one core.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ from tools.bench.fold_updates import measure as measure_updates
 
 SIMPLE = ("keep", "float", "requantize")
 THROUGH = ("calibrate", "fold-aware", "fold-aware, unfolded")
+CONTROL = "unfolded, trained on"
+"""As many plain steps more as the scales get: what of a fold-aware row is more training, and what the scales' doing."""
 ON_FLOATS = ("requantize", "reference", "reference, calibrated")
 GPTQ_BASES = ("GPTQ 4-bit", CALIBRATED)
 DISTIL = 2
@@ -74,7 +76,8 @@ class Bench:
     def _trained_on(self, task: Task, name: str, trained: str | None) -> None:
         key = {"model": task.name, "base": name, "trained_on": trained or "float", "seed": task.seed}
         done = {r["policy"] for r in self.rows if all(r.get(k) == v for k, v in key.items())}
-        todo = [p for p in _policies(name, trained, task.seed) if p not in done]
+        wanted = _policies(name, trained, task.seed)
+        todo = [p for p in wanted if p not in done and (p != CONTROL or task.aware_steps)]
         if not todo:
             return
         task.swept(trained, self.folder, say)
@@ -84,7 +87,8 @@ class Bench:
             base = task.outputs(model)
         adapted = task.outputs(model)
         judge = Judge(task, key, base, adapted)
-        for group in (("none", "unfolded"), *((p,) for p in SIMPLE), ("PEFT",), ("base calibrated",), *_others(name)):
+        first = (("none", "unfolded"), *((p,) for p in SIMPLE), ("PEFT",), ("base calibrated",), (CONTROL,))
+        for group in (*first, *_others(name)):
             wanted = [p for p in group if p in todo]
             if not wanted:
                 continue
@@ -98,6 +102,8 @@ class Bench:
             yield from (judge.row("none", judge.base, {}), judge.row("unfolded", judge.adapted, {}))
         elif policy == "calibrate":
             yield from _through_the_fold(judge, model)
+        elif policy == CONTROL:
+            yield judge.row(policy, _trained_on(judge, model), {"aware_steps": task.aware_steps})
         elif policy == "base calibrated":
             yield judge.of(policy, _calibrated_base(task, name), start)
         elif policy == "GPTQ after merging in float":
@@ -154,11 +160,11 @@ def _policies(name: str, trained: str | None, seed: int) -> tuple[str, ...]:
     if trained is None:
         return ("none", "unfolded", *ON_FLOATS)
     if seed:
-        return ("none", "unfolded", "requantize", *THROUGH)
+        return ("none", "unfolded", "requantize", CONTROL, *THROUGH)
     if name == INT8:  # PEFT turns convolutions in another way
         return ("none", "unfolded", *SIMPLE, *THROUGH, "base calibrated")
     others = ("GPTQ after merging in float",) if name in GPTQ_BASES else ()
-    return ("none", "unfolded", *SIMPLE, "PEFT", *THROUGH, "base calibrated", *others)
+    return ("none", "unfolded", *SIMPLE, "PEFT", CONTROL, *THROUGH, "base calibrated", *others)
 
 
 def _others(name: str) -> Iterator[tuple[str, ...]]:
@@ -189,15 +195,7 @@ def _through_the_fold(judge: Judge, model: nn.Module) -> Iterator[Row]:
     yield judge.of("calibrate", result.model.eval(), start, result.report)
     del result
     if task.aware_steps:
-        optimizer = torch.optim.AdamW(oftfx.adapter_parameters(model), lr=judge.key["rate"], weight_decay=0.0)
-        task.train_mode(model)
-        for step in range(task.aware_steps):
-            for group in optimizer.param_groups:
-                warm, rest = (step + 1) / 3, (task.aware_steps - step) / (task.aware_steps - 3)
-                group["lr"] = judge.key["rate"] * min(warm, rest)
-            task.loss(model, task.steps + step).backward()
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        _more_steps(judge, model)
         folded = oftfx.fold(model.eval())
     else:
         start = time.perf_counter()
@@ -207,6 +205,33 @@ def _through_the_fold(judge: Judge, model: nn.Module) -> Iterator[Row]:
     del folded
     oftfx.fold_aware(model, None)
     yield judge.row("fold-aware, unfolded", task.outputs(model.eval()), {})
+
+
+def _more_steps(judge: Judge, model: nn.Module) -> None:
+    """At the same rate, on what the first steps have not read."""
+    task, rate = judge.task, judge.key["rate"]
+    optimizer = torch.optim.AdamW(oftfx.adapter_parameters(model), lr=rate, weight_decay=0.0)
+    task.train_mode(model)
+    for step in range(task.aware_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min((step + 1) / 3, (task.aware_steps - step) / (task.aware_steps - 3))
+        task.loss(model, task.steps + step).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.eval()
+
+
+def _trained_on(judge: Judge, model: nn.Module) -> Any:
+    """Outputs of the adapter after the same steps without any fold; it is as it was afterwards."""
+    oftfx.set_adapter(model, "default", trainable=True)
+    parameters = list(oftfx.adapter_parameters(model))
+    before = [p.detach().clone() for p in parameters]
+    _more_steps(judge, model)
+    outputs = judge.task.outputs(model)
+    with torch.no_grad():
+        for parameter, old in zip(parameters, before, strict=True):
+            parameter.copy_(old)
+    return outputs
 
 
 def _place(row: Row) -> tuple[int, ...]:
@@ -221,6 +246,20 @@ def _sweeps(folder: Path) -> Iterator[Row]:
             found = json.loads(path.read_text())
             rates = {k: v for k, v in found.items() if k != "base"}
             yield {"model": task.name, "base": path.parent.name, "by": by, "none": found["base"], "rates": rates}
+
+
+def _take_up(folder: Path) -> None:
+    """Let a new folder go on from the results that are committed: their rows and rates stand; adapters are trained."""
+    if (folder / "results.json").exists() or not RESULTS.exists():
+        return
+    found = json.loads(RESULTS.read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    kept = {"rows": found["rows"], "updates": found["updates"]}
+    for sweep in found["sweeps"]:
+        path = folder / sweep["model"] / sweep["base"] / "sweep.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps({"base": sweep["none"], **sweep["rates"]}).encode())
+    write_whole(folder / "results.json", (json.dumps(kept, indent=1) + "\n").encode())
 
 
 def say(line: str) -> None:
@@ -239,7 +278,10 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("oftfx-bench/fold-quality"), help="adapters and results")
     args = parser.parse_args()
     warnings.simplefilter("ignore")  # the packages' own
-    bench = Bench(args.folder / ("quick" if args.quick else "full"), args.floats)
+    folder = args.folder / ("quick" if args.quick else "full")
+    if not args.quick:
+        _take_up(folder)
+    bench = Bench(folder, args.floats)
     tasks: dict[str, Callable[[int], Task]] = {"minilm": Encoder, "smollm2": Language, "ocr": Recogniser}
     for key in args.model or tasks:
         for seed in args.seed or (0, 1, 2):

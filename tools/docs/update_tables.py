@@ -203,6 +203,7 @@ FOLDS = {
     "calibrate": "`calibrate`",
     "fold-aware": "`calibrate`, then scales trained",
     "fold-aware, unfolded": "the same adapter, unfolded",
+    "unfolded, trained on": "40 plain steps more, unfolded",
     "base calibrated": "base, no adapter, calibrated",
     "reference": "`reference`",
     "reference, calibrated": "`reference`, calibrated",
