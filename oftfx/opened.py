@@ -72,6 +72,33 @@ def open_tokenizer(directory: str | Path) -> Any:
         raise OpenError(f"{path}: no tokenizer can be loaded from it: {_first(error)}") from error
 
 
+def open_image_processor(directory: str | Path) -> Any:
+    """The image processor of a directory.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        OpenError: there is none.
+    """
+    path = Path(directory)
+    transformers = _transformers(path)
+    try:
+        with quiet():
+            return transformers.AutoImageProcessor.from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise OpenError(f"{path}: no image processor can be loaded from it: {_first(error)}") from error
+
+
+def open_config(directory: str | Path) -> Any:
+    """The configuration of a model's directory.
+
+    Raises:
+        MissingExtraError: transformers is not installed.
+        OpenError: it is no such directory, or transformers does not know the model.
+    """
+    path = check_model(directory)
+    return _config(_transformers(path), path)
+
+
 def open_bare(directory: str | Path) -> nn.Module:
     """The model without its weights, on the meta device; of a quantized checkpoint with its quantized layers.
 

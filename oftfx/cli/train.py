@@ -20,7 +20,9 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help='.jsonl with "text", "messages" or "prompt" and "completion"; or plain text.', show_default=False
+            help='.jsonl with "text", "messages" or "prompt" and "completion"; plain text; or a folder of images: a '
+            "folder for each class.",
+            show_default=False,
         ),
     ] = None,
     target: Annotated[
@@ -76,14 +78,14 @@ def train(
     quiet: Quiet = False,
     json: Json = False,
 ) -> None:
-    """Train an OFT adapter on texts, conversations, or prompts with completions.
+    """Train an OFT adapter on texts, conversations, prompts with completions, or images with their classes.
 
     Only an assistant's turns, and completions, are learnt. All options together are written as OUT/oftfx_train.toml,
     which --recipe reads. The adapter is OUT/adapter, in the files of PEFT.
     Interrupted or killed, the same command goes on where it was, to the same numbers. OUT alone is enough to go on.
     """
     given = dict(locals())
-    from oftfx.training.job import start
+    from oftfx.training.job import in_words, start
     from oftfx.training.recipe import FILE, Recipe
 
     use_threads(threads)
@@ -103,4 +105,4 @@ def train(
         show.result(as_json.dumps(result))
         return
     for when, found in result.get("held_out", {}).items():
-        show.result(f"held out {when}: loss {found['loss']:.4f}, perplexity {found['perplexity']:.3f}")
+        show.result(f"held out {when}: {in_words(found)}")

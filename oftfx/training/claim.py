@@ -14,7 +14,7 @@ from oftfx.files import hold, write_whole
 from oftfx.typed_json import made, parsed
 
 DATA = "oftfx_data.json"
-"""SHA-256 of each file that the run reads, by its path."""
+"""SHA-256 of each file that the run reads, by what it is called in the recipe."""
 _CLAIM = ".oftfx-running"
 
 
@@ -87,6 +87,10 @@ def _known(file: Path) -> dict[str, str]:
 
 
 def _digest(file: Path) -> str:
+    """Of a folder the names and sizes of what is in it: it may hold more than can be read each time."""
+    if file.is_dir():
+        held = sorted((str(p.relative_to(file)), p.stat().st_size) for p in file.rglob("*") if p.is_file())
+        return hashlib.sha256(repr(held).encode()).hexdigest()
     try:
         with file.open("rb") as stream:
             return hashlib.file_digest(stream, "sha256").hexdigest()

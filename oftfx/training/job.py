@@ -21,14 +21,15 @@ from oftfx.adapter.switch import adapter_parameters
 from oftfx.errors import AdapterError, OftfxError
 from oftfx.files import write_whole
 from oftfx.foldaware import fold_aware
-from oftfx.opened import open_model, open_tokenizer
+from oftfx.opened import open_config, open_image_processor, open_model, open_tokenizer
 from oftfx.planning.plans import Plan
 from oftfx.planning.read_rules import names_of
 from oftfx.rotation.spec import OFT
 from oftfx.surgery import plan as plan_of
 from oftfx.surgery import transform
 from oftfx.training.claim import check_data, claimed
-from oftfx.training.examples import Examples
+from oftfx.training.examples import Data
+from oftfx.training.images import read_images
 from oftfx.training.minimise import Schedule, minimise
 from oftfx.training.progress import FILE as PROGRESS
 from oftfx.training.read_examples import read_examples
@@ -83,7 +84,7 @@ class Training:
         with claimed(self.out):
             return self._run(*prepared)
 
-    def _run(self, model: nn.Module, parts: tuple[Examples, Examples], plan: Plan) -> dict[str, Any]:
+    def _run(self, model: nn.Module, parts: tuple[Data, Data], plan: Plan) -> dict[str, Any]:
         data, held_out = parts
         convention = self._convention(model)
         read = {n: Path(p) for n in ("data", "held_out", "rules") if (p := getattr(self.recipe, n))}
@@ -107,19 +108,17 @@ class Training:
         self.say(f"the adapter is in {self.out / ADAPTER}")
         return self.result
 
-    def _prepared(self) -> tuple[nn.Module, tuple[Examples, Examples], Plan]:
+    def _prepared(self) -> tuple[nn.Module, tuple[Data, Data], Plan]:
         recipe = self.recipe
-        tokenizer = open_tokenizer(recipe.base)
-        data = read_examples(Path(recipe.data), tokenizer, recipe.sequence)
+        read = self._reader()
+        data = read(Path(recipe.data))
         for remark in data.remarks:
             self.say(f"{recipe.data}: {remark}")
         if recipe.held_out:
-            parts = data, read_examples(Path(recipe.held_out), tokenizer, recipe.sequence)
+            parts = data, read(Path(recipe.held_out))
         else:
             parts = data.split(min(recipe.held_out_rows, len(data) // 5))
-        self.say(
-            f"{len(parts[0])} rows to train on with {parts[0].tokens:,} tokens to learn, {len(parts[1])} rows held out"
-        )
+        self.say(f"{parts[0].said}, {len(parts[1])} held out")
         torch.manual_seed(recipe.seed)
         device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
         model = open_model(recipe.base, dtype=recipe.dtype, **({} if device == "cpu" else {"device_map": {"": device}}))
@@ -133,6 +132,15 @@ class Training:
             enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         return made, parts, plan  # type: ignore[return-value]
 
+    def _reader(self) -> Callable[[Path], Data]:
+        """Of texts, or where ``data`` is a folder, of images."""
+        recipe = self.recipe
+        if Path(recipe.data).is_dir():
+            processor, config = open_image_processor(recipe.base), open_config(recipe.base)
+            return lambda path: read_images(path, processor, config)
+        tokenizer = open_tokenizer(recipe.base)
+        return lambda path: read_examples(path, tokenizer, recipe.sequence)
+
     def _spec(self) -> OFT:
         return OFT(self.recipe.block_size, share_input=self.recipe.share_input, dropout=self.recipe.dropout)
 
@@ -144,19 +152,19 @@ class Training:
             return "oftfx"
         return "peft"
 
-    def _steps(self, data: Examples) -> int:
+    def _steps(self, data: Data) -> int:
         if self.recipe.steps:
             return self.recipe.steps
         rows = self.recipe.batch * self.recipe.accumulate
         return max(1, math.ceil(len(data) * self.recipe.epochs / rows))
 
-    def _train(self, model: nn.Module, data: Examples, steps: int, first: int, folder: Path, title: str) -> None:
+    def _train(self, model: nn.Module, data: Data, steps: int, first: int, folder: Path, title: str) -> None:
         recipe = self.recipe
         device = next(model.parameters()).device
 
         def loss(call: int) -> Tensor:
             batch = data.batch(first * recipe.accumulate + call, recipe.batch, recipe.seed)
-            return model(**{n: t.to(device) for n, t in batch.items()}, use_cache=False).loss
+            return model(**{n: t.to(device) for n, t in batch.items()}, **data.options).loss
 
         schedule = Schedule(
             steps, recipe.rate, recipe.warmup, recipe.weight_decay, recipe.accumulate, recipe.clip or None, recipe.every
@@ -175,32 +183,39 @@ class Training:
         self.result.setdefault("losses", []).extend(losses)
 
     @torch.no_grad()
-    def _loss_of(self, when: str, model: nn.Module, held_out: Examples) -> None:
+    def _loss_of(self, when: str, model: nn.Module, held_out: Data) -> None:
         if not len(held_out):
             return
         device = next(model.parameters()).device
-        total, count = 0.0, 0
-        batches = held_out.batches(self.recipe.batch)
+        total, count, right = 0.0, 0, 0
+        calls = math.ceil(len(held_out) / self.recipe.batch)
         model.eval()
-        with self.bar(f"held-out loss {when}", len(batches)) as advance:
-            for done, batch in enumerate(batches, 1):
-                learnt = int((batch["labels"][:, 1:] != -100).sum())
-                value = model(**{n: t.to(device) for n, t in batch.items()}, use_cache=False).loss
-                total, count = total + float(value) * learnt, count + learnt
+        with self.bar(f"held-out loss {when}", calls) as advance:
+            for done, batch in enumerate(held_out.batches(self.recipe.batch), 1):
+                learnt = held_out.learnt(batch)
+                found = model(**{n: t.to(device) for n, t in batch.items()}, **held_out.options)
+                total, count = total + float(found.loss) * learnt, count + learnt
+                if batch["labels"].dim() == 1:
+                    right += int((found.logits.argmax(-1).cpu() == batch["labels"]).sum())
                 advance(done, "")
-        found = total / count
-        self.result.setdefault("held_out", {})[when] = {"loss": found, "perplexity": math.exp(min(found, 700.0))}
-        self.say(f"held out {when}: loss {found:.4f}, perplexity {math.exp(min(found, 700.0)):.3f}")
+        figures = held_out.figures(total / count, right / count)
+        self.result.setdefault("held_out", {})[when] = figures
+        self.say(f"held out {when}: {in_words(figures)}")
 
-    def _calibration(self, data: Examples) -> list[Mapping[str, Any]]:
+    def _calibration(self, data: Data) -> list[Mapping[str, Any]]:
         inputs: list[Mapping[str, Any]] = []
         tokens = 0
         for batch in data.batches(self.recipe.batch):
             if tokens >= self.recipe.calibration_tokens:
                 break
-            inputs.append({"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]})
-            tokens += int(batch["attention_mask"].sum())
+            inputs.append({name: value for name, value in batch.items() if name != "labels"})
+            tokens += data.tokens_in(batch)
         return inputs
+
+
+def in_words(figures: Mapping[str, float]) -> str:
+    """``loss 1.2345, perplexity 3.436``."""
+    return ", ".join(f"{name} {value:.{4 if name == 'loss' else 3}f}" for name, value in figures.items())
 
 
 def start(recipe: Recipe, out: Path, say: Callable[[str], None], bar: Bar) -> Training:

@@ -33,7 +33,7 @@ class Recipe:
         dropout: of blocks; with ``target``.
         dtype: of the base's floats: ``auto`` (as stored), ``float32``, ``bfloat16`` or ``float16``.
         device: ``auto``: a GPU where torch sees one, else the CPU; or a device by its name in torch.
-        sequence: tokens of a row at most.
+        sequence: tokens of a row at most; of texts.
         batch: rows of a forward.
         accumulate: forwards of a step.
         steps: optimiser steps; 0: by ``epochs``.

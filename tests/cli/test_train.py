@@ -27,7 +27,7 @@ def loss_of(model, files):
     rows = read_examples(files.texts, open_tokenizer(files.base), 32)
     held = rows.split(min(16, len(rows) // 5))[1]
     with torch.no_grad():
-        return float(model(**held.batches(len(held))[0], use_cache=False).loss)
+        return float(model(**next(held.batches(len(held))), use_cache=False).loss)
 
 
 def test_a_run_and_what_it_leaves(files):
