@@ -17,11 +17,13 @@ except ImportError as _error:
     sys.exit(str(MissingExtraError(_error.name or "typer", "cli", "The command line")))
 
 from oftfx.cli.adapters import convert, diff, merge, to_lora
+from oftfx.cli.bench import bench
 from oftfx.cli.demo import demo, ocr, sample
 from oftfx.cli.doctor import doctor
 from oftfx.cli.evaluate import evaluate
 from oftfx.cli.export import export, export_adapter, genai, gguf, openvino
 from oftfx.cli.fold import fold
+from oftfx.cli.generate import generate
 from oftfx.cli.inspect import inspect
 from oftfx.cli.plan import plan
 from oftfx.cli.quantize import quantize
@@ -40,7 +42,14 @@ Exit status: 0 done; 1 an error, which is named; 2 wrong arguments; 3 compared, 
 PARTS: dict[str, dict[str, Callable[..., None]]] = {
     "Make": {"quantize": quantize, "train": train, "fold": fold, "unfold": unfold},
     "Adapters": {"convert": convert, "merge": merge, "diff": diff, "to-lora": to_lora},
-    "Look and check": {"plan": plan, "inspect": inspect, "verify": verify, "eval": evaluate, "doctor": doctor},
+    "Look and check": {
+        "plan": plan,
+        "inspect": inspect,
+        "verify": verify,
+        "eval": evaluate,
+        "bench": bench,
+        "doctor": doctor,
+    },
     "Tell": {"report": report, "card": card},
     "Serve": {
         "export": export,
@@ -50,7 +59,7 @@ PARTS: dict[str, dict[str, Callable[..., None]]] = {
         "gguf": gguf,
         "repository": repository,
     },
-    "Try": {"demo": demo, "ocr": ocr, "sample": sample},
+    "Try": {"generate": generate, "demo": demo, "ocr": ocr, "sample": sample},
 }
 
 app = typer.Typer(
