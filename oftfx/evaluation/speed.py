@@ -112,8 +112,10 @@ def speeds(
     show = report or (lambda *_: None)
     times: dict[str, dict[str, list[float]]] = {}
     why_not: dict[str, dict[str, str]] = {name: {} for name in models}
-    for work, make in zip(WORK, (_prompt, _token, partial(_step, batch=batch)), strict=True):
-        functions = {}
+    makers: dict[str, Callable[[nn.Module, int], Callable[[], object]]]
+    makers = dict(zip(WORK, (_prompt, _token, partial(_step, batch=batch)), strict=True))
+    for work, make in makers.items():
+        functions: dict[str, Callable[[], object]] = {}
         for name, model in models.items():
             try:
                 functions[name] = make(model, prompt)
@@ -122,8 +124,8 @@ def speeds(
                 functions.pop(name, None)
                 why_not[name][work] = f"{type(error).__name__}: {error}".splitlines()[0]
         if functions:
-            calls = len(functions) * (rounds + 1)
-            times[work] = timed(functions, rounds=rounds, report=lambda done, w=work, c=calls: show(w, done, c))
+            advance = partial(_of, show, work, len(functions) * (rounds + 1))
+            times[work] = timed(functions, rounds=rounds, report=advance)
     if not times:
         raise OftfxError(f"{base} runs none of this: {next(iter(why_not[base].values()))}")
     rows = [
@@ -138,6 +140,10 @@ def speeds(
     ]
     device = next(models[base].parameters()).device.type
     return Speeds(tuple(rows), prompt, batch, torch.get_num_threads(), device)
+
+
+def _of(show: Callable[[str, int, int], None], work: str, calls: int, done: int) -> None:
+    show(work, done, calls)
 
 
 def _ratio(mine: list[float], theirs: list[float]) -> float:
