@@ -22,11 +22,13 @@ from oftfx.folding.inputs import batches_of
 from oftfx.folding.journal import Journal
 from oftfx.folding.measure import Seen, measure, on_cpu, see
 from oftfx.folding.note import note_fold
+from oftfx.folding.peers import Peers
 from oftfx.folding.policies import Policy
 from oftfx.folding.provenance import command_line, provenance_of
 from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.reference import Reference, ReferenceWeights
 from oftfx.folding.report import FoldReport
+from oftfx.folding.same import APART, check_model
 from oftfx.folding.still import held_still
 from oftfx.folding.verdict import warn_of
 from oftfx.formats.mxfp4_experts import born_in_mxfp4
@@ -127,6 +129,7 @@ def fold(
     distil: int = 0,
     inplace: bool = False,
     undo: bool | None = None,
+    distributed: bool = False,
     progress: bool | Callable[[int, int], None] = False,
 ) -> FoldResult:
     """Put rotations into the weights they stand in front of: ``W' = W @ blockdiag(R)^T``.
@@ -167,6 +170,11 @@ def fold(
             memory of the whole model again. Interrupted, a fold in place then stays where it is: each site is folded or
             still rotates, so the model computes what the folded adapters did (up to the rounding asked for), and
             another fold ends it. With ``undo=True`` an interruption leaves the model as it was.
+        distributed: ``calibration`` is this process's share of the inputs: all processes that ``torchrun`` has started
+            (or that are in the process group that is initialised) call this, each with the same whole model, plain or
+            in DDP. What layers read is added up over all of them, so each process ends with the same weights to the
+            bit, and the same report. Their shares may differ in length, and be empty in some. Rounding is not shared
+            out: every process does all of it. Where one fails, all do.
         progress: True for a progress bar (needs the ``report`` extra), or a function of (sites done, all sites).
 
     Returns:
@@ -174,7 +182,7 @@ def fold(
 
     Raises:
         AdapterError: the model has no adapters, an unknown name, or none acts.
-        FoldError: see `FoldRotations`.
+        FoldError: see `FoldRotations`; with ``distributed``, another process has failed, or has another model.
 
     Examples:
         >>> import oftfx, torch
@@ -186,6 +194,23 @@ def fold(
         >>> torch.allclose(result.model(x), model(x), atol=1e-6), torch.allclose(model(x), base(x))
         (True, False)
     """
+    with Peers.joined(distributed) as peers:
+        return _fold(model, quantized, adapter, into, calibration, reference, distil, inplace, undo, progress, peers)
+
+
+def _fold(
+    model: nn.Module,
+    quantized: Policy | None,
+    adapter: str | Sequence[str] | None,
+    into: Literal["site", "producer"],
+    calibration: Iterable[Mapping[str, Any] | tuple[Any, ...]] | None,
+    reference: Reference | None,
+    distil: int,
+    inplace: bool,
+    undo: bool | None,
+    progress: bool | Callable[[int, int], None],
+    peers: Peers,
+) -> FoldResult:
     root, store = located(model)
     check_no_rows(root, "a fold")
     names = store.active if adapter is None else (adapter,) if isinstance(adapter, str) else tuple(adapter)
@@ -209,6 +234,9 @@ def fold(
     keeps = not inplace if undo is None else undo
     if distil and (distil < 0 or not batches):
         raise FoldError(f"distil: got {distil!r} passes with {len(batches)} calibration inputs; it needs some of both")
+    if distil and peers.world > 1:
+        raise FoldError("distil is not done by several processes; fold with distributed=True and no distil, or in one")
+    check_model(root, peers, "One model, loaded and transformed alike in each, with one adapter's values")
     journal = Journal(keep=inplace and keeps)
     # The state before is kept as a structure of its own; nothing the user does to the model afterwards reaches it.
     before = None if inplace else own_copy(root)
@@ -232,16 +260,18 @@ def fold(
             plans = [store.adapters[name].plan for name in names]
             readers = CheckReaders(plans, batches[0] if batches else None)
             unchecked = PassManager([readers]).run(program).found[readers.name]
+            unchecked = min(peers.exchange("readers", unchecked), key=bool)  # what one has seen holds for all
             if into == "producer":
                 push = FoldIntoProducers(_producers(store, names), journal)
                 folds.append(PassManager([push], verify=batches[0] if batches else None).run(program).found[push.name])
-            with bar("fold") if progress is True else nullcontext(progress or None) as report_progress:
+            shown = progress if callable(progress) else None
+            with bar("fold") if progress is True and not peers.rank else nullcontext(shown) as report_progress:
                 made: Mapping[str, Any] = {"calibration": batches, "reference": original, "progress": report_progress}
                 policy = "keep" if quantized is None else quantized
                 if distil:
                     distilled = distil_scales(target, names, FoldRotations(policy, **made), distil, progress)
                 lines = {} if distilled is None else distilled.lines
-                step = FoldRotations(policy, **made, journal=journal, distilled=lines)
+                step = FoldRotations(policy, **made, journal=journal, distilled=lines, peers=peers)
                 folds.append(PassManager([step]).run(program).found[step.name])
         except BaseException as error:  # also an interruption
             forget_all(target)
@@ -267,15 +297,16 @@ def fold(
         guard_saving(target)
         sites = [_with_reason(s, folds[0].left) for each in folds for s in each.sites]
         note_float_layers(target, [s.fqn for s in sites if s.action == "dequantized"])
+        check_model(target, peers, APART)
         some = batches[:_MEASURED]
         known = seen if before is None else (_seen(before, names, b, quantized is not None) for b in some)
-        measured = measure(known, target, some) if some else None
+        measured = measure(known, target, some, peers)
         remarks = [f"whether other code reads the folded weights: {unchecked}"] if unchecked else []
-        if batches and measured is None:
+        origin = provenance_of(root, sites, hashes, batches, command=command_line()).joined(peers)
+        if origin.calibration_inputs and measured is None:
             remarks.append("the model's outputs: no float tensor is among them")
         dropped = tuple(n for n in store.adapters if n not in names)
         done = "" if distilled is None else str(distilled)
-        origin = provenance_of(root, sites, hashes, batches, command=command_line())
         report = FoldReport(tuple(sites), names, dropped, measured, tuple(remarks), done, origin)
         note_fold(target, report, hashes)
         warn_of(report.verdict)

@@ -13,9 +13,11 @@ from oftfx.errors import FoldError, OftfxError, PassError, warn
 from oftfx.folding.float_weight import fold_float, no_rows
 from oftfx.folding.hooks import hooks_remark
 from oftfx.folding.journal import Journal
+from oftfx.folding.peers import Peers
 from oftfx.folding.policies import Budget, Policy, check_policy, choices
 from oftfx.folding.record import Folds, SiteFold
 from oftfx.folding.reference import ReferenceWeights
+from oftfx.folding.same import APART, digest
 from oftfx.folding.shards import of_all_rows, together
 from oftfx.folding.shown import Shown
 from oftfx.folding.turned import Turned, untouched
@@ -79,6 +81,8 @@ class FoldRotations(Pass):
         journal: notes what was there before each change.
         distilled: sites whose fold-aware weights were made by distilling a calibrated fold, with its lines. What other
             fold-aware sites compute with is written as it is, whatever the policy; see `AsTrained`.
+        peers: processes that fold the same model, each with calibration inputs of its own; all of them make this pass
+            and run it.
 
     Examples:
         >>> import oftfx, torch
@@ -105,12 +109,14 @@ class FoldRotations(Pass):
         progress: Callable[[int, int], None] | None = None,
         journal: Journal | None = None,
         distilled: Mapping[str, SiteFold] | None = None,
+        peers: Peers | None = None,
     ) -> None:
         if not callable(quantized) or isinstance(quantized, Budget):
             check_policy(quantized, "quantized")
         self.quantized, self.calibration, self.reference = quantized, tuple(calibration), reference
         self.progress, self.journal = progress, journal or Journal(keep=False)
-        self.distilled = distilled or {}
+        self.distilled, self.peers = distilled or {}, peers or Peers()
+        self._has_inputs = any(self.peers.exchange("calibration inputs", bool(self.calibration)))
 
     @torch.no_grad()
     def run(self, program: Program) -> PassResult:
@@ -122,6 +128,8 @@ class FoldRotations(Pass):
         """
         reshard(program.model)  # what a forward has left whole would be written to in vain
         todo = self._todo(program)
+        policies = {t.fqn: f"{t.format.name} {t.policy!r}" for t in todo}
+        self.peers.check_same("sites", policies, "All processes fold the same sites by the same policies")
         todo = [t.with_chain() if isinstance(t.format, ShardedRows) else t for t in todo]
         cut = {t.fqn: groups_of(t.placement.module) for t in todo if isinstance(t.format, ShardedRows)}
         with ieee_products(), together([g for groups in cut.values() for g in groups]):
@@ -142,6 +150,11 @@ class FoldRotations(Pass):
             if self._is_calibrated(one):
                 later.setdefault(one.placement.module, []).append(one)
         calibrated = {t.fqn for some in later.values() for t in some}
+        if self.peers.world > 1 and (fused := [t.fqn for t in todo if t.fqn in calibrated and t.placement.format]):
+            raise FoldError(
+                f"{fused[0]}: experts that are parameters of one layer are calibrated in one process only, as rows of each "
+                "are not gathered. Calibrate them in one process, or give quantized= a function with 'requantize' for them"
+            )
         at_once = [t for t in todo if t.fqn not in calibrated]
         order, done = [t.fqn for t in todo], dict[str, SiteFold]()
 
@@ -150,6 +163,9 @@ class FoldRotations(Pass):
             result = self._fold(one, bench, shown)
             if one.fqn not in calibrated:  # else a forward of it is under way
                 bench.finish()
+            if one.fqn in calibrated and self.peers.world > 1:
+                now = {one.fqn: digest(one.format.dequantize(one.placement.module))}
+                self.peers.check_same("what was rounded", now, APART)
             self.journal.site_done()
             was_rounded = result.action in ("requantized", "from reference")
             remark = "; ".join(r for r in (remark if was_rounded else "", remarks[one.fqn]) if r)
@@ -173,7 +189,9 @@ class FoldRotations(Pass):
             give_folded([t.format for t in later[module]], module, fellow)
 
         experts = {m for m, some in later.items() if some[0].placement.format is not None}
-        in_running_order(model, list(later), self.calibration, fold_layer, unfolded, leave, experts=experts)
+        in_running_order(
+            model, list(later), self.calibration, fold_layer, unfolded, leave, experts=experts, peers=self.peers
+        )
         bench.finish()
         return tuple(done[fqn] for fqn in order)
 
@@ -231,7 +249,7 @@ class FoldRotations(Pass):
         return _POLICIES[policy]()
 
     def _is_calibrated(self, one: _Todo) -> bool:
-        if one.format.lossless or one.as_trained or not self.calibration:
+        if one.format.lossless or one.as_trained or not self._has_inputs:
             return False
         if one.placement.format is not None:  # moments are only known of experts that are rounded one by one
             return isinstance(one.format, ExpertsFormat) and "calibrate" in choices(one.policy)
@@ -239,7 +257,7 @@ class FoldRotations(Pass):
         return isinstance(one.policy, Budget) or one.policy in ("calibrate", "reference")
 
     def _is_unseen(self, one: _Todo) -> bool:
-        if self._is_calibrated(one) or not self.calibration:
+        if self._is_calibrated(one) or not self._has_inputs:
             return False
         wanted = isinstance(one.policy, str) and one.policy in ("calibrate", "reference")
         return wanted and not one.format.lossless and one.placement.format is not None
@@ -247,7 +265,7 @@ class FoldRotations(Pass):
     def _check(self, one: _Todo) -> None:
         if one.format.lossless or one.as_trained:
             return
-        if choices(one.policy)[-1] == "calibrate" and not self.calibration:  # a budget passes it over, but for its last
+        if choices(one.policy)[-1] == "calibrate" and not self._has_inputs:  # a budget passes it over, but for its last
             raise FoldError(
                 f"{one.fqn}: policy 'calibrate' needs calibration=, an iterable of model inputs (some dozens of "
                 "sequences of real text, say)"

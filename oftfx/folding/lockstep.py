@@ -15,6 +15,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.folding.inputs import is_of_input, not_taken
+from oftfx.folding.peers import Peers
 from oftfx.folding.shown import Call
 from oftfx.folding.spill import Spill, Watch
 from oftfx.model.running import Inputs, call_once, evaluating, input_name
@@ -63,6 +64,8 @@ class Lockstep:
         layers: the layers to stop at, in the order to prefer where forwards wait at different ones.
         beside: another model and its layers, one for each of ``layers``.
         spill: where waiting forwards keep what they hold; None: in memory.
+        peers: processes that run the same model on inputs of their own: each layer is shown in all of them at the same
+            time, also where no input of this one waits for it.
 
     Attributes:
         calls: of the layer that is being shown, one for each of its inputs.
@@ -74,8 +77,9 @@ class Lockstep:
         layers: Sequence[nn.Module],
         beside: tuple[nn.Module, Sequence[nn.Module]] | None = None,
         spill: Spill | None = None,
+        peers: Peers | None = None,
     ) -> None:
-        self.spill = spill
+        self.spill, self._peers = spill, peers or Peers()
         self.model, self.layers = model, list(layers)
         self.beside = None if beside is None else beside[0]
         self._fellow = {} if beside is None else dict(zip(self.layers, beside[1], strict=True))
@@ -101,8 +105,7 @@ class Lockstep:
                 for thread, run in zip(threads, everyone, strict=True):
                     thread.start()
                     self._move(run)
-                while self._rank.keys() & self._open and any(not r.finished for r in runs):
-                    layer = min((r.at for r in runs if r.at is not None), key=self._rank.__getitem__)
+                while self._rank.keys() & self._open and (layer := self._next(runs)) is not None:
                     fellow = self._fellow.get(layer)
                     waiting = [(r, f) for r, f in zip_longest(runs, fellows) if r.at is layer]
                     others = [f.call.x if f is not None and f.call and f.at is fellow else None for _, f in waiting]
@@ -121,6 +124,12 @@ class Lockstep:
             for handle in handles:
                 handle.remove()
         return [m for m in self.layers if m in self._open]
+
+    def _next(self, runs: Sequence[_Run]) -> nn.Module | None:
+        """The first layer that forwards wait for; None where all have ended."""
+        mine = min((self._rank[r.at] for r in runs if r.at is not None), default=None)
+        waiting = [at for at in self._peers.exchange("which layer is next", mine) if at is not None]
+        return self.layers[min(waiting)] if waiting else None
 
     def _move(self, run: _Run) -> None:
         """Let one forward compute until it waits again or ends."""

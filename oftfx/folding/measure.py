@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from oftfx.folding.inputs import is_of_input, not_taken
+from oftfx.folding.peers import Peers
 from oftfx.model.running import Inputs, call_once, evaluating, tensors_of
 from oftfx.precision import squared_error
 
@@ -79,7 +80,9 @@ def see(model: nn.Module, batch: Inputs) -> Seen:
     return Seen(floats, _next_token(model, batch, output))
 
 
-def measure(before: Iterable[tuple[Seen, Seen]], after: nn.Module, batches: Sequence[Inputs]) -> Measured | None:
+def measure(
+    before: Iterable[tuple[Seen, Seen]], after: nn.Module, batches: Sequence[Inputs], peers: Peers | None = None
+) -> Measured | None:
     """Compare a model with what another has made of the same batches; of a generator, one batch at a time.
 
     None where there is nothing to compare: no output is a float tensor.
@@ -88,9 +91,9 @@ def measure(before: Iterable[tuple[Seen, Seen]], after: nn.Module, batches: Sequ
         before: with the adapters, and without.
         after: the folded model.
         batches: the inputs.
+        peers: processes that measure the same models on inputs of their own: on those of all.
     """
-    compared, count = 0, 0
-    missed = moved = whole = 0.0
+    compared = count = missed = moved = whole = 0.0
     nll = [0.0, 0.0, 0.0]
     for batch, (old, base) in zip(batches, before, strict=True):
         new = see(after, batch)
@@ -103,6 +106,8 @@ def measure(before: Iterable[tuple[Seen, Seen]], after: nn.Module, batches: Sequ
         if None not in losses:
             nll = [n + loss[0] for n, loss in zip(nll, losses, strict=True)]  # type: ignore[index]
             count += losses[1][1]  # type: ignore[index]
+    figures = (missed, whole, moved, *nll, count, compared)
+    missed, whole, moved, *nll, count, compared = (peers or Peers()).sums("errors of the outputs", figures)
     if not compared:
         return None
     error, effect = (math.sqrt(part / whole) if whole else math.sqrt(part) for part in (missed, moved))

@@ -7,12 +7,13 @@ import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 
+from oftfx.folding.peers import Peers
 from oftfx.folding.record import SiteFold
 from oftfx.model.running import Inputs
 from oftfx.version import __version__
@@ -61,6 +62,13 @@ class Provenance:
     command: str = ""
     calibration_inputs: int = 0
     calibration_tokens: int | None = None
+
+    def joined(self, peers: Peers) -> Provenance:
+        """That of a fold of several processes, with the inputs of all."""
+        every = peers.exchange("calibration inputs", (self.calibration_inputs, self.calibration_tokens))
+        tokens = [t for count, t in every if count]
+        known = sum(t for t in tokens if t is not None) if tokens and None not in tokens else None
+        return replace(self, calibration_inputs=sum(count for count, _ in every), calibration_tokens=known)
 
 
 def provenance_of(

@@ -69,7 +69,7 @@ class Shown:
     read: Callable[[], None] = _nothing
     experts: ExpertCalls | None = None
 
-    @property
+    @cached_property
     def width(self) -> int:
         """``in``."""
         return self.inputs[0].shape[-1]
@@ -77,7 +77,7 @@ class Shown:
     @cached_property
     def tokens(self) -> int:
         """How many rows there are."""
-        return sum(x.numel() for x in self.inputs) // self.width
+        return sum(x.numel() // x.shape[-1] for x in self.inputs)
 
     def rows(self) -> Iterator[tuple[Tensor, Tensor]]:
         """``(X~, X)`` of each batch, ``(n, in)`` float32; the same twice where the unfolded rows are not known."""
@@ -156,9 +156,17 @@ class Shown:
     @torch.no_grad()
     def outputs(self, weight: Tensor, *, own: bool = False) -> Tensor:
         """``X weight^T (rows, out)``, float32, or with ``own`` ``X~ weight^T``; of not more than some rows."""
-        every = max(1, self.tokens // _JUDGED)
-        rows = torch.cat([(x if own else y)[::every] for x, y in self.rows()])
-        return rows @ weight.float().T
+        return self.sampled(self.tokens, own=own) @ weight.float().T
+
+    def sampled(self, tokens: int, *, own: bool) -> Tensor:
+        """Some rows of ``X``, or with ``own`` of ``X~``, to judge by: evenly from all batches.
+
+        Args:
+            tokens: how many there are to choose from.
+            own: see above.
+        """
+        every = max(1, tokens // _JUDGED)
+        return torch.cat([(x if own else y)[::every] for x, y in self.rows()])
 
     def is_zero(self) -> bool:
         """Whether nothing but zeros was read."""
@@ -166,27 +174,34 @@ class Shown:
 
     def is_finite(self) -> bool:
         """Whether there is no infinity or NaN among what was read."""
-        found = [torch.stack(torch.aminmax(x.detach())) for x in (*self.inputs, *self.unfolded) if x is not None]
-        return bool(torch.isfinite(torch.stack(found)).all())  # NaN is both
+        every = (x.detach() for x in (*self.inputs, *self.unfolded) if x is not None and x.numel())
+        found = [torch.stack(torch.aminmax(x)) for x in every]
+        return not found or bool(torch.isfinite(torch.stack(found)).all())  # NaN is both
 
     @cached_property
     def parts(self) -> tuple[Shown, Shown]:
         """`split`, kept with all that is computed of it."""
         return self.split()
 
-    def split(self) -> tuple[Shown, Shown]:
-        """To learn from, and to judge by: every eighth batch; of fewer batches the last quarter of each one's rows."""
-        count = len(self.inputs)
+    def split(self, before: int = 0, count: int | None = None, *, alone: bool = True) -> tuple[Shown, Shown]:
+        """To learn from, and to judge by: every eighth batch; of fewer batches the last quarter of each one's rows.
+
+        Args:
+            before: how many batches of other processes come before these.
+            count: how many there are in all processes; None: these are all.
+            alone: whether what there is to judge by is all here: where it is nothing, what is learnt from has to do.
+        """
+        count = len(self.inputs) if count is None else count
         if count >= _EVERY:
-            held = [i for i in range(count) if i % _EVERY == _EVERY - 1]
-            return self._some([i for i in range(count) if i not in held]), self._some(held)
+            held = [i for i in range(len(self.inputs)) if (before + i) % _EVERY == _EVERY - 1]
+            return self._some([i for i in range(len(self.inputs)) if i not in held]), self._some(held)
         first, last = [], []
         for x, y in self.rows():
             cut = max(1, len(x) * 3 // 4)
             first.append((x[:cut], y[:cut]))
             if cut < len(x):
                 last.append((x[cut:], y[cut:]))
-        return Shown(*_columns(first), self.read), Shown(*_columns(last or first), self.read)
+        return Shown(*_columns(first), self.read), Shown(*_columns(last or first if alone else last), self.read)
 
     def _some(self, which: Sequence[int]) -> Shown:
         return Shown([self.inputs[i] for i in which], [self.unfolded[i] for i in which], self.read)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import heapq
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -11,11 +10,10 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from oftfx.errors import FoldError
+from oftfx.folding.peers import own_group
 from oftfx.folding.shards import gathered
 
 T = TypeVar("T")
-_LONG = datetime.timedelta(days=30)
-"""A process that has done its share waits for the others; one that dies closes its connections at once."""
 
 
 @dataclass(frozen=True)
@@ -35,23 +33,13 @@ class Ranks:
     @classmethod
     @contextlib.contextmanager
     def here(cls) -> Iterator[Ranks]:
-        """As `torchrun` says in the environment.
-
-        Groups made here end here: threads of one that is left to the end of the process can abort it (seen in 9 of 75).
-        """
+        """As `torchrun` says in the environment."""
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world == 1 or "RANK" not in os.environ:
             yield cls()
             return
-        import torch.distributed as dist
-
-        with contextlib.ExitStack() as stack:
-            if not dist.is_initialized():
-                dist.init_process_group("gloo", timeout=_LONG)
-                stack.callback(dist.destroy_process_group)
-            group = dist.new_group(backend="gloo", timeout=_LONG)
-            stack.callback(dist.destroy_process_group, group)
-            yield cls(dist.get_rank(), dist.get_world_size(), group)
+        with own_group() as found:
+            yield cls(*found)
 
     @property
     def first(self) -> bool:

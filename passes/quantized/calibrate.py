@@ -9,7 +9,9 @@ import torch
 import torch.nn as nn
 
 from oftfx.folding.lockstep import Lockstep
+from oftfx.folding.peers import Peers
 from oftfx.folding.policies import Budget
+from oftfx.folding.pooled import Pool
 from oftfx.folding.record import SiteFold
 from oftfx.folding.shown import ExpertCalls, Showing, Shown
 from oftfx.folding.spill import Spill
@@ -75,6 +77,7 @@ def in_running_order(
     leave: Callable[[nn.Module, nn.Module | None], None] | None = None,
     spill: Spill | None = None,
     experts: Collection[nn.Module] = (),
+    peers: Peers | None = None,
 ) -> None:
     """Fold layers in the order in which the model runs them, each knowing what the ones before it have become.
 
@@ -93,12 +96,14 @@ def in_running_order(
         leave: gets a layer that all forwards have left, and the one of the unfolded model. That can be given the folded
             weight as well, so that the old one need not be kept for it.
         experts: layers that hand rows on to experts of theirs: `Shown.experts` says how they were called.
+        peers: processes that fold the same layers, each with inputs of its own; what these show is put together.
     """
     if not layers:
         return
     showing, left = Showing() if spill is None else Showing(spill.forget), list[nn.Module]()
     fellows = {} if unfolded is None else dict(zip(layers, unfolded[1], strict=True))
-    lockstep = Lockstep(model, layers, unfolded, spill)
+    peers = peers or Peers()
+    pool, lockstep = Pool(peers), Lockstep(model, layers, unfolded, spill, peers)
 
     def show(module: nn.Module, inputs: list[torch.Tensor], others: list[torch.Tensor | None]) -> None:
         while left:
@@ -108,7 +113,7 @@ def in_running_order(
         shown = showing.of(inputs, others)
         if module in experts:
             shown = replace(shown, experts=ExpertCalls(lockstep.calls, fellows.get(module)))
-        fold(module, None if shown.is_zero() else shown)
+        fold(module, pool.of(shown, module))
         left.append(module)
 
     for module in lockstep.run(calibration, show):

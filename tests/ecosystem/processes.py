@@ -1,11 +1,12 @@
 """What each of two processes runs, and how they are started.
 
-A job is a function of this module's that takes ``(rank, world)`` and returns tensors; rank 0's come back.
+A job is a function that takes ``(rank, world)`` and returns tensors; rank 0's come back.
 """
 
 from __future__ import annotations
 
 import datetime
+import importlib
 import os
 import sys
 import time
@@ -29,13 +30,13 @@ WAYS = ("requantize", "calibrate")
 DTYPES = ("float64", "bfloat16")
 
 
-def run(names, folder, world=WORLD):
-    """Run jobs, one after the other, in gloo processes; ``{name: result or the text of its error}``."""
+def run(names, folder, world=WORLD, module=__name__):
+    """Run jobs of a module, one after the other, in gloo processes; ``{name: result or the text of its error}``."""
     context = torch.multiprocessing.get_context("spawn")
     root = str(Path(__file__).parents[2])
     if root not in sys.path:
         sys.path.append(root)  # spawned processes get this list
-    made = [(rank, world, names, str(folder)) for rank in range(world)]
+    made = [(rank, world, names, str(folder), module) for rank in range(world)]
     processes = [context.Process(target=_work, args=each, daemon=True) for each in made]
     for process in processes:
         process.start()
@@ -49,7 +50,7 @@ def run(names, folder, world=WORLD):
     return {n: torch.load(f, weights_only=False) if (f := Path(folder) / n).exists() else "no result" for n in names}
 
 
-def _work(rank, world, names, folder):
+def _work(rank, world, names, folder, module):
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     torch.set_num_threads(1)
     # A file and no port: nothing to be taken by somebody else in between.
@@ -58,7 +59,7 @@ def _work(rank, world, names, folder):
         timeout=datetime.timedelta(seconds=TIMEOUT),
     )  # fmt: skip
     for name in names:
-        result = _result(name, rank, world)
+        result = _result(module, name, rank, world)
         everyone = [None] * world
         dist.all_gather_object(everyone, result if isinstance(result, str) else "")
         if rank == 0:
@@ -66,11 +67,11 @@ def _work(rank, world, names, folder):
     dist.destroy_process_group()
 
 
-def _result(name, rank, world):
+def _result(module, name, rank, world):
     import traceback
 
     try:
-        return {**JOBS, **AWARE, **RESUMED}[name](rank, world)
+        return importlib.import_module(module).EVERY[name](rank, world)
     except Exception:
         return f"rank {rank}: {traceback.format_exc()}"
 
@@ -450,3 +451,4 @@ JOBS = {
 }
 RESUMED = {"fsdp2-saves": fsdp2_saves, "fsdp2-resumes": fsdp2_resumes}
 AWARE = {f"{kind}-{how}": job(how) for kind, job in (("ddp", ddp_aware), ("fsdp2", fsdp2_aware)) for how in WAYS}
+EVERY = {**JOBS, **AWARE, **RESUMED}
