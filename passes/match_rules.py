@@ -10,8 +10,9 @@ import torch.nn as nn
 
 from oftfx.errors import RuleError
 from oftfx.formats.exact import choose_kernel
+from oftfx.formats.sharded import WHOLE, cut_of
 from oftfx.model.site import Site
-from oftfx.model.sites import choose_placement
+from oftfx.model.sites import choose_placement, output_head
 from oftfx.model.structure import is_own_module
 from oftfx.passes.protocol import Change, Pass, PassResult
 from oftfx.planning.plans import Plan
@@ -103,18 +104,29 @@ class MatchRules(Pass):
     def _reached_without_site(
         self, program: Program, modules: dict[str, nn.Module], hits: list[int], wins: list[int]
     ) -> dict[int, list[Skipped]]:
-        """By rule, weight matrices that it names but that cannot be rotated."""
-        found: dict[int, list[Skipped]] = {}
+        """By rule, weight matrices that it names but that cannot be rotated.
+
+        Raises:
+            RuleError: of one of them this process has a part only.
+        """
+        found, cut = dict[int, list[Skipped]](), dict[str, list[str]]()
+        head = output_head(program.model)
         for path, holder, reason in unreachable(program):
             module = modules[holder]
             for index, rule in enumerate(self.rules):
                 by_class = isinstance(rule.target, type) and isinstance(module, rule.target)
+                if rule.target == "all-linear" and cut_of(module):  # a site of such a layer would have said it
+                    by_class = isinstance(module, nn.Linear) and module is not head
                 if rule.matches_name(path) or rule.matches_name(holder) or by_class:
                     hits[index] += rule.spec is None
                     wins[index] += rule.spec is None
-                    if rule.spec is not None:
+                    if rule.spec is not None and (how := cut_of(module)):  # left out, little would be rotated
+                        cut.setdefault(how, []).append(path)
+                    elif rule.spec is not None:
                         found.setdefault(index, []).append(Skipped(path, type(module).__name__, reason))
                     break
+        if cut:
+            raise RuleError("\n".join([*(f"{_some(paths)}: {how}" for how, paths in cut.items()), WHOLE]))
         return found
 
     def _check_hits(self, program: Program, hits: list[int], unfit_by_rule: dict[int, list[Skipped]]) -> None:

@@ -1,4 +1,4 @@
-"""Float weights of which every process has some rows: those of FSDP2 (``fully_shard``).
+"""Weights of which every process has a part: those of FSDP2 (``fully_shard``), and of tensor parallelism.
 
 A rotation acts on columns, so each process turns its own rows, and nothing is gathered.
 """
@@ -54,6 +54,32 @@ class ShardedRows(Dense):
 def is_sharded(weight: Any) -> bool:
     """Whether a tensor is a part of one that lies in several processes."""
     return hasattr(weight, "full_tensor") and hasattr(weight, "placements")
+
+
+def cut_of(module: nn.Module) -> str | None:
+    """How a layer is cut of which this process has a part only; None where it is whole.
+
+    Such a layer is not rotated: the rotation of one that is cut along its inputs would have to be cut with them, and
+    gradients be added up over the processes. Seen are torch's DTensors, and layers of transformers' tensor parallelism,
+    whose quantized weights are plain parts.
+    """
+    parts: list[tuple[str, Any]] = [(n, p) for n, p in module._parameters.items() if is_sharded(p)]
+    forward: Any = vars(module).get("forward")
+    if parts:
+        name, weight = parts[0]
+        along = ", ".join(str(p) for p in weight.placements)
+        return f"its {name} {tuple(weight.shape)} lies in {weight.device_mesh.size()} processes ({along})"
+    if getattr(forward, "__module__", "").startswith("transformers.distributed.") or vars(module).get(_LOCAL):
+        return "transformers runs it on a part of its weight (tensor parallelism)"
+    return None
+
+
+WHOLE = (
+    "Rotations go into whole layers. FSDP2: transform first, then fully_shard. Tensor parallelism: load the model "
+    "without it (tp_plan, parallelize_module), train with DDP or FSDP2, fold, and load the folded checkpoint with it"
+)
+"""What to do instead."""
+_LOCAL = "_hf_quantized_needs_local_tp"
 
 
 def groups_of(module: nn.Module, parameter: str = "weight") -> list[Any]:

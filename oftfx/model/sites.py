@@ -16,6 +16,7 @@ from oftfx.formats.dense import DenseParameter
 from oftfx.formats.layout import Layout
 from oftfx.formats.parametrized import parametrization_of
 from oftfx.formats.registry import format_of
+from oftfx.formats.sharded import WHOLE, cut_of
 from oftfx.model.index import ModelIndex
 from oftfx.model.names import join
 from oftfx.model.site import Site
@@ -76,7 +77,9 @@ class Finder:
             if is_own_module(module):
                 continue
             weight_format = self.index.format_of(module)
-            if isinstance(module, nn.Embedding) and module.sparse:
+            if path and (cut := cut_of(module)):
+                self.refused[path] = f"{cut}. {WHOLE}"
+            elif isinstance(module, nn.Embedding) and module.sparse:
                 self.refused[path] = (
                     "an embedding with sparse=True: gradients of a rotation are dense. Make it dense first "
                     f"(model.get_submodule({path!r}).sparse = False)"

@@ -19,7 +19,7 @@ import torch.nn as nn
 
 import oftfx
 from tests import quantized
-from tests.ecosystem.network import Block, transformed
+from tests.ecosystem.network import Block, base, transformed
 from tests.reference import randomize
 
 WORLD = 2
@@ -431,6 +431,38 @@ def fsdp1(rank, world):
         return outcome(model, losses, parameters)
 
 
+def tensor_parallel(rank, world):
+    """What is said of models of which every process has parts of layers, by whom and when they were cut."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import Replicate
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    column, row = ColwiseParallel(output_layouts=Replicate()), RowwiseParallel(input_layouts=Replicate())
+    styles = {f"blocks.*.{n}": column for n in "qkv"} | {"blocks.*.o": row}
+    cut = parallelize_module(base(), init_device_mesh("cpu", (world,)), styles)
+    whole = oftfx.fold(transformed(True)).model
+    folded = parallelize_module(whole, init_device_mesh("cpu", (world,)), styles)
+    x, y = data(7)[0], data(7)[0]
+    texts = {}
+    for name, model, rules in (
+        ("column", cut, {"blocks.0.k": oftfx.OFT(8)}),
+        ("row", cut, {"blocks.*.o": oftfx.OFT(8)}),
+        ("mixed", cut, {"*": oftfx.OFT(4)}),
+        ("all-linear", cut, {"all-linear": oftfx.OFT(8)}),
+        ("by class", cut, {nn.Linear: oftfx.OFT(4)}),
+        ("fsdp2", fully_shard(base()), {"all-linear": oftfx.OFT(8)}),
+    ):
+        try:
+            oftfx.transform(model, rules)
+        except oftfx.errors.RuleError as error:
+            texts[name] = str(error)
+    rotated = randomize(oftfx.transform(cut, {"head": oftfx.OFT(8)}), std=0.3)
+    rotated(x).square().sum().backward()
+    return {"texts": texts, "folded": folded(y).detach(), "after": rotated(x).detach(),
+            "grads": [p.grad for p in oftfx.adapter_parameters(rotated)]}  # fmt: skip
+
+
 JOBS = {
     **{f"ddp-{s}": ddp(s) for s in (False, True)},
     "ddp-start-apart": ddp(False, start_apart=True),
@@ -448,6 +480,7 @@ JOBS = {
     "fsdp2-fold-is-undone": fsdp2_fold_is_undone,
     "fsdp2-fold-fails-together": fsdp2_fold_fails_together,
     "fsdp1": fsdp1,
+    "tensor-parallel": tensor_parallel,
 }
 RESUMED = {"fsdp2-saves": fsdp2_saves, "fsdp2-resumes": fsdp2_resumes}
 AWARE = {f"{kind}-{how}": job(how) for kind, job in (("ddp", ddp_aware), ("fsdp2", fsdp2_aware)) for how in WAYS}

@@ -1,5 +1,7 @@
 """Two gloo processes, each on half a batch, against one process on the whole batch."""
 
+import re
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -175,6 +177,43 @@ def test_a_fold_of_shards_fails_in_all_processes_at_once(result):
     assert "another process could not fold its rows" in mine
     assert "blocks.1.k" in its
     assert "not finite" in its
+
+
+ROW, TAIL = (
+    r"its weight \(16, 16\) lies in 2 processes \(S(hard)?\(",
+    r"\nRotations .* load the folded checkpoint with it$",
+)
+BOTH = rf"^blocks\.0\.q and 5 more: {ROW}.*0\)\)\nblocks\.0\.o and 1 more: {ROW}.*1\)\){TAIL}"
+CUT = {
+    "column": rf"^blocks\.0\.k: {ROW}.*0\)\){TAIL}",
+    "row": rf"^blocks\.0\.o and 1 more: {ROW}.*1\)\){TAIL}",
+    "mixed": BOTH,
+    "all-linear": BOTH,
+    "by class": BOTH,
+    "fsdp2": r"^blocks\.0\.q and 9 more: .*\nhead: .*\nRotations .*transform first, then fully_shard",
+}
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_layers_that_are_cut_over_processes_are_refused(result, name):
+    assert re.search(CUT[name], result("tensor-parallel")["texts"][name])
+
+
+def test_beside_tensor_parallel_layers_whole_ones_rotate_and_what_is_folded_is_cut(result):
+    got, x = result("tensor-parallel"), processes.data(7)[0]
+    assert rel(got["folded"], oftfx.fold(network.transformed(True)).model(x)) < 1e-10
+    model = randomize(oftfx.transform(network.base(), {"head": oftfx.OFT(8)}), std=0.3)
+    model(x).square().sum().backward()
+    assert rel(got["after"], model(x)) < 1e-10
+    assert all(rel(a, p.grad) < 1e-10 for a, p in zip(got["grads"], oftfx.adapter_parameters(model), strict=True))
+
+
+def test_transformers_tensor_parallel_layers_are_refused_also_where_their_weights_are_plain_parts():
+    """Those of quantized models; transformers marks them, and runs them by a forward of its own."""
+    model = network.base()
+    vars(model.blocks[0].q)["_hf_quantized_needs_local_tp"] = True
+    with pytest.raises(oftfx.errors.RuleError, match="blocks.0.q: transformers runs it on a part of its weight"):
+        oftfx.transform(model, {"all-linear": oftfx.OFT(8)})
 
 
 @pytest.fixture(scope="module")
