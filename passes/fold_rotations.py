@@ -152,8 +152,8 @@ class FoldRotations(Pass):
         calibrated = {t.fqn for some in later.values() for t in some}
         if self.peers.world > 1 and (fused := [t.fqn for t in todo if t.fqn in calibrated and t.placement.format]):
             raise FoldError(
-                f"{fused[0]}: experts that are parameters of one layer are calibrated in one process only, as rows of each "
-                "are not gathered. Calibrate them in one process, or give quantized= a function with 'requantize' for them"
+                f"{fused[0]}: experts that are parameters of one layer are calibrated in one process only: the rows of "
+                "each are not put together. Do that, or let quantized= be a function with 'requantize' for them"
             )
         at_once = [t for t in todo if t.fqn not in calibrated]
         order, done = [t.fqn for t in todo], dict[str, SiteFold]()

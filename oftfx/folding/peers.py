@@ -17,6 +17,7 @@ from oftfx.folding.shards import gathered
 T = TypeVar("T")
 _LONG = datetime.timedelta(days=30)
 """A process that has done its share waits for the others; one that dies closes its connections at once."""
+_AGAIN = "Start all of them again"
 
 
 @contextmanager
@@ -72,12 +73,18 @@ class Peers:
             )
         with own_group() as (rank, world, group):
             peers = cls(rank, world, group)
-            try:
+            with peers.together():
                 yield peers
-            except BaseException as error:
-                peers._fail(error)
-                raise
-            peers.exchange("end")  # none leaves while another can still fail
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What is raised inside in one is raised in all; all of them have to enter this."""
+        try:
+            yield
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self.exchange("end")  # none leaves while another can still fail
 
     def exchange(self, step: str, value: T | None = None) -> list[T]:
         """What each process gives, in all of them; all of them have to call this.
@@ -92,7 +99,7 @@ class Peers:
         if self.world == 1:
             return [value]  # type: ignore[list-item]
         self._in_step = False  # what is raised in here is known to all, or there is nobody left to be told
-        found = gathered((step, "", value), self.group, "Nothing can be said of the others; start all of them again")
+        found = gathered((step, "", value), self.group, _AGAIN)
         for rank, (_, error, _) in enumerate(found):
             if error:
                 raise FoldError(f"process {rank} of {self.world}: {error}")
@@ -119,7 +126,10 @@ class Peers:
         found = []
         for tensor in tensors:
             total = tensor.cpu()
-            dist.all_reduce(total, group=self.group)
+            try:
+                dist.all_reduce(total, group=self.group)
+            except RuntimeError as error:  # its connections are closed
+                raise FoldError(f"another process has ended early. {_AGAIN}") from error
             found.append(total.to(tensor.device))
         return found
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from oftfx.adapter.from_file import AdapterFiles
 from oftfx.adapter.load import with_readers
 from oftfx.errors import FoldError, warn
+from oftfx.folding.peers import Peers
 from oftfx.folding.record import SiteFold
+from oftfx.folding.same import APART, digest
 from oftfx.folding.shown import Shown
 from oftfx.folding.spill import Spill
 from oftfx.formats.exact import choose_kernel, use_exact
@@ -57,6 +59,8 @@ class Calibrating:
         units: the layers that change, by path.
         result: what was written of a layer, by names in the checkpoint; None where it has not been folded yet.
         write: gets each layer that has been calibrated now, and what came of it.
+        peers: processes that calibrate the same layers, each with inputs of its own. All of them round and none but the
+            first has to write.
     """
 
     folder: Folder
@@ -65,6 +69,7 @@ class Calibrating:
     units: Mapping[str, Fold]
     result: Callable[[str], Mapping[str, Tensor] | None]
     write: Callable[[str, Folded], None]
+    peers: Peers = field(default_factory=Peers)
     _under_way: dict[str, Mapping[str, Tensor]] = field(default_factory=dict)
     _left: set[str] = field(default_factory=set)
     _exact: dict[str, bool] = field(default_factory=dict)
@@ -107,7 +112,7 @@ class Calibrating:
         fellows = [beside.get_submodule(p) for p in paths]
         try:
             with ieee_products():
-                in_running_order(model, list(layers), batches, fold, (beside, fellows), leave, spill)
+                in_running_order(model, list(layers), batches, fold, (beside, fellows), leave, spill, peers=self.peers)
         except (RuntimeError, NotImplementedError) as error:
             if "meta" not in str(error):  # which torch has no class of errors for
                 raise
@@ -125,6 +130,8 @@ class Calibrating:
         lines, tensors = replace(self.folder, maps=self._maps()).fold(path, unit.sites, unit.stored, shown)
         if shown is None:
             lines = tuple(_not_reached(s) for s in lines)
+        if self.peers.world > 1:
+            self.peers.check_same("what was rounded", {n: digest(t) for n, t in tensors.items()}, APART)
         self._under_way[path] = tensors
         self.write(path, (lines, tensors))
 

@@ -65,7 +65,9 @@ def fold_checkpoint(
         overwrite: replace an earlier result of ours in ``out``; the old files go when the new ones are there.
         distributed: share the work with the other processes that ``torchrun`` has started; all of them call this, on
             one file system. Each folds layers, the first one prepares and ends; the bytes are those of one process.
-            Where one dies the others end as well, and the next run goes on, with any number of processes.
+            ``calibration`` is all inputs in each: every process runs its part of them and rounds every layer, so what
+            is calibrated depends, by the rounding of sums, on how many there are. Where one dies the others end as
+            well, and the next run goes on, with any number of processes.
         progress: True for a progress bar (needs the ``report`` extra), or a function of (bytes done, all bytes).
 
     Returns:

@@ -23,6 +23,7 @@ from oftfx.adapter.peft_files import PLAN_FILE
 from oftfx.errors import FoldError, warn
 from oftfx.folding.checkpoint import checkpoint_digest
 from oftfx.folding.inputs import digest_of
+from oftfx.folding.peers import Peers
 from oftfx.folding.record import SiteFold
 from oftfx.folding.reference import ReferenceWeights
 from oftfx.folding.report import FoldReport
@@ -187,7 +188,8 @@ class Job:
             shares = ranks.from_first(lambda: self._prepared(staging, ranks))
             if shares is not None:
                 ranks.all_do(lambda: self._work(staging, ranks.rank, shares[ranks.rank], progress))
-                ranks.from_first(lambda: self._calibrate(staging, progress, show=show))
+                done = ranks.from_first(lambda: self._done(staging) or {})  # before anybody adds to it
+                ranks.all_do(lambda: self._calibrate(staging, done, ranks.peers, progress, show=show))
                 ranks.from_first(lambda: self._end(staging, adapter))
             ranks.from_first(lambda: staging.land(staging.landing(self.key) or (), CONFIG))
         total = self.work.to_write
@@ -255,17 +257,21 @@ class Job:
             torch.set_num_threads(threads)
             writer.close()
 
-    def _calibrate(self, staging: Staging, progress: Progress, *, show: bool) -> None:
-        """Fold the layers that need to see what they read, one after the other."""
+    def _calibrate(
+        self, staging: Staging, done: dict[int, Done], peers: Peers, progress: Progress, *, show: bool
+    ) -> None:
+        """Fold the layers that need to see what they read, one after the other; the first process writes them."""
         units = {u.path: (i, u) for i, u in enumerate(self.work.units) if isinstance(u, Fold)}
-        done = self._done(staging) or {}
         left = {i: u for i, u in units.values() if is_calibrated(u) and i not in done}
         if not left:
             return
-        journal = Journal.read(staging.journal(), self.key) or Journal.begin(staging.journal(), self.key)
-        total = self.work.to_write
-        count = _Count(total - sum(u.nbytes for u in left.values()), total, progress)
-        writer = Writer(staging.new, journal, count, tuple(f.file for f in self.work.files))
+        writer = None
+        if peers.rank == 0:
+            journal = Journal.read(staging.journal(), self.key) or Journal.begin(staging.journal(), self.key)
+            total = self.work.to_write
+            count = _Count(total - sum(u.nbytes for u in left.values()), total, progress)
+            writer = Writer(staging.new, journal, count, tuple(f.file for f in self.work.files))
+        begin, end = (len(self.calibration) * r // peers.world for r in (peers.rank, peers.rank + 1))
         every = sum(is_calibrated(u) for u in self.work.units)
 
         def result(path: str) -> Mapping[str, torch.Tensor] | None:
@@ -276,19 +282,23 @@ class Job:
 
         def write(path: str, folded: Folded) -> None:
             index, unit = units[path]
-            self._write(writer, index, unit, folded)
-            writer.finish()  # a layer takes minutes of a large model: none is lost
-            done[index] = journal.done[index]
+            if writer is not None:
+                self._write(writer, index, unit, folded)
+                writer.finish()  # a layer takes minutes of a large model: none is lost
+                done[index] = journal.done[index]
+            done[index] = peers.exchange("written", done.get(index))[0] or Done()
             del left[index]
             advance(every - len(left), every)
 
         try:
-            with quiet(), bar("calibrate") if show else nullcontext(_nothing) as advance:
+            with peers.together(), quiet(), bar("calibrate") if show else nullcontext(_nothing) as advance:
                 advance(every - len(left), every)
                 parts = (self._folder(), self.files, self.decisions, {p: u for p, (_, u) in units.items()})
-                Calibrating(*parts, result, write).run(self.calibration, Spill(staging.root) if self.on_disk else None)
+                spill = Spill(staging.root) if self.on_disk else None
+                Calibrating(*parts, result, write, peers).run(self.calibration[begin:end], spill)
         finally:
-            writer.close()
+            if writer is not None:
+                writer.close()
 
     def _folder(self) -> Folder:
         return Folder(self.skeleton, self.maps, self.files.skews, self.decisions.whole, self.reference)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from oftfx.errors import FoldError
-from oftfx.folding.peers import own_group
+from oftfx.folding.peers import Peers, own_group
 from oftfx.folding.shards import gathered
 
 T = TypeVar("T")
@@ -45,6 +45,11 @@ class Ranks:
     def first(self) -> bool:
         """Whether this is the one that prepares and ends."""
         return self.rank == 0
+
+    @property
+    def peers(self) -> Peers:
+        """The same processes, for what they do step by step."""
+        return Peers(self.rank, self.world, self.group)
 
     def from_first(self, make: Callable[[], T]) -> T:
         """What the first process makes, in all of them; so is what it raises.

@@ -25,6 +25,7 @@ from tests.quantized import quantize
 from tests.reference import randomize
 
 WIDTH = 32
+BUDGET = Budget(error=0.05)
 SITES = ("first", "experts.0", "experts.1", "experts.2", "last")
 SHARES = {"even": (4, 4), "uneven": (1, 9), "few": (2, 1), "one has all": (5, 0)}
 
@@ -201,6 +202,10 @@ def distilled(rank, net):
     fold(net, inputs(8), distil=1)
 
 
+def sharded(rank, net):
+    fold(processes.sharded(True, "blocks"), [processes.data(0)[:1]], inplace=True)
+
+
 def fails_under_way(rank, net):
     with rounding(rank == 1, fails_at=3):
         fold(net, inputs(2), inplace=True, undo=True)
@@ -252,10 +257,10 @@ def rounding(here, fails_at=None, error=MemoryError, *, coarser=False):
 
 
 REFUSED = (other_model, other_policy, no_inputs, wrong_input, other_width, not_finite, wrong_argument, distilled,
-           fails_under_way, interrupted, rounds_otherwise)  # fmt: skip
+           sharded, fails_under_way, interrupted, rounds_otherwise)  # fmt: skip
 JOBS = {
     **{f"calibrates-{name}": shares(counts) for name, counts in SHARES.items()},
-    "calibrates-budget": shares((4, 4), quantized=Budget(error=0.05, policies=("calibrate", "keep"))),
+    "calibrates-budget": shares((4, 4), quantized=BUDGET),
     "calibrates-experts-apart": experts_apart,
     "calibrates-in-ddp": in_ddp,
     **{f"pools-{sum(counts)}-{tokens}": pooled(counts, tokens) for counts, tokens in (((3, 2), 1), ((2, 7), 400))},

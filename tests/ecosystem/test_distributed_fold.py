@@ -8,7 +8,6 @@ import torch.distributed as dist
 
 import oftfx
 from oftfx.errors import FoldError
-from oftfx.folding.policies import Budget
 from oftfx.folding.shown import Shown
 from tests.ecosystem import calibrating, processes
 from tests.quantized import weight
@@ -84,8 +83,8 @@ def test_shares_of_nothing_add_nothing(jobs):
 
 def test_a_budget_decides_alike_in_all(jobs):
     got = of(jobs, "calibrates-budget")
-    check_like_one(got, calibrating.inputs(8), quantized=Budget(error=0.05, policies=("calibrate", "keep")))
-    assert {s.action for s in got["report"]} == {"calibrated", "kept"}
+    check_like_one(got, calibrating.inputs(8), quantized=calibrating.BUDGET)
+    assert {s.action for s in got["report"]} == {"calibrated", "kept"}  # nearest codes were tried first, by the moments
 
 
 def test_an_expert_that_only_one_process_reaches(jobs):
@@ -142,6 +141,7 @@ REFUSED = {
     "not_finite": ("inputs are not finite",) * 2,
     "wrong_argument": ("process 1 of 2: AdapterError", "AdapterError: "),
     "distilled": ("distil is not done by several processes",) * 2,
+    "sharded": ("is sharded, and every process has to hold the whole model",) * 2,
     "fails_under_way": ("process 1 of 2: MemoryError: no room", "MemoryError"),
     "interrupted": ("process 1 of 2: KeyboardInterrupt", "interrupted"),
     "rounds_otherwise": ("differs between process 1 of 2 and the first. They have computed different numbers",) * 2,
