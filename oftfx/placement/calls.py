@@ -33,6 +33,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from oftfx.placement.torch_private import is_recomputing, never_compiled_alone
+from oftfx.placement.unsaved import Lent
 
 
 class Owner(Protocol):
@@ -53,6 +54,7 @@ class _Call:
         tensor: what is read instead; None for the Parameter itself.
         frame: of the call; None where it is not to be found, and the call counts as running until it is closed.
         compiler: Dynamo's callback, which rests meanwhile.
+        lent: what the reader's saved tensors are exchanged for when it has ended.
     """
 
     owner: Owner
@@ -61,6 +63,7 @@ class _Call:
     tensor: Tensor | None
     frame: FrameType | None
     compiler: Any
+    lent: list[Lent]
 
     @never_compiled_alone
     def is_running(self) -> bool:
@@ -137,10 +140,12 @@ def restore(owner: Owner, module: nn.Module, name: str) -> None:
 
 def open_call(owner: Owner, module: nn.Module, name: str, tensor: Tensor | None, compiler: Any) -> None:
     """Let the call whose pre-hook runs now read ``tensor`` for ``module.<name>``, in this thread, until it ends."""
+    lent = Lent.of_call(tensor)
     calls = _OPEN.calls
     if calls:  # some may have ended without a word
         calls[:] = [c for c in calls if c.is_running()]
-    calls.append(_Call(owner, prepare(owner, module, name), name, tensor, _frame(), compiler))
+    parameters = prepare(owner, module, name)
+    calls.append(_Call(owner, parameters, name, tensor, _frame(), compiler, [] if lent is None else [lent]))
 
 
 def is_inside() -> bool:
@@ -148,17 +153,27 @@ def is_inside() -> bool:
     return bool(_OPEN.calls)
 
 
-def close_call(owner: Owner) -> Any:
-    """The call whose hook runs now has ended; returns the ``compiler`` it was opened with, None if it was not."""
+def close_call(owner: Owner) -> tuple[Any, list[Lent]]:
+    """The call whose hook runs now has ended.
+
+    Returns:
+        The ``compiler`` it was opened with, None if it was not, and what was lent to a reader that nobody else of this
+        frame will close.
+    """
     calls = _OPEN.calls
     if not calls:
-        return None
+        return None, []
     frame = _frame()
     # A reader may have several weights, whose hooks leave in the order in which they came.
     for index in reversed(range(len(calls))):
         if calls[index].owner is owner and calls[index].frame is frame:
-            return calls.pop(index).compiler
-    return None
+            call = calls.pop(index)
+            others = [c for c in calls if c.frame is frame] if frame is not None else []
+            if not others:
+                return call.compiler, call.lent
+            others[0].lent += call.lent
+            return call.compiler, []
+    return None, []
 
 
 def _frame() -> FrameType | None:

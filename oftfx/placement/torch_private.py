@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,30 @@ def saved_tensor_hooks() -> Any:
     # Without this name, what one region has made could be handed to the next, whose recomputation would then differ.
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return hooks(True) if hooks is not None else None
+
+
+def sequence_number(node: Any) -> int:
+    """Of a node of autograd; larger than those of the nodes that this thread has made before it."""
+    return int(node._sequence_nr())
+
+
+def saved_by(node: Any) -> Iterator[tuple[Any, torch.Tensor]]:
+    """What a node has saved for its backward and nobody's hooks see to: whom to give hooks, and the tensor itself."""
+    kind: Any = type(node)
+    for name in _names_of_saved(kind):
+        try:
+            found = getattr(node, name)
+        except RuntimeError:  # backward has been there already
+            continue
+        for saved in found if isinstance(found, list | tuple) else (found,):
+            tensor = getattr(saved, "data", None)
+            if isinstance(tensor, torch.Tensor) and getattr(saved, "unpack_hook", saved) is None:
+                yield saved, tensor
+
+
+@lru_cache(maxsize=1024)
+def _names_of_saved(kind: type) -> tuple[str, ...]:
+    return tuple(name for name in dir(kind) if name.startswith("_raw_saved_"))
 
 
 def never_compiled_alone(function: F) -> F:

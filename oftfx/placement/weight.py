@@ -15,6 +15,7 @@ from oftfx.placement.calls import close_call, is_inside, open_call, prepare, res
 from oftfx.placement.rows import OPEN, rows_of
 from oftfx.placement.rows_of_weight import chain_of_call, output_by_rows
 from oftfx.placement.torch_private import is_compiled, never_compiled_alone, pause_dynamo, resume_dynamo
+from oftfx.placement.unsaved import keep_recipes
 from oftfx.rotation.caching import caching
 from oftfx.rotation.frozen import FrozenRotation
 from oftfx.rotation.glimpse import Glimpse
@@ -95,7 +96,11 @@ class RotateWeight(Placement):
             self.module.__dict__.pop(self.parameter, None)
             return None
         compiler = pause_dynamo()
-        resume_dynamo(close_call(self) or compiler)
+        opened, lent = close_call(self)
+        try:
+            keep_recipes(lent, args, output)
+        finally:
+            resume_dynamo(opened or compiler)
         rows = rows_of(self) if OPEN.any and output is not None else None
         return None if rows is None else output_by_rows(rows, self, args, output)
 
@@ -160,7 +165,7 @@ class RotateWeight(Placement):
         return cached[1]
 
     def _product(self, weight: torch.Tensor, chain: list[Rotation | FrozenRotation]) -> torch.Tensor:
-        # Backward has the weight and the blocks, and no float32 copy of the weight.
+        # Backward has the weight and the blocks, and no float32 copy of the weight; nor of the result, see `unsaved`.
         return remade(self._turned, weight, *(r.effective() for r in chain))
 
     def _turned(self, weight: torch.Tensor, *blocks: torch.Tensor) -> torch.Tensor:

@@ -6,7 +6,7 @@ saved (`torch.compile`, gradient checkpointing and other hooks on saved tensors)
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,22 +40,58 @@ def remade(make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
 class _Remade(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, make: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
-        ctx.make = make
+        ctx.make, ctx.ahead = make, []
         ctx.save_for_backward(*tensors)
         return make(*tensors)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        again = torch.is_grad_enabled()  # backward of backward goes through the tensors themselves
+        onwards = torch.is_grad_enabled()  # backward of backward goes through the tensors themselves
         asked = ctx.needs_input_grad[1:]
+        tensors, result = ctx.saved_tensors, None
+        if not onwards:
+            tensors, result = ctx.ahead.pop() if ctx.ahead else _made(ctx, tensors)
         with torch.enable_grad():
-            tensors = [
-                t if again or not a else t.detach().requires_grad_()
-                for t, a in zip(ctx.saved_tensors, asked, strict=True)
-            ]
+            if result is None:
+                result = ctx.make(*tensors)
             of = [t for t, a in zip(tensors, asked, strict=True) if a]
-            found = iter(torch.autograd.grad(ctx.make(*tensors), of, grad, create_graph=again, allow_unused=True))
+            found = iter(torch.autograd.grad(result, of, grad, create_graph=onwards, allow_unused=True))
         return None, *(next(found) if a else None for a in asked)
+
+
+Made = tuple[Sequence[Tensor], Tensor]
+
+
+def _made(ctx: Any, tensors: Sequence[Tensor]) -> Made:
+    """The result with a history of its own, which ends at the tensors."""
+    asked = ctx.needs_input_grad[1:]
+    tensors = [t.detach().requires_grad_(a) for t, a in zip(tensors, asked, strict=True)]
+    with torch.enable_grad():
+        return tensors, ctx.make(*tensors)
+
+
+def is_remade(node: Any) -> bool:
+    """Whether a node of autograd is that of a result of `remade`."""
+    return isinstance(node, torch.autograd.function.BackwardCFunction) and hasattr(node, "ahead")
+
+
+def again(node: Any, tensors: Sequence[Tensor]) -> Tensor:
+    """A result of `remade` again, to be read only, for a backward that comes before its own, which is spared the work.
+
+    Args:
+        node: of the result.
+        tensors: what it was made of, unchanged, without a history.
+    """
+    if torch.is_grad_enabled():  # its own backward will have to go through the tensors themselves
+        with torch.no_grad():
+            result: Tensor = node.make(*tensors)
+        return result
+    try:  # another thread may be in the same graph
+        made: Made = node.ahead.pop()
+    except IndexError:
+        made = _made(node, tensors)
+    node.ahead[:] = [made]
+    return made[1].detach()
 
 
 def maker_of(x: Tensor) -> Callable[[], Tensor] | None:
@@ -64,7 +100,7 @@ def maker_of(x: Tensor) -> Callable[[], Tensor] | None:
     So are the inputs of most layers of a transformer: a normalized row times a weight, a gate times a value. None for
     everything else. Only to be called by a backward that comes before those of the products.
     """
-    if x._version or x.grad_fn is None or _is_watched():
+    if x._version or x.grad_fn is None or is_watched():
         return None
     try:
         found = _maker(x.grad_fn, x.dtype, 3)
@@ -73,7 +109,7 @@ def maker_of(x: Tensor) -> Callable[[], Tensor] | None:
     return found[0] if found is not None and found[1] == x.shape else None
 
 
-def _is_watched() -> bool:
+def is_watched() -> bool:
     """Whether somebody's hooks see what is saved, or torch does not say."""
     hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return hooks is None or hooks(True) is not None
