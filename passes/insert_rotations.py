@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from oftfx.errors import AdapterError, PassError
-from oftfx.formats.exact import use_exact
+from oftfx.formats.exact import use_kernel
 from oftfx.formats.registry import format_named
 from oftfx.model.index import ModelIndex
 from oftfx.model.site import Site
@@ -66,8 +66,8 @@ class InsertRotations(Pass):
         for entry in plan:
             module = modules[entry.site.module]
             notice = format_named(entry.site.format).prepare(module) if entry.site.is_layer else None
-            if entry.kernel == "exact":
-                use_exact(module, fast=entry.spec.kernel == "auto")
+            if entry.site.is_layer:
+                use_kernel(module, entry.kernel, entry.spec.kernel)
             placement = known.get(entry.fqn) or attach(modules, entry.site, entry.placement, each=entry.each)
             rotation = owned.get(entry.owner)
             if rotation is None:

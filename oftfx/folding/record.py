@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch.nn as nn
 
 from oftfx.formats.base import WeightFormat, WeightState
-from oftfx.formats.exact import is_exact, is_fast, use_exact
+from oftfx.formats.exact import is_exact, is_fast, is_own_anywhere, use_exact
 from oftfx.model.structure import replace_module
 from oftfx.placement.aware import CHILD as AWARE
 from oftfx.placement.aware import Aware, make_aware
@@ -96,6 +96,7 @@ class Undo:
     path: str
     exact: bool
     fast: bool
+    anywhere: bool
     through: Mapping[tuple[str, ...], Aware]
 
     @classmethod
@@ -118,6 +119,7 @@ class Undo:
             path,
             is_exact(placement.module),
             is_fast(placement.module),
+            is_own_anywhere(placement.module),
             dict(placement.through),
         )
 
@@ -130,7 +132,7 @@ class Undo:
         placement.drop()
         self.format.write(module, self.state)
         if self.exact:
-            use_exact(module, fast=self.fast)
+            use_exact(module, fast=self.fast, anywhere=self.anywhere)
         if self.holder is not None:
             module._modules[placement.child] = self.holder
         placement.fixed, placement.rotations, placement.active = list(self.fixed), dict(self.rotations), self.active

@@ -94,6 +94,10 @@ class Aqlm(WeightFormat):
             return "on a CPU its forward turns the codes and then cannot read them"
         return "its CPU kernel lets threads race for the same sums and has no backward"
 
+    def fault_depends_on_device(self, module: nn.Module) -> bool:
+        """Codebooks of 256 entries have a kernel of their own on a CPU."""
+        return _tensor(module, "codebooks").shape[1] == _TURNED_SIZE
+
     def read(self, module: nn.Module) -> WeightState:
         """The Parameters, and the operators that know in which order the codes are."""
         state: dict[str, Any] = {name: module._parameters[name] for name in _PARAMETERS}

@@ -158,6 +158,10 @@ class WeightFormat(ABC):
         """
         return None
 
+    def fault_depends_on_device(self, module: nn.Module) -> bool:  # noqa: ARG002
+        """Whether `native_fault` may be another one on another device; a layer that is moved is then asked anew."""
+        return False
+
     def forward_is_right(self, module: nn.Module) -> bool:  # noqa: ARG002
         """Whether `native_fault` is about gradients alone: the outputs of the layer's own forward are right here.
 

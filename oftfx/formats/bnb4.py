@@ -144,6 +144,10 @@ class Bnb4(ScalarFormat):
         """On a CPU: rows that are no whole number of blocks, where the package takes sixteen elements at a time."""
         return scale_fault(_state(module), module.weight.device)  # type: ignore[arg-type]
 
+    def fault_depends_on_device(self, module: nn.Module) -> bool:
+        """Rows that are no whole number of blocks."""
+        return scale_fault(_state(module), torch.device("cpu")) is not None
+
     def own(self, module: nn.Module) -> None:
         """A Params4bit and a QuantState of its own over the same bytes."""
         parameter, state = copy.copy(module.weight), copy.copy(_state(module))

@@ -89,6 +89,10 @@ class Eetq(ScalarFormat):
             return "its backward gives the bias no gradient"
         return None
 
+    def fault_depends_on_device(self, module: nn.Module) -> bool:  # noqa: ARG002
+        """Its kernel is for GPUs."""
+        return True
+
     def forward_is_right(self, module: nn.Module) -> bool:
         """On a GPU."""
         return _scales(module).device.type == "cuda"

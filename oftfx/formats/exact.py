@@ -27,10 +27,16 @@ class ExactForward:
         weight_format: how its weight is read.
         fast: whether the package's own kernel may run where the input of a call is on an accelerator: if nothing is
             wrong with it there, as in any such layer; if only its gradients are, forward, with the exact backward.
+        anywhere: whether it may run on a CPU as well: nothing was wrong with it where the layer was when this was
+            decided, and something is on other devices, to which it may be moved.
     """
 
-    def __init__(self, module: nn.Module, weight_format: WeightFormat, *, fast: bool = False) -> None:
-        self.module, self.format, self.fast = module, weight_format, fast
+    anywhere = False  # of those that were pickled before there was such a thing
+
+    def __init__(
+        self, module: nn.Module, weight_format: WeightFormat, *, fast: bool = False, anywhere: bool = False
+    ) -> None:
+        self.module, self.format, self.fast, self.anywhere = module, weight_format, fast, anywhere
         self.native = module.__dict__.get(place_of_forward(module))  # some packages keep theirs in the instance
 
     def __call__(self, x: Tensor | None = None, *, input: Tensor | None = None) -> Tensor:
@@ -39,7 +45,8 @@ class ExactForward:
         if x is None:
             raise TypeError(f"a {type(self.module).__name__} was called without its input")
         bias: Tensor | None = getattr(self.module, "bias", None)
-        own, fault = self.own_forward(x) if self.fast and accelerates(x.device) else (None, None)
+        asks = self.fast and (self.anywhere or accelerates(x.device))
+        own, fault = self.own_forward(x) if asks else (None, None)
         if own is not None and fault is None:
             result: Tensor = own(x)
             return result
@@ -113,8 +120,16 @@ def choose_kernel(module: nn.Module, asked: str) -> tuple[str, str]:
     return asked, warning
 
 
+def use_kernel(module: nn.Module, chosen: str, asked: str = "auto") -> None:
+    """Let a layer multiply as `choose_kernel` has said, and as it would say where the layer is moved to."""
+    if chosen == "exact":
+        use_exact(module, fast=asked == "auto")
+    elif asked == "auto" and (found := format_of(module)) is not None and found.fault_depends_on_device(module):
+        use_exact(module, fast=True, anywhere=True)
+
+
 def is_exact(module: nn.Module) -> bool:
-    """Whether a layer multiplies by its dequantized weight."""
+    """Whether a layer multiplies by its dequantized weight, if only where its own forward cannot be relied on."""
     forward = module.__dict__.get(place_of_forward(module))
     return isinstance(getattr(forward, "beneath", forward), ExactForward)  # or something of ours stands over it
 
@@ -125,17 +140,24 @@ def is_fast(module: nn.Module) -> bool:
     return bool(getattr(getattr(forward, "beneath", forward), "fast", False))
 
 
-def use_exact(module: nn.Module, *, fast: bool = False) -> None:
-    """Let a layer multiply exactly from now on; ``fast``: but for what `ExactForward` leaves to the package."""
+def is_own_anywhere(module: nn.Module) -> bool:
+    """Whether it may on a CPU as well."""
+    forward = module.__dict__.get(place_of_forward(module))
+    return bool(getattr(getattr(forward, "beneath", forward), "anywhere", False))
+
+
+def use_exact(module: nn.Module, *, fast: bool = False, anywhere: bool = False) -> None:
+    """Let a layer multiply exactly from now on; ``fast``, ``anywhere``: but for what `ExactForward` leaves to it."""
     weight_format = format_of(module)
     if weight_format is None:
         raise FormatError(f"no known format reads this {type(module).__name__}, so it cannot multiply exactly")
     if is_exact(module):
         forward = module.__dict__[place_of_forward(module)]
         exact = getattr(forward, "beneath", forward)
-        exact.fast = exact.fast and fast
+        exact.fast, exact.anywhere = exact.fast and fast, exact.anywhere and anywhere
     else:
-        module.__dict__[place_of_forward(module)] = ExactForward(module, weight_format, fast=fast)
+        forward = ExactForward(module, weight_format, fast=fast, anywhere=anywhere)
+        module.__dict__[place_of_forward(module)] = forward
 
 
 def use_native(module: nn.Module) -> None:

@@ -100,6 +100,10 @@ class Gptq(PackedWords):
             return "auto-gptq's CUDA kernels give no gradients"
         return None
 
+    def fault_depends_on_device(self, module: nn.Module) -> bool:
+        """auto-gptq takes its CUDA kernels, where there are any, once the layer is on a GPU."""
+        return bool(getattr(module, "autogptq_cuda_available", False))
+
     def is_symmetric(self, module: nn.Module) -> bool:
         """Whether every zero is in the middle, by the zeros: loaders get the layer's own ``sym`` wrong.
 

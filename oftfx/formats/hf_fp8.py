@@ -84,6 +84,10 @@ class HfFp8(ScalarFormat):
             return "the package `kernels`, with which transformers loads its float8 product, is not installed"
         return None
 
+    def fault_depends_on_device(self, module: nn.Module) -> bool:  # noqa: ARG002
+        """Its kernels are for GPUs."""
+        return True
+
     def read(self, module: nn.Module) -> WeightState:
         """Weight and scales."""
         return {name: module._parameters[name] for name in ("weight", "weight_scale_inv")}

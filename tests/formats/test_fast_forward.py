@@ -32,6 +32,7 @@ class Played(Dense):
     name, lossless = "played", False
     fault: str | None = "its kernel gives no gradients"
     right = True
+    moves = False
 
     def matches(self, module):
         return type(module) is Kernel
@@ -41,6 +42,9 @@ class Played(Dense):
 
     def forward_is_right(self, module):
         return self.right
+
+    def fault_depends_on_device(self, module):
+        return self.moves
 
 
 @pytest.fixture
@@ -107,6 +111,56 @@ def test_the_device_of_the_input_decides(played, monkeypatch):
     assert rel(y, expected) < 1e-6
 
 
+def on(device, played, monkeypatch, faults):
+    """As after ``model.to(device)``."""
+    monkeypatch.setattr(exact, "accelerates", lambda _: device == "cuda")
+    monkeypatch.setattr(played, "fault", faults.get(device))
+
+
+@pytest.mark.parametrize("right", [True, False])
+@pytest.mark.parametrize(("here", "there"), [("cpu", "cuda"), ("cuda", "cpu")])
+def test_a_model_that_moves_to_where_its_kernel_gives_no_gradients(here, there, right, played, monkeypatch):
+    faults = {there: "its kernel gives no gradients"}
+    monkeypatch.setattr(played, "moves", True)
+    monkeypatch.setattr(played, "right", right)
+    on(here, played, monkeypatch, faults)
+    model = make()
+    (entry,) = oftfx.plan(nn.Sequential(Kernel(IN, OUT)), {"0": OFT(8)})
+    assert (entry.kernel, entry.notes) == ("native", ())
+    moved = copy.deepcopy(model), oftfx.unfold(oftfx.fold(model, quantized="keep"))
+    for each in (model, *moved):
+        on(here, played, monkeypatch, faults)
+        Kernel.calls = 0
+        with torch.no_grad():
+            y = each(torch.ones(2, IN))
+        assert Kernel.calls == 1  # its own, as without us
+        assert torch.equal(y, y.half().float())
+        on(there, played, monkeypatch, faults)
+        Kernel.calls = 0
+        y, expected, grad, wanted = run(each)
+        assert rel(grad, wanted) < 1e-6
+        assert each[0].oft.default.skew.grad.abs().max() > 0
+        assert Kernel.calls == int(right)
+        assert rel(y, expected) < (1e-3 if Kernel.calls else 1e-6)
+
+
+def test_a_forward_of_its_own_that_was_asked_for_is_not_changed_where_it_moves(played, monkeypatch):
+    monkeypatch.setattr(played, "moves", True)
+    on("cpu", played, monkeypatch, {})
+    model = make(OFT(8, kernel="native"))
+    assert "forward" not in vars(model[0])
+    oftfx.add_adapter(model, "second", {"0": OFT(8)})
+    assert exact.is_own_anywhere(model[0])
+    oftfx.add_adapter(model, "third", {"0": OFT(8, kernel="exact")})
+    assert not exact.is_own_anywhere(model[0])
+    run(model)
+    assert Kernel.calls == 0
+    oftfx.remove_adapter(model, "third")
+    oftfx.remove_adapter(model, "second")
+    oftfx.remove_adapter(model, "default")
+    assert "forward" not in vars(model[0])
+
+
 def test_what_is_asked_for_stays(played):
     model = make(OFT(8, kernel="exact"))
     assert is_exact(model[0])
@@ -164,10 +218,14 @@ def test_which_layers_have_such_kernels(forward_on):
     old = layer("QuantLinear", "auto_gptq.nn_modules.qlinear.qlinear_cuda")
     other = layer("AwqTorchLinear", "gptqmodel.nn_modules.qlinear.torch_awq")
     assert [awq.forward_is_right(gemm), gptq.forward_is_right(old)] == [forward_on == "cuda"] * 2
+    assert (gptq.native_fault(old) is not None) == (forward_on == "cuda")
+    assert gptq.fault_depends_on_device(old)
+    assert not awq.fault_depends_on_device(gemm)
     assert not awq.forward_is_right(other)
     scaled = nn.Module()
     scaled._parameters["weight_scales"] = types.SimpleNamespace(device=torch.device(forward_on))
     assert eetq.forward_is_right(scaled) == (forward_on == "cuda")
+    assert eetq.fault_depends_on_device(scaled)
 
 
 UNREAD = [

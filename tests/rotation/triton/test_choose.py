@@ -54,6 +54,18 @@ def test_a_kind_is_measured_once_and_rows_count_to_a_power_of_two(measured):
     assert measured.calls[-1] == [((6, 15), torch.float32, False), ((3, 5, 5), torch.float32, True)]
 
 
+@pytest.mark.parametrize("learns", [False, True])
+def test_each_device_is_measured(learns, measured):
+    assert asked(learns=learns)
+    measured.answer = False
+    assert not asked(learns=learns, device="meta")  # stands for another device
+    assert asked(learns=learns)
+    assert len(measured.calls) == 2
+    skew = torch.zeros(3, 10, requires_grad=learns)
+    assert [choose.makes_series(s, 5, 3, True, None) for s in (skew, skew.to("meta"), skew)] == [False] * 3
+    assert len(measured.calls) == 4
+
+
 def test_gradients_count_only_where_they_are_asked_for(measured):
     asked(learns=True)
     with torch.no_grad():
