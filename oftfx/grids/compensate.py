@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from oftfx.grids.grid import Codes, Grid
+from oftfx.grids.triton import choose
 
 _BLOCK = 64  # columns whose corrections are applied to the rest in one product
 
@@ -27,7 +28,8 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
         damping: share of the mean diagonal that is added to the diagonal.
 
     Returns:
-        Codes on the grid; ``grid.values(...)`` is the rounded weight.
+        Codes on the grid; ``grid.values(...)`` is the rounded weight. On CUDA they may be found by a kernel of Triton's
+        (`oftfx.grids.triton.choose`), and differ from torch's where a last bit decides one.
 
     Source: Frantar et al., GPTQ, arXiv 2210.17323.
     """
@@ -69,14 +71,26 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
 
 def _rounded(grid: Grid, rest: Tensor, block: slice, upper: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:
     """Codes of the block's columns, ``(columns, rows)`` like its scales; ``rest`` is changed for their errors."""
-    codes, errors = [], torch.empty_like(rest[block])
-    for i, j in enumerate(range(block.start, block.stop)):
-        zero = None if zeros is None else zeros[i]
-        codes.append(grid.code(rest[j], scales[i], zero))
-        errors[i] = (rest[j] - grid.value(codes[-1], scales[i], zero)) / upper[j, j]
-        rest[j + 1 : block.stop].addr_(upper[j, j + 1 : block.stop], errors[i], alpha=-1)
+    operands = grid, rest[block], upper[block, block], scales, zeros
+    if choose.rounds(grid, rest[block], zeros, _in_torch):
+        from oftfx.grids.triton.columns import rounded as by_triton
+
+        codes, errors = by_triton(*operands)
+    else:
+        codes, errors = _in_torch(*operands)
     rest[block.stop :].addmm_(upper[block, block.stop :].T, errors, alpha=-1)
-    return torch.stack(codes)
+    return codes
+
+
+def _in_torch(grid: Grid, rest: Tensor, upper: Tensor, scales: Tensor, zeros: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes and errors of a block; see `oftfx.grids.triton.columns.rounded`, but that ``rest`` is changed."""
+    codes, errors = [], torch.empty_like(rest)
+    for j in range(len(rest)):
+        zero = None if zeros is None else zeros[j]
+        codes.append(grid.code(rest[j], scales[j], zero))
+        errors[j] = (rest[j] - grid.value(codes[-1], scales[j], zero)) / upper[j, j]
+        rest[j + 1 :].addr_(upper[j, j + 1 :], errors[j], alpha=-1)
+    return torch.stack(codes), errors
 
 
 def _largest_first(sets: list[Tensor], diagonal: Tensor) -> list[Tensor]:

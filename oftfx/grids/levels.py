@@ -94,7 +94,11 @@ class Table(Levels):
 
     def encode(self, values: Tensor) -> Tensor:
         """The nearest entry; of two equally near, the lower."""
-        return named(values, self._middles, self._sorted)
+        return named(values, *self.searched())
+
+    def searched(self) -> tuple[Tensor, Tensor]:
+        """Limits, ascending, and the code of what has so many of them below it."""
+        return self._middles, self._sorted
 
     def decode(self, codes: Tensor) -> Tensor:
         """Look up."""
@@ -135,9 +139,12 @@ class Float4(Table):
 
     def encode(self, values: Tensor) -> Tensor:
         """Halves to even; zero has a sign."""
-        limits: Tensor = self._limits  # type: ignore[attr-defined]
-        code = named(values.abs(), limits, self._magnitudes)  # type: ignore[attr-defined]
+        code = named(values.abs(), *self.searched())
         return torch.where(torch.signbit(values), code + 8, code)
+
+    def searched(self) -> tuple[Tensor, Tensor]:
+        """The same of magnitudes."""
+        return self._limits, self._magnitudes  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True)

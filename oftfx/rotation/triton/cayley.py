@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oftfx.kernels.launch import on_device_of
 from oftfx.rotation.skew import skew_matrix, skew_vector
 from oftfx.rotation.triton.cayley_kernels import series_backward_kernel, series_kernel
-from oftfx.rotation.triton.launch import on_device_of
 from oftfx.rotation.triton.tiles import power
 
 WARPS = 8

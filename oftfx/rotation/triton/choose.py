@@ -14,24 +14,21 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from oftfx.errors import MissingExtraError, OftfxError
+from oftfx.kernels.measure import is_faster
+from oftfx.kernels.setting import THERE, on_cpu, setting, wanted
 from oftfx.rotation.autocast import product_dtype
 from oftfx.rotation.caching import capturing
 from oftfx.rotation.skew import skew_size
-from oftfx.rotation.triton.measure import is_faster
 
-SETTINGS = ("auto", "0", "1")
-SETTING = os.environ.get("OFTFX_TRITON", "").strip() or "auto"
+SETTING = setting()
 
 LARGEST_COUNT = 8
 """Outputs of one product; each is a stretch of code of its own in the kernel."""
@@ -41,8 +38,8 @@ LARGEST_SERIES = 32
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_CPU = SETTING == "1" and os.environ.get("TRITON_INTERPRET") == "1"
-_THERE = find_spec("triton") is not None  # without importing it
+_CPU = on_cpu(SETTING)
+_THERE = THERE
 _DECIDED: dict[tuple[Any, ...], bool] = {}
 _ALWAYS: dict[tuple[Any, ...], bool] = {}
 _LOCK = threading.Lock()
@@ -94,7 +91,7 @@ def _chosen(
     operands: tuple[Tensor, ...],
 ) -> bool:
     if SETTING != "auto":
-        return _by_setting()
+        return wanted(SETTING, _THERE)
     if torch.are_deterministic_algorithms_enabled():
         return False
     learns = [torch.is_grad_enabled() and t.requires_grad for t in operands]
@@ -123,14 +120,6 @@ def _decide(
             _DECIDED[whole] = _THERE and is_faster(operands[0].device, in_torch, by_triton, on)
             _ALWAYS[key] = _ALWAYS.get(key, True) and _DECIDED[whole]
         return _DECIDED[whole]
-
-
-def _by_setting() -> bool:
-    if SETTING not in SETTINGS:
-        raise OftfxError(f"OFTFX_TRITON: got {SETTING!r}, expected one of {', '.join(SETTINGS)}")
-    if SETTING == "1" and not _THERE:
-        raise MissingExtraError("triton", "triton", "OFTFX_TRITON=1")
-    return SETTING == "1"
 
 
 def _can(tensor: Tensor) -> bool:

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from oftfx.kernels.launch import is_interpreted, on_device_of
 from oftfx.rotation.autocast import product_dtype
 from oftfx.rotation.triton.kernels import gather_kernel, outer_kernel, spread_kernel
-from oftfx.rotation.triton.launch import is_interpreted, on_device_of
 from oftfx.rotation.triton.tiles import Tiling, splits
 
 INTERPRETED = is_interpreted(spread_kernel)

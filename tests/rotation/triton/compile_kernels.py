@@ -19,7 +19,7 @@ NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 ALIGNED = [["tt.divisibility", 16]]
 
 
-def compiled(kernel, kinds, constants, capability, warps):
+def compiled(kernel, kinds, constants, capability, warps, **options):
     """A kernel for operands of these kinds; what is left is a whole number."""
     signature, values, facts = {}, {}, {}
     for i, name in enumerate(kernel.arg_names):
@@ -32,7 +32,7 @@ def compiled(kernel, kinds, constants, capability, warps):
         elif signature[name].startswith("*") or name == "n":
             facts[(i,)] = ALIGNED
     source = ASTSource(kernel, signature, values, facts)
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps})
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **options})
 
 
 def stack(made):

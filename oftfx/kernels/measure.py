@@ -20,10 +20,17 @@ Shape = tuple[torch.Size, torch.dtype, bool]
 """Of an operand: its shape, its dtype, and whether it has a gradient."""
 
 
-def is_faster(device: torch.device, first: Callable[..., Any], second: Callable[..., Any], on: Sequence[Shape]) -> bool:
+def is_faster(
+    device: torch.device,
+    first: Callable[..., Any],
+    second: Callable[..., Any],
+    on: Sequence[Shape],
+    check: Callable[..., None] | None = None,
+) -> bool:
     """Whether ``second`` is faster than ``first``, forward, and backward where an operand has a gradient.
 
-    And whether it is right, see `check`: a compiler may be wrong on a device that nobody has tried.
+    And whether it is right, see `check_rounding`, or by a ``check`` of the same arguments: a compiler may be wrong on a
+    device that nobody has tried.
 
     Timed on the caller's stream, host and device together, in a thread of its own: there is neither autocast nor
     inference mode there, nor are there hooks on saved tensors (gradient checkpointing counts those) or modes that see
@@ -38,7 +45,7 @@ def is_faster(device: torch.device, first: Callable[..., Any], second: Callable[
                 numbers = torch.Generator(device).manual_seed(0)  # the user's own are left alone
                 made = [torch.empty(s, dtype=d, device=device).normal_(generator=numbers) for s, d, _ in on]
                 operands = [m.requires_grad_(g) for m, (_, _, g) in zip(made, on, strict=True)]
-                check(first, second, operands)
+                (check or check_rounding)(first, second, operands)
                 found.append(_compare(first, second, operands))
         except Exception as error:  # no compiler, a device it does not know, memory, a wrong result
             found.append(error)
@@ -47,12 +54,12 @@ def is_faster(device: torch.device, first: Callable[..., Any], second: Callable[
     thread.start()
     thread.join()
     if isinstance(found[0], Exception):
-        warn(f"Triton's operators are not used for one kind of rotation ({type(found[0]).__name__}: {found[0]})")
+        warn(f"Triton's operators are not used for one kind of operands ({type(found[0]).__name__}: {found[0]})")
         return False
     return found[0]
 
 
-def check(first: Callable[..., Any], second: Callable[..., Any], operands: Sequence[Tensor]) -> None:
+def check_rounding(first: Callable[..., Any], second: Callable[..., Any], operands: Sequence[Tensor]) -> None:
     """Hold the second way against the first one in float64.
 
     Raises:
