@@ -9,10 +9,13 @@ import warnings
 import pytest
 import torch
 
+from tests.exporter import read_operators_once
+
 # bitsandbytes and transformers must never look for a network, and GenAI must not report to its maker.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 torch.set_num_threads(max(1, (os.cpu_count() or 2) // 2))
+read_operators_once()
 
 
 LAYERS = {"aqlm", "auto_gptq", "awq", "compressed_tensors", "gptqmodel", "hqq", "neural_compressor", "openvino"}

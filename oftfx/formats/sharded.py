@@ -60,8 +60,8 @@ def cut_of(module: nn.Module) -> str | None:
     """How a layer is cut of which this process has a part only; None where it is whole.
 
     Such a layer is not rotated: the rotation of one that is cut along its inputs would have to be cut with them, and
-    gradients be added up over the processes. Seen are torch's DTensors, and layers of transformers' tensor parallelism,
-    whose quantized weights are plain parts.
+    gradients be added up over the processes. Seen are torch's DTensors, and the forwards that transformers'
+    tensor parallelism installs, for its quantized weights are plain parts.
     """
     parts: list[tuple[str, Any]] = [(n, p) for n, p in module._parameters.items() if is_sharded(p)]
     forward: Any = vars(module).get("forward")
@@ -69,7 +69,7 @@ def cut_of(module: nn.Module) -> str | None:
         name, weight = parts[0]
         along = ", ".join(str(p) for p in weight.placements)
         return f"its {name} {tuple(weight.shape)} lies in {weight.device_mesh.size()} processes ({along})"
-    if getattr(forward, "__module__", "").startswith("transformers.distributed.") or vars(module).get(_LOCAL):
+    if getattr(forward, "__module__", "").startswith("transformers.distributed."):
         return "transformers runs it on a part of its weight (tensor parallelism)"
     return None
 
@@ -79,7 +79,6 @@ WHOLE = (
     "without it (tp_plan, parallelize_module), train with DDP or FSDP2, fold, and load the folded checkpoint with it"
 )
 """What to do instead."""
-_LOCAL = "_hf_quantized_needs_local_tp"
 
 
 def groups_of(module: nn.Module, parameter: str = "weight") -> list[Any]:

@@ -208,10 +208,16 @@ def test_beside_tensor_parallel_layers_whole_ones_rotate_and_what_is_folded_is_c
     assert all(rel(a, p.grad) < 1e-10 for a, p in zip(got["grads"], oftfx.adapter_parameters(model), strict=True))
 
 
+@pytest.mark.needs("transformers")
 def test_transformers_tensor_parallel_layers_are_refused_also_where_their_weights_are_plain_parts():
-    """Those of quantized models; transformers marks them, and runs them by a forward of its own."""
+    """Those of quantized models: transformers runs them by a forward of its own."""
+    from transformers.distributed.tensor_parallel import ColwiseParallel
+
     model = network.base()
-    vars(model.blocks[0].q)["_hf_quantized_needs_local_tp"] = True
+    layer = model.blocks[0].q
+    layer._hf_quantized_needs_local_tp = True  # on every quantized layer of some kinds, also where nothing is cut
+    oftfx.transform(model, {"all-linear": oftfx.OFT(8)})
+    ColwiseParallel().install_forward(layer, None)
     with pytest.raises(oftfx.errors.RuleError, match="blocks.0.q: transformers runs it on a part of its weight"):
         oftfx.transform(model, {"all-linear": oftfx.OFT(8)})
 
