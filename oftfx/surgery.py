@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, overload
 
 import torch.nn as nn
 
@@ -73,6 +73,34 @@ def plan(
     planned = _planned(model, rules, example_inputs, train, train_bias, trace=True, bare=bare).program.planned
     check_storage(rules, planned)
     return planned
+
+
+@overload
+def transform(
+    model: M,
+    rules: Rules | Plan,
+    *,
+    example_inputs: ExampleInputs = None,
+    adapter: str = "default",
+    train: Sequence[str] = (),
+    train_bias: TrainBias = "none",
+    inplace: bool = False,
+    emit: Literal["modules"] = "modules",
+) -> M: ...
+
+
+@overload
+def transform(
+    model: nn.Module,
+    rules: Rules | Plan,
+    *,
+    example_inputs: ExampleInputs = None,
+    adapter: str = "default",
+    train: Sequence[str] = (),
+    train_bias: TrainBias = "none",
+    inplace: bool = False,
+    emit: Literal["graph"],
+) -> ProgramGraph: ...
 
 
 def transform(

@@ -6,7 +6,7 @@ import torch
 
 
 def read_operators_once():
-    """Let torch's exporter keep its table for the process: no test is about it. Nothing is imported before an export."""
+    """Let torch's exporter keep its table for the process, for no test is about it; nothing is imported before."""
     export = torch.onnx.export
 
     @functools.wraps(export)

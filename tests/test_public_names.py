@@ -46,3 +46,19 @@ def test_a_format_of_ones_own_registered_cold_passes_the_conformance_suite():
     (passed,) = re.findall(r"(\d+) passed", done.stdout)
     assert int(passed) > 30
     assert "failed" not in done.stdout
+
+
+def test_names_are_written_out_for_type_checkers():
+    """`mypy --strict`, which tools/check runs on the same file, takes no name that `__all__` computes."""
+    import oftfx
+
+    assert set(oftfx.__all__) == {"__version__", *oftfx._HOME}
+    tree = ast.parse(Path(oftfx.__file__).read_text())
+    (names,) = (n.value for n in tree.body if isinstance(n, ast.Assign) and n.targets[0].id == "__all__")
+    assert ast.literal_eval(names) == oftfx.__all__
+
+
+def test_what_a_type_checker_sees_runs(tmp_path):
+    from tests.typed_interface import road
+
+    assert road(tmp_path) < 1e-6

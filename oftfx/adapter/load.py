@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 import torch.nn as nn
@@ -32,19 +33,21 @@ from oftfx.planning.program import Program
 from oftfx.trace.inputs import names_inputs
 from oftfx.trace.record import record_best
 
+M = TypeVar("M", bound=nn.Module)
+
 # What decides the meaning of a skew; an adapter in the model and a file have to agree in it.
 _MEANING = ("parameterization", "terms", "block_share", "coft_eps")
 
 
 def load_adapter(
-    model: nn.Module,
+    model: M,
     path: str | Path,
     *,
     adapter: str = "default",
     trainable: bool = False,
     convention: str | None = None,
     part: str | None = None,
-) -> nn.Module:
+) -> M:
     """Read an adapter that `save_adapter`, PEFT or another tool wrote, into ``model``, in place.
 
     A model that was never transformed gets the rotations the file names. Where it has an adapter of that name already,
