@@ -39,6 +39,6 @@ def road(folder: Path) -> float:
     assert_type(result.report, oftfx.FoldReport)
     for site in result.report:
         assert_type(site.survival, float)
-    wanted: torch.Tensor = model(x)
-    found: torch.Tensor = result.model(x)
+    wanted: torch.Tensor = model(x).detach()
+    found: torch.Tensor = result.model(x).detach()
     return float((found - wanted).norm() / wanted.norm())
