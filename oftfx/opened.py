@@ -63,13 +63,7 @@ def open_tokenizer(directory: str | Path) -> Any:
         MissingExtraError: transformers is not installed.
         OpenError: there is none.
     """
-    path = Path(directory)
-    transformers = _transformers(path)
-    try:
-        with quiet():
-            return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise OpenError(f"{path}: no tokenizer can be loaded from it: {_first(error)}") from error
+    return _opened("AutoTokenizer", "tokenizer", Path(directory))
 
 
 def open_image_processor(directory: str | Path) -> Any:
@@ -79,13 +73,7 @@ def open_image_processor(directory: str | Path) -> Any:
         MissingExtraError: transformers is not installed.
         OpenError: there is none.
     """
-    path = Path(directory)
-    transformers = _transformers(path)
-    try:
-        with quiet():
-            return transformers.AutoImageProcessor.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise OpenError(f"{path}: no image processor can be loaded from it: {_first(error)}") from error
+    return _opened("AutoImageProcessor", "image processor", Path(directory))
 
 
 def open_config(directory: str | Path) -> Any:
@@ -140,6 +128,15 @@ def check_model(directory: str | Path) -> Path:
         raise OpenError(f"{path} is an adapter; expected the model that it is for, a directory with {CONFIG}")
     there = ", ".join(sorted(p.name for p in path.iterdir())[:5]) or "nothing"
     raise OpenError(f"{path} has no {CONFIG} (there: {there}); expected a directory that transformers saved a model to")
+
+
+def _opened(kind: str, name: str, path: Path) -> Any:
+    transformers = _transformers(path)
+    try:
+        with quiet():
+            return getattr(transformers, kind).from_pretrained(path, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise OpenError(f"{path}: no {name} can be loaded from it: {_first(error)}") from error
 
 
 def _config(transformers: Any, path: Path) -> Any:
