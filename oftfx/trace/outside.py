@@ -34,7 +34,7 @@ class Outside:
         self._before: dict[int, tuple[Any, Any]] = {}  # each dict, list and set with what was in it
         self._cells: dict[int, tuple[types.CellType, Any]] = {}
         self._names: dict[int, str] = {}
-        self._asked = 0
+        self._asked = self._undone = 0
         modules = list(model.modules())
         classes = {c for kind in {type(m) for m in modules} for c in kind.__mro__}
         self._classes = {c: dict(vars(c)) for c in classes}
@@ -102,7 +102,10 @@ class Outside:
             if not _living(made):
                 return
             gc.collect()  # modules that know each other are circles
+            self._undone = 0
             kept = self._let_go(_living(made))
+            if not self._undone:
+                break  # nor would another round
         if not _living(made) or (error is not None and not kept):
             return  # what an error, or a log of it, holds is read by nobody's next call
         known = sorted(set(kept or self._names.values()))
@@ -117,7 +120,8 @@ class Outside:
         seen = set(map(id, level))
         kept: list[str] = []
         self._asked = 0
-        while level and len(seen) < _MANY:
+        most = max(len(level), _WIDE)
+        while level and len(level) <= most and len(seen) < _MANY:
             above: list[Any] = []
             by_id = {id(v): v for v in level}
             for owner in gc.get_referrers(*level):
@@ -130,6 +134,8 @@ class Outside:
                     above.append(owner)
                 elif undone:
                     kept.append(undone)
+                else:
+                    self._undone += 1
             level = above
         return kept
 
@@ -202,6 +208,7 @@ class Outside:
 
 _ROUNDS, _SHOWN = 3, 3
 _MANY, _SEARCHES = 1000, 30  # owners, and how often all of the process is searched for theirs
+_WIDE = 30  # owners of one level: more are no longer who keeps it, but who imports them
 _LONG = 1000  # tables of names, not registries of caches
 _NEAR, _FAR = 4, 2  # how deep
 _PASSING = (types.FrameType, BaseException)

@@ -460,9 +460,10 @@ def test_a_foreign_adapter_in_the_directory_stops_the_load(kind, tmp_path):
 
 
 def not_ready(started):
-    """MLServer goes on without the model, and listens only after it has written of the adapter."""
+    """MLServer listens before it loads, and ends by itself when no model could be loaded: never ready, or gone."""
     for _ in range(600):
-        assert started.process.poll() is None, started.log.read_text()
+        if started.process.poll() is not None:
+            return True
         try:
             status = started.get("/v2/models/m/ready")[0]
         except OSError:  # not listening yet, or no longer

@@ -102,9 +102,9 @@ def fakes():
     return [o for o in gc.get_objects() if issubclass(type(o), FakeTensor)]
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def no_fake_is_left():
-    """Torch's own exporters, in other tests, may leave some."""
+    """Torch's own exporters, in other tests, may leave some. Once a file: it looks through the whole process."""
     before = set(map(id, fakes()))
     yield
     assert [f for f in fakes() if id(f) not in before] == []
