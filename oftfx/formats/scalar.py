@@ -56,8 +56,9 @@ class ScalarFormat(WeightFormat):
 
     @torch.no_grad()
     def calibrate(self, weight: Tensor, like: nn.Module, moments: Tensor) -> WeightState:
-        """Error-compensated rounding with new scales; see `oftfx.grids.compensated`.
+        """Error-compensated rounding with new scales or the stored ones; see `oftfx.grids.compensated`.
 
-        The stored scales would miss the outputs by less where an update is small, by rounding all of it away.
+        A small update is nearer to the grid that it came from than to most others; quantizers choose scales in other
+        ways than the search here would, and levels that are not even about zero (-8 to 7) find none of theirs again.
         """
-        return self.pack(compensated(self.grid(like), weight, moments), like)
+        return self.pack(compensated(self.grid(like), weight, moments, old=self.codes(like)), like)

@@ -14,7 +14,9 @@ _BLOCK = 64  # columns whose corrections are applied to the rest in one product
 
 
 @torch.no_grad()
-def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float = 0.01) -> Codes:
+def compensated(
+    grid: Grid, weight: Tensor, moments: Tensor, *, damping: float = 0.01, old: Codes | None = None
+) -> Codes:
     """Codes for ``weight`` that keep what the layer computes: small ``|X (Q - W)^T|`` where ``moments = X^T X``.
 
     The columns are rounded one after another, those with the largest inputs first as far as the groups allow it. The
@@ -26,6 +28,7 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
         weight: float ``(rows, columns)``.
         moments: second moments of the layer's inputs, ``(columns, columns)``, or any positive multiple of them.
         damping: share of the mean diagonal that is added to the diagonal.
+        old: codes of the weight before, whose scales and zeros are tried as well.
 
     Returns:
         Codes on the grid; ``grid.values(...)`` is the rounded weight. On CUDA they may be found by a kernel of Triton's
@@ -42,7 +45,7 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
     importance = upper.diagonal().square().reciprocal()
     fixed: Codes | None = None
     if grid.couple is not None or len(sets) == 1:  # scales that tie all columns are chosen before any is rounded
-        fixed = grid.fit(weight, search=True, importance=importance[torch.argsort(order)])
+        fixed = grid.fit(weight, search=True, importance=importance[torch.argsort(order)], old=old)
         scale, zero = fixed.scale, fixed.zero
     else:
         scale = weight.new_empty(grid.partition.groups)
@@ -54,9 +57,9 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
     for columns in sets:
         stop = start + len(columns)
         if fixed is None:
-            part = grid.narrowed(len(columns))
-            coded = part.fit(rest[start:stop].T.contiguous(), search=True, importance=importance[start:stop])
-            at = grid.partition.groups_of(columns)
+            part, at = grid.narrowed(len(columns)), grid.partition.groups_of(columns)
+            known = None if old is None else _narrowed(old, columns, at, part)
+            coded = part.fit(rest[start:stop].T.contiguous(), search=True, importance=importance[start:stop], old=known)
             scale[at] = part.partition.expand(coded.scale)
             if zero is not None and coded.zero is not None:
                 zero[at] = part.partition.expand(coded.zero)
@@ -67,6 +70,13 @@ def compensated(grid: Grid, weight: Tensor, moments: Tensor, *, damping: float =
             codes[:, order[block]] = rounded.T
         start = stop
     return Codes(codes, scale, zero) if fixed is None else replace(fixed, codes=codes)
+
+
+def _narrowed(old: Codes, columns: Tensor, at: Tensor, part: Grid) -> Codes:
+    """Of some columns, whose elements are in the groups ``at``."""
+    scale, zero = (None if t is None else part.partition.pick(t[at]) for t in (old.scale, old.zero))
+    assert scale is not None
+    return Codes(old.codes[:, columns], scale, zero)
 
 
 def _rounded(grid: Grid, rest: Tensor, block: slice, upper: Tensor, scales: Tensor, zeros: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import reduce
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -146,22 +147,37 @@ class Grid:
             return level - zero
         return level - float(self.zero) if self.zero else level
 
-    def fit(self, weight: Tensor, *, search: bool = False, importance: Tensor | None = None) -> Codes:
+    def fit(
+        self,
+        weight: Tensor,
+        *,
+        search: bool = False,
+        importance: Tensor | None = None,
+        old: Codes | None = None,
+    ) -> Codes:
         """Scales and zeros for a weight, with the nearest codes.
 
         Args:
             weight: float32 ``(rows, columns)``.
             search: narrow each group's range as far as that lessens its squared error; else the range is the group's.
             importance: what the squared error of an element counts, ``(rows, columns)`` or broadcast to it.
+            old: with ``search``, scales and zeros that are tried as well: each group's, or where scales stand together
+                all of them at once.
 
         Raises:
             FormatError: each group has a zero of its own, and the levels are no `Integers`.
         """
         if importance is not None:
             importance = importance.expand_as(weight)
+        tried = old if search and self.couple is None else None
         found = [
-            grid._range(weight[rows], search, None if importance is None else importance[rows])
-            for rows, _, grid in self._bands(weight.device)
+            grid._range(
+                weight[rows],
+                search,
+                None if importance is None else importance[rows],
+                None if tried is None else tried.cut(rows, groups),
+            )
+            for rows, groups, grid in self._bands(weight.device)
         ]
         scales, zeros = zip(*found, strict=True)
         scale = torch.cat(scales)
@@ -169,16 +185,28 @@ class Grid:
         if self.couple is None:
             return self.encode(weight, scale, zero)
         scale, parts = self.stored(scale)  # together, whatever was chosen for each
-        return replace(self.encode(weight, scale, zero), parts=parts)
+        new = replace(self.encode(weight, scale, zero), parts=parts)
+        if old is None or not search:
+            return new
+        kept = replace(self.encode(weight, old.scale, old.zero), parts=old.parts)
+        return min(kept, new, key=lambda coded: float(self._missed(weight, coded, importance)))
 
-    def _range(self, weight: Tensor, search: bool, importance: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def _missed(self, weight: Tensor, coded: Codes, importance: Tensor | None) -> Tensor:
+        """Squared error of a weight, by what each element counts."""
+        missed = (self.values(coded) - weight).square_()
+        return missed.sum() if importance is None else (missed * importance).sum()
+
+    def _range(
+        self, weight: Tensor, search: bool, importance: Tensor | None, old: Codes | None
+    ) -> tuple[Tensor, Tensor | None]:
         """Scales and zeros with the least error."""
         groups = self.partition.split(weight)
         if not search:
             (found,) = self._ranges(groups, search)
             return found
         counts = None if importance is None else self.partition.split(importance)
-        fits = ((self._error(groups, *found, counts), *found) for found in self._ranges(groups, search))
+        known = [] if old is None else [(old.scale, old.zero)]
+        fits = ((self._error(groups, *found, counts), *found) for found in chain(known, self._ranges(groups, search)))
         return reduce(_better, fits)[1:]
 
     def encode(self, weight: Tensor, scale: Tensor, zero: Tensor | None) -> Codes:
@@ -203,8 +231,8 @@ class Grid:
             [grid._unchanged(weight[rows], old.cut(rows, groups)) for rows, groups, grid in self._bands(weight.device)]
         )
         if self.couple is not None:  # scales stand together
-            return old if bool(same.all()) else self.fit(weight)
-        new = self.fit(weight)
+            return old if bool(same.all()) else self._anew(weight, old)
+        new = self._anew(weight, old)
         if _answers(weight) and not bool(same.any()):
             return new
         scale = torch.where(same, old.scale, new.scale)
@@ -212,6 +240,29 @@ class Grid:
         for rows, groups, grid in self._bands(weight.device):
             new.codes[rows] = torch.where(grid.partition.expand(same[groups]), old.codes[rows], new.codes[rows])
         return Codes(new.codes, scale, zero)
+
+    def _anew(self, weight: Tensor, old: Codes) -> Codes:
+        """Nearest codes with scales of its own.
+
+        Where levels are not even about a fixed zero, `Levels.reach` gives another scale even for a weight that has not
+        moved: a group whose largest was at 7.5 scales is stored as -8 or 7, and all of its weights would be between the
+        levels. A symmetric GPTQ model got worse by that than it is without the adapter. There a scale that is as much
+        larger as the group's largest weight is tried as well.
+        """
+        levels = self.levels
+        if not self.symmetric or not isinstance(levels, Integers) or levels.low + levels.high == 2 * float(self.zero):
+            return self.fit(weight)
+        scales = []
+        for rows, groups, grid in self._bands(weight.device):
+            split, known = grid.partition.split, old.cut(rows, groups)
+            was, now = split(grid._values(known)).abs().amax(1), split(weight[rows])
+            largest = now.abs().amax(1)
+            by_reach = grid._scale(largest / levels.reach)
+            grown = torch.where(was > 0, grid._scale(known.scale * (largest / was)), by_reach)
+            errors = [grid._error(now, s, None, None) for s in (grown, by_reach)]
+            scales.append(torch.where(errors[1] < errors[0], by_reach, grown))
+        scale, parts = self.stored(torch.cat(scales))
+        return replace(self.encode(weight, scale, None), parts=parts)
 
     def _unchanged(self, weight: Tensor, old: Codes) -> Tensor:
         """Which groups of ``weight`` equal ``old``, bool ``(groups,)``."""

@@ -1,5 +1,7 @@
 """Error-compensated rounding: held-out outputs, limiting cases, and a plain float64 implementation."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -66,6 +68,28 @@ def test_it_beats_the_nearest_codes_on_inputs_it_has_not_seen(grid):
     # Measured 0.51 to 0.68 of the better of the two.
     nearest = min(error(grid.fit(weight)), error(grid.fit(weight, search=True)))
     assert error(compensated(grid, weight, seen.T @ seen)) < 0.75 * nearest
+
+
+@pytest.mark.parametrize("update", [0.01, 0.05, 0.3])
+def test_a_small_update_stays_on_the_grid_that_it_came_from(grid, update):
+    """Whose scales a quantizer has chosen in its own way: here wider than any that the search tries."""
+    old = grid.fit(torch.randn(SHAPE) * 0.05)
+    scale = grid.stored(old.scale * 1.08)[0]
+    old = replace(old, scale=scale, parts=None)
+    base = grid.values(old)
+    weight = base + update * base.norm() * torch.nn.functional.normalize(torch.randn(SHAPE).flatten(), dim=0).view(
+        SHAPE
+    )
+    seen, fresh = inputs(6 * COLUMNS)
+    expected, moments = fresh @ weight.T, seen.T @ seen
+
+    def error(coded):
+        return rel(fresh @ grid.values(coded).T, expected)
+
+    found = error(compensated(grid, weight, moments, old=old))
+    assert found < 1.05 * error(compensated(grid, weight, moments))
+    if update < 0.1:
+        assert found < 1.01 * rel(fresh @ base.T, expected)
 
 
 def test_with_independent_inputs_it_is_rounding_to_nearest(grid):

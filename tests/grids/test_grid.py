@@ -5,6 +5,7 @@ import torch
 
 from oftfx.grids import Codes, Float8, Grid, Integers, Partition, Table
 from oftfx.grids.grid import _NARROWEST, _STEPS
+from tests.reference import rel
 
 SHAPE = (6, 20)
 NF4 = torch.tensor([-1.0, -0.7, -0.52, -0.39, -0.28, -0.18, -0.09, 0.0, 0.08, 0.16, 0.25, 0.34, 0.44, 0.56, 0.72, 1.0])
@@ -146,6 +147,30 @@ def test_the_search_is_the_best_of_all_its_shares(grid):
     assert gain < 1 if grid.partition.groups > 1 else gain <= 1
 
 
+def test_scales_that_are_known_are_tried_as_well(grid):
+    """Group by group, or all together; those of another rule, to which no share of a range leads, are found again."""
+    weight, importance = torch.randn(SHAPE) * 0.05, torch.rand(SHAPE)
+    known = grid.fit(weight * 0.93)
+    own = grid.values(known)
+    found = grid.fit(own, search=True, importance=importance, old=known)
+    assert torch.equal(found.scale, known.scale)
+    assert found.zero is known.zero or torch.equal(found.zero, known.zero)
+    assert found.parts is known.parts
+    assert torch.equal(grid.values(found), own)
+
+    def errors(coded):
+        missed = (grid.values(coded) - weight).square() * importance
+        return grid.partition.split(missed).sum(1) if grid.couple is None else missed.sum()
+
+    without = grid.fit(weight, search=True, importance=importance)
+    for share in (0.7, 0.8, 0.9, 0.97):
+        known = grid.fit(weight * share)
+        found = grid.fit(weight, search=True, importance=importance, old=known)
+        kept = grid.encode(weight, known.scale, known.zero)
+        least = torch.minimum(errors(without), errors(kept))
+        torch.testing.assert_close(errors(found), least, rtol=1e-5, atol=0)
+
+
 def test_unchanged_groups_keep_their_bytes_and_others_take_the_better_scales(grid):
     old = grid.fit(torch.randn(SHAPE) * 0.05, search=True)
     was = grid.values(old)
@@ -169,6 +194,21 @@ def test_unchanged_groups_keep_their_bytes_and_others_take_the_better_scales(gri
         ]
         assert errors[0] <= min(errors[1:]) * (1 + 1e-5)
     assert abs(float(grid.values(coded)[2, 3] - weight[2, 3])) < 0.1
+
+
+@pytest.mark.parametrize("levels", [Integers(-8, 7, 7.5), Integers(-128, 127, 128.0), Integers(0, 15, 7.5)])
+def test_scales_follow_the_largest_weight(levels):
+    """What a scale by ``reach`` has cut off, or rounded, is not stored as large as it was."""
+    zero = (levels.low + levels.high + 1) / 2
+    grid = Grid(Partition.tiles((24, 96), (1, 32)), levels, zero, product=torch.float16, round_scale=half)
+    old = grid.fit(torch.randn(24, 96) * 0.05)
+    was = grid.values(old)
+    assert ((grid.fit(was).scale / old.scale - 1).abs() > 0.002).float().mean() > 0.5
+    weight = was * (1 + 1e-4)  # no group is what it was
+    coded = grid.nearest(weight, old)
+    assert ((coded.scale / old.scale - 1).abs() < 1e-3).all()
+    assert torch.equal(coded.codes, old.codes)
+    assert rel(grid.values(coded), weight) < 1e-3
 
 
 def test_a_table_that_holds_a_value_twice_keeps_the_old_byte():
