@@ -24,6 +24,7 @@ except ImportError:  # Windows: nobody can tell there whether a process still wr
 
 _HIDDEN, _NEW, _OLD, _STALE = ".oftfx-", "new", "old", "stale"
 _ADVICE = {
+    errno.EIO: "make room there, or choose another place",
     errno.ENOSPC: "make room there",
     errno.EDQUOT: "make room there",
     errno.EROFS: "choose a place that can be written to",
@@ -49,8 +50,12 @@ def write_whole(path: Path, data: bytes, error: type[OftfxError] = OftfxError) -
 
 def write(path: Path, data: bytes) -> None:
     """Write a file into a directory that `landing` gave."""
-    with path.open("wb") as stream:
-        put(stream.fileno(), data)
+    try:
+        with path.open("wb") as stream:
+            put(stream.fileno(), data)
+    except OSError as error:
+        error.filename = error.filename or str(path)  # which a write does not say, only an open
+        raise
 
 
 def put(file: int, data: bytes) -> None:
@@ -58,6 +63,16 @@ def put(file: int, data: bytes) -> None:
     left = memoryview(data)
     while left:
         left = left[os.write(file, left) :]
+
+
+@contextmanager
+def written_by(library: str, path: Path) -> Iterator[None]:
+    """For a library that writes a file and does not have the system's reason where it cannot: an `OSError` as well."""
+    try:
+        yield
+    except RuntimeError as error:
+        free = shutil.disk_usage(path.parent).free
+        raise OSError(errno.EIO, f"{library} failed, with {free:,} bytes free there", str(path)) from error
 
 
 @contextmanager
@@ -95,7 +110,7 @@ def staging(directory: Path, name: str, error: type[OftfxError]) -> Iterator[Pat
     """A hidden directory inside ``directory``, gone afterwards; so is ``directory`` where it was made for nothing.
 
     What a process that is no more left there under the same ``name`` goes as well, but for files that it had taken out
-    of their places. An `OSError` inside becomes ``error``.
+    of their places. An `OSError` inside becomes ``error``, and so does what libraries in Rust make of one.
     """
     made, lock = None, -1
     absent = [p for p in (directory, *directory.parents) if not p.exists()]
@@ -104,8 +119,11 @@ def staging(directory: Path, name: str, error: type[OftfxError]) -> Iterator[Pat
         _sweep(directory, name, begun=False)
         made, lock = _hidden(directory, name)
         yield made
-    except OSError as cause:
-        raise error(_explained(directory, cause)) from cause
+    except Exception as cause:
+        refused = _refused(cause)
+        if refused is None:
+            raise
+        raise error(_explained(directory, name, made, refused)) from cause
     finally:
         if made is not None and not _holds(made / _OLD):  # what could not be put back stays in there
             shutil.rmtree(made, ignore_errors=True)
@@ -120,8 +138,24 @@ def check_place(path: Path, error: type[OftfxError]) -> None:
     """Raise at once, before long work, what `landing` would raise for a place where no file can be written."""
     if path.is_dir():
         raise error(f"{path} is a directory; name a file in it")
-    with staging(path.parent, path.name, error):
+    check_writable(path, error)
+
+
+def check_writable(path: Path, error: type[OftfxError]) -> None:
+    """The same of a place for a file or a directory, which may be there."""
+    with staging(path if path.is_dir() else path.parent, path.name, error):
         pass
+
+
+def said(error: OSError) -> str:
+    """What the system refused, where, and what to do; for errors that no `staging` has caught."""
+    where = _visible(Path(os.fsdecode(error.filename))) if error.filename else "standard output"  # which has no name
+    return f"{where}: cannot be written to or read: {error.strerror or error}; {advice(error)}"
+
+
+def advice(error: OSError) -> str:
+    """What to do about it."""
+    return _ADVICE.get(error.errno or 0, "see the cause")
 
 
 def remains(directory: Path, *heads: str) -> str:
@@ -320,8 +354,26 @@ def hold(directory: Path, *, wait: bool = False) -> int | None:
     return handle
 
 
-def _explained(directory: Path, cause: OSError) -> str:
+def _explained(directory: Path, name: str, made: Path | None, cause: OSError) -> str:
     what = cause.strerror or str(cause)
-    name = f" ({Path(os.fsdecode(cause.filename)).name})" if cause.filename else ""
-    advice = _ADVICE.get(cause.errno or 0, "see the cause")
-    return f"{directory}: cannot be written to: {what}{name}; {advice}. What was there is as it was"
+    if not cause.filename:  # a write does not say it
+        new = [] if made is None or not (made / _NEW).is_dir() else [*(made / _NEW).iterdir()]
+        file = "" if any(p.name != name for p in new) else name
+    else:
+        file = Path(os.fsdecode(cause.filename)).name
+        file = name if file.startswith(_HIDDEN) else file
+    which = f" ({file})" if file else ""
+    return f"{_visible(directory)}: cannot be written to: {what}{which}; {advice(cause)}. What was there is as it was"
+
+
+def _visible(path: Path) -> Path:
+    """Where a user looks for it: one set may be written inside the hidden directory of another."""
+    return next((p.parent for p in reversed([path, *path.parents]) if p.name.startswith(_HIDDEN)), path)
+
+
+def _refused(error: Exception) -> OSError | None:
+    """The system's refusal that an error is, or that a library in Rust (safetensors, tokenizers) tells in words."""
+    if isinstance(error, OSError):
+        return error
+    code = None if isinstance(error, OftfxError) else re.search(r"\(os error (\d+)\)", str(error))
+    return None if code is None else OSError(int(code[1]), os.strerror(int(code[1])))

@@ -50,6 +50,8 @@ SLOW = (
     "tests/placement/test_group.py::test_compiled",
     "tests/test_surgery.py::test_compiled",
     "tests/cli/test_main.py",
+    "tests/cli/test_full_disk.py::test_a_graph",
+    "tests/cli/test_full_disk.py::test_a_directory_for",
     "tests/folding/test_memory.py",
     "tests/trace/test_threads.py",
     "tests/test_public_names.py",

@@ -10,7 +10,7 @@ import pytest
 
 from oftfx import files
 from oftfx.errors import AdapterFileError, FoldError, OftfxError, OftfxWarning
-from oftfx.files import finish_landing, landing, of_version, remains, write, write_whole
+from oftfx.files import finish_landing, landing, of_version, remains, write, write_whole, written_by
 
 OLD = {"head.json": b"old head", "weights": b"old weights" * 9, "stale": b"of the old layout", "README.md": b"a user's"}
 NEW = {"head.json": b"the new head", "weights": b"the new weights" * 7, "more": b"more"}
@@ -271,6 +271,29 @@ def test_a_read_only_directory(old, monkeypatch, code):
     monkeypatch.setattr(files.tempfile, "mkdtemp", refuse)  # root may write in a directory that is read-only by mode
     with pytest.raises(AdapterFileError, match=f"{os.strerror(code)}.*choose a place that can be written to"):
         save(old)
+    assert contents(old) == OLD
+
+
+def test_libraries_that_do_not_raise_the_errors_of_the_system(old):
+    """What safetensors and tokenizers, ONNX Runtime and OpenVINO raise on a full disk."""
+    rust = r"cannot be written to: No space left on device; make room there\. What was there is as it was"
+    with pytest.raises(FoldError, match=rust), landing(old, "head.json", FoldError) as made:
+        write(made / "weights", b"")
+        raise Exception("Error while serializing: I/O error: No space left on device (os error 28)")
+    reason = r"cannot be written to: It failed, with [\d,]+ bytes free there \(weights\); make room there, or choose"
+    place = old / "weights"
+    with pytest.raises(FoldError, match=reason), landing(old, "head.json", FoldError), written_by("It", place):
+        raise RuntimeError("basic_ios::clear: iostream error")
+    with pytest.raises(ValueError, match="another thing"), landing(old, "head.json", FoldError):
+        raise ValueError("another thing")
+    assert contents(old) == OLD
+
+
+def test_a_set_inside_another_is_told_by_the_place_that_is_seen(old, monkeypatch):
+    with pytest.raises(FoldError) as caught, landing(old, "head.json", FoldError) as made:
+        Steps(monkeypatch, full).at = 2
+        write_whole(made / "weights", b"x", FoldError)
+    assert str(caught.value).startswith(f"{old}: cannot be written to: No space left on device")
     assert contents(old) == OLD
 
 

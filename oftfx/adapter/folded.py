@@ -54,8 +54,6 @@ def save_folded(
     beside: Sequence[Path] = (),
 ) -> Path:
     """See `oftfx.FoldResult.save`; files ``beside`` it are copied and land with it."""
-    from safetensors import SafetensorError
-
     directory = Path(directory)
     stays = any(p.fixed for _, p in rotated_sites(model))
     way = _way(model, save_as, server, rotations, stays)
@@ -66,11 +64,6 @@ def save_folded(
     with landing(directory, head, FoldError, stale=stale) as made:
         try:
             facts = way.write(model, report, made)
-        except SafetensorError as error:  # also its word for a full disk
-            raise FoldError(
-                f"{directory}: cannot be written to: {error}; make room there, or choose another place. What was there "
-                "is as it was"
-            ) from error
         except (ValueError, NotImplementedError) as error:
             raise FoldError(f"{directory}: {way.name} cannot write this {type(model).__name__}: {error}") from error
         for file in beside:

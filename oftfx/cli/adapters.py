@@ -68,7 +68,7 @@ def merge(
     from oftfx.adapter.load import load_adapter
     from oftfx.adapter.save import save_adapter
     from oftfx.blending.blend import blend
-    from oftfx.errors import AdapterError
+    from oftfx.errors import AdapterError, AdapterFileError
     from oftfx.opened import open_model
 
     show.check_new(out, force=force)
@@ -81,6 +81,8 @@ def merge(
     report = blend(model, weights, into="merged", bound=bound)
     try:
         save_adapter(model, out, adapter="merged")
+    except AdapterFileError:  # which no other convention mends
+        raise
     except AdapterError as error:
         show.say(f"saved in our own convention: {error}")
         save_adapter(model, out, adapter="merged", convention="oftfx")

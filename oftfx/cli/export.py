@@ -174,5 +174,4 @@ def _with_adapters(directory: Path, words: list[str], dtype: str) -> Any:
 
 
 def _end(report: Any, html: Path | None, json: bool) -> None:
-    show.write_page(report, html)
-    show.result(report.to_json() if json else str(report))
+    show.end(report, report.to_json() if json else str(report), html)

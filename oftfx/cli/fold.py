@@ -101,8 +101,7 @@ def fold(
         report = _by_files(base, adapter, out, options, more, (calibration, tokens, sequence), dry_run, quiet or json)
     if report is None:
         return
-    show.write_page(report, html)
-    show.result(report.to_json() if json else report.table())
+    show.end(report, report.to_json() if json else report.table(), html)
 
 
 def _texts(base: Path, file: Path | None, tokens: int, sequence: int) -> Any:

@@ -95,4 +95,8 @@ def main() -> None:
     # Nothing is ever fetched: what a command reads is what its user names.
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TQDM_DISABLE", "1")  # there are bars of ours
-    app()
+    try:
+        app()
+    except OSError as error:  # of what typer writes itself, help and version
+        show.refused(error)
+        sys.exit(show.FAILED)

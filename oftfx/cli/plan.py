@@ -33,8 +33,7 @@ def plan(
 
     show.check_page(html, force=force)
     made = plan_of(open_bare(model), asked_rules(target, rules, block_size, share_input))
-    show.write_page(made, html)
-    show.result(made.to_json() if json else made.table(full=full))
+    show.end(made, made.to_json() if json else made.table(full=full), html)
 
 
 def asked_rules(target: str, rules: Path | None, block_size: int | None, share_input: bool) -> Any:

@@ -66,5 +66,4 @@ def quantize(
             done = quantize_bnb(model, to, dtype=dtype)
     save_as = "compressed-tensors" if to in bits else None
     save_folded(done.model, done.report, out, save_as=save_as, beside=companions(model))
-    show.write_page(done.report, html)
-    show.result(done.report.to_json() if json else str(done.report))
+    show.end(done.report, done.report.to_json() if json else str(done.report), html)

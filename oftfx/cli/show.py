@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from oftfx.errors import OftfxError, OftfxWarning
+from oftfx.files import check_writable, said
 from oftfx.terminal import remark_bar
 
 DONE, FAILED, WRONG_USE, DIFFERENT, INTERRUPTED = 0, 1, 2, 3, 130
@@ -123,16 +124,31 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             say("interrupted; what was there is as it was, and where a run is resumed the same command goes on with it")
             raise typer.Exit(INTERRUPTED) from None
         except BrokenPipeError:  # whoever read the result has seen enough
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _end_of_output()
             raise typer.Exit(DONE) from None
         except OftfxError as error:
             fail(error)
+            raise typer.Exit(FAILED) from None
+        except OSError as error:
+            refused(error)
             raise typer.Exit(FAILED) from None
         except MemoryError as error:
             fail(OftfxError(f"there is not enough memory: {error}"))
             raise typer.Exit(FAILED) from None
 
     return guard
+
+
+def refused(error: OSError) -> None:
+    """What the system refused, as one message."""
+    if not error.filename:
+        _end_of_output()
+    fail(OftfxError(said(error)))
+
+
+def _end_of_output() -> None:
+    """Nothing more goes to standard output, where Python would fail once more when it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show_warnings() -> None:
@@ -148,14 +164,16 @@ def show_warnings() -> None:
 
 
 def check_new(path: Path, *, force: bool) -> None:
-    """Refuse to write over what is there.
+    """Refuse to write over what is there, or where nothing can be written; before any work.
 
     Raises:
-        OutputError: a file, or a directory that is not empty, is there, and it was not said to replace it.
+        OutputError: a file, or a directory that is not empty, is there, and it was not said to replace it; or the place
+            cannot be written to.
     """
     taken = path.is_file() or (path.is_dir() and any(path.iterdir()))
     if taken and not force:
         raise OutputError(f"{path} is there already; choose another place, or replace it: --force")
+    check_writable(path, OutputError)
 
 
 def check_page(html: Path | None, *, force: bool) -> None:
@@ -164,8 +182,9 @@ def check_page(html: Path | None, *, force: bool) -> None:
         check_new(html, force=force)
 
 
-def write_page(report: Any, html: Path | None) -> None:
-    """Write the page, if one was asked for."""
+def end(report: Any, text: str, html: Path | None) -> None:
+    """Say the result, then write the page, if one was asked for: where that cannot be, the result is not lost."""
+    result(text)
     if html is not None:
         report.to_html(html)
         say(f"written: {html}")

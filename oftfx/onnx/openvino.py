@@ -14,7 +14,7 @@ from torch import Tensor
 
 from oftfx.adapter.store import find_store, unwrapped
 from oftfx.errors import ExportError, MissingExtraError
-from oftfx.files import landing
+from oftfx.files import landing, written_by
 from oftfx.onnx.adapters import MODES
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks
 from oftfx.onnx.adapters.file import export_onnx_adapter
@@ -97,7 +97,8 @@ def export_openvino(
         graph = stateful(openvino.Core().read_model(str(onnx)))
         if verify:
             report = replace(report, checks=(*report.checks, *_checked(model, onnx, graph, adapters)))
-        openvino.save_model(graph, made / head, compress_to_fp16=False)
+        with written_by("OpenVINO", made / head):
+            openvino.save_model(graph, made / head, compress_to_fp16=False)
         for name in store.adapters if store is not None else ():
             export_onnx_adapter(model, made / f"{name}.safetensors", adapter=name, graph=onnx)
         del graph  # it reads the file
@@ -196,4 +197,5 @@ def _tokenizer(tokenizer: Any, directory: Path) -> None:
     tokenizer.save_pretrained(directory)
     made = convert_tokenizer(tokenizer, with_detokenizer=True)
     for graph, name in zip(made, ("openvino_tokenizer.xml", "openvino_detokenizer.xml"), strict=True):
-        openvino.save_model(graph, directory / name)
+        with written_by("OpenVINO", directory / name):
+            openvino.save_model(graph, directory / name)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from oftfx.adapter.store import check_name
 from oftfx.errors import FoldError, warn
+from oftfx.files import advice
 from oftfx.folding.inputs import batches_of
 from oftfx.folding.report import FoldReport
 from oftfx.folding.verdict import warn_of
@@ -117,8 +118,8 @@ def fold_checkpoint(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise FoldError(job.no_room(job.missing())) from error
         raise FoldError(
-            f"{out}: cannot be written to: {error.strerror or error}; what was there is as it was, and what was made "
-            "stays for the next run"
+            f"{out}: cannot be written to: {error.strerror or error}; {advice(error)}. What was there is as it was, "
+            "and what was made stays for the next run"
         ) from error
 
 

@@ -22,10 +22,12 @@ _CLAIM = ".oftfx-running"
 def claimed(out: Path) -> Iterator[None]:
     """No other process trains in ``out`` inside; a process that ends, however it does, gives it up.
 
+    A directory that was made for nothing is gone afterwards.
+
     Raises:
         OftfxError: another process does.
     """
-    place = out / _CLAIM
+    place, made_here = out / _CLAIM, not out.exists()
     while True:
         try:
             place.mkdir(parents=True, exist_ok=True)
@@ -44,6 +46,8 @@ def claimed(out: Path) -> Iterator[None]:
     finally:
         with suppress(OSError):
             place.rmdir()
+            if made_here:
+                out.rmdir()  # which only takes an empty one
         if handle is not None:
             os.close(handle)
 

@@ -19,7 +19,7 @@ from oftfx.adapter.save import save_adapter
 from oftfx.adapter.store import located
 from oftfx.adapter.switch import adapter_parameters
 from oftfx.errors import AdapterError, OftfxError
-from oftfx.files import write_whole
+from oftfx.files import check_writable, write_whole
 from oftfx.foldaware import fold_aware
 from oftfx.opened import open_config, open_image_processor, open_model, open_tokenizer
 from oftfx.planning.plans import Plan
@@ -110,6 +110,7 @@ class Training:
 
     def _prepared(self) -> tuple[nn.Module, tuple[Data, Data], Plan]:
         recipe = self.recipe
+        check_writable(self.out, OftfxError)
         read = self._reader()
         data = read(Path(recipe.data))
         for remark in data.remarks:

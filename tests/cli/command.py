@@ -14,7 +14,9 @@ def run(*arguments):
     done = CliRunner().invoke(app, [str(a) for a in arguments], prog_name="oftfx")
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
-    return SimpleNamespace(status=done.exit_code, out=done.stdout, err=" ".join(done.stderr.split()))
+    return SimpleNamespace(
+        status=done.exit_code, out=done.stdout, err=" ".join(done.stderr.split()), lines=done.stderr.splitlines()
+    )
 
 
 def start(*arguments, **more):

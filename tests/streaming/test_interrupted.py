@@ -14,6 +14,7 @@ import oftfx
 from oftfx import OFT
 from oftfx.errors import FoldError, OftfxWarning
 from oftfx.streaming import writer
+from tests.small_disk import small_disk
 from tests.streaming.compare import ALL, adapter_for, files, sums
 
 pytestmark = [pytest.mark.needs("transformers"), pytest.mark.filterwarnings("ignore:.*other code reads:UserWarning")]
@@ -146,22 +147,15 @@ def test_no_room_is_known_before(parts, monkeypatch):
     assert not parts[2].exists()
 
 
-@pytest.mark.skipif(os.name != "posix" or os.getuid() != 0, reason="mounts a file system")
 def test_a_small_file_system(parts, tmp_path):
     base, adapter, _ = parts
-    (tmp_path / "small").mkdir()
-    mounted = ["mount", "-t", "tmpfs", "-o", "size=200k", "tmpfs", str(tmp_path / "small")]
-    if subprocess.run(mounted, check=False, capture_output=True).returncode:
-        pytest.skip("mounting is not allowed here")
-    try:
+    with small_disk(tmp_path / "small", "200k") as small:
         with pytest.raises(FoldError, match="the disk is full"):
-            oftfx.fold_checkpoint(base, adapter, tmp_path / "small" / "out")
-        assert not [*(tmp_path / "small").iterdir()]
-        subprocess.run(["mount", "-o", "remount,size=40m", str(tmp_path / "small")], check=True)
-        oftfx.fold_checkpoint(base, adapter, tmp_path / "small" / "out")
-        oftfx.load_folded(tmp_path / "small" / "out")
-    finally:
-        subprocess.run(["umount", str(tmp_path / "small")], check=True)
+            oftfx.fold_checkpoint(base, adapter, small.path / "out")
+        assert not [*small.path.iterdir()]
+        small.remount("size=40m")
+        oftfx.fold_checkpoint(base, adapter, small.path / "out")
+        oftfx.load_folded(small.path / "out")
 
 
 def test_other_input_starts_anew_and_says_so(parts, tiny_llama, tmp_path, stop_at):

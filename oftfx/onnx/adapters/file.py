@@ -9,7 +9,7 @@ import torch.nn as nn
 
 from oftfx.adapter.store import unwrapped
 from oftfx.errors import ExportError, MissingExtraError
-from oftfx.files import landing, write_whole
+from oftfx.files import landing, write_whole, written_by
 from oftfx.onnx.adapters.blocks import Slots, adapter_blocks
 from oftfx.onnx.adapters.model_number import interface_of
 from oftfx.serving.copied.runtime.contract import INTERFACE, MODEL, ROTATIONS
@@ -80,7 +80,7 @@ def export_onnx_adapter(
     written.set_adapter_version(VERSION)
     written.set_model_version(interface_of(model, slots.names))
     written.set_parameters({n: onnxruntime.OrtValue.ortvalue_from_numpy(b.numpy()) for n, b in sorted(blocks.items())})
-    with landing(file.parent, file.name, ExportError) as made:
+    with landing(file.parent, file.name, ExportError) as made, written_by("ONNX Runtime", made / file.name):
         written.export_adapter(str(made / file.name))
     return file
 
