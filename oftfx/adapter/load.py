@@ -12,7 +12,7 @@ from torch import Tensor
 
 from oftfx.adapter.base_sketch import check_base
 from oftfx.adapter.contents import rotation_by_site
-from oftfx.adapter.conventions.base import Foreign
+from oftfx.adapter.conventions.base import Convention, Foreign
 from oftfx.adapter.conventions.checkpoint import Checkpoint, fill, tensors_of
 from oftfx.adapter.conventions.peft import check_native
 from oftfx.adapter.conventions.registry import convention_named, convention_of
@@ -95,13 +95,7 @@ def load_adapter(
         fill(found)
         return model
     program = Program.of(root)
-    if isinstance(meaning, Foreign):
-        plan, files = read_foreign(meaning, source, program, store, part=part, trainable=trainable)
-    else:
-        check_native(source, meaning)
-        check_sizes(source, program)
-        files = AdapterFiles.read(source.directory)
-        plan = plan_of_file(program, files, store)
+    plan, files = read_adapter(source, meaning, program, store, part=part, trainable=trainable)
     skews, others = files.skews, files.others
     check_base(root, plan, files.notes, str(path))
     if store is not None and adapter in store.adapters:
@@ -122,6 +116,29 @@ def load_adapter(
         store.follow(root, adapter)
         forget_compiled()
     return model
+
+
+def read_adapter(
+    source: Source,
+    meaning: Convention,
+    program: Program,
+    store: AdapterStore | None,
+    *,
+    part: str | None,
+    trainable: bool = False,
+) -> tuple[Plan, AdapterFiles]:
+    """The plan and the numbers of an adapter's files, checked against a model, which may be on the meta device.
+
+    Raises:
+        AdapterFileError: not readable, another kind of adapter, or numbers that are not finite.
+        AdapterError: it does not fit the model.
+    """
+    if isinstance(meaning, Foreign):
+        return read_foreign(meaning, source, program, store, part=part, trainable=trainable)
+    check_native(source, meaning)
+    check_sizes(source, program)
+    files = AdapterFiles.read(source.directory)
+    return plan_of_file(program, files, store), files
 
 
 def _check_no_codes(root: nn.Module, adapter: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from oftfx.cli import show
-from oftfx.cli.options import Adapter, Base, Force, Json, Quiet, Text, Threads, use_threads
+from oftfx.cli.options import Adapter, Base, Convention, Force, Json, Part, Quiet, Text, Threads, use_threads
 
 _Out = Annotated[Path, typer.Argument(help="Directory, or file, for the result.", show_default=False)]
 
@@ -18,13 +18,8 @@ def convert(
     adapter: Adapter,
     out: _Out,
     to: Annotated[str, typer.Option(help="What to write: peft, oftfx, lycoris, kohya, oft_v2, ...")] = "peft",
-    convention: Annotated[
-        str | None, typer.Option("--from", help="What it is, where the file leaves a choice.", show_default=False)
-    ] = None,
-    part: Annotated[
-        str | None,
-        typer.Option(help="Of a file for several models: the prefix of this one's keys.", show_default=False),
-    ] = None,
+    convention: Convention = None,
+    part: Part = None,
     rules: Annotated[
         Path | None,
         typer.Option(help="Of a Trainer checkpoint: the rules it was trained by, .toml or .json.", show_default=False),

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oftfx.cli import show
-from oftfx.cli.options import Adapter, Base, DryRun, Html, Json, Quiet, Text, Threads, use_threads
+from oftfx.cli.options import Adapter, Base, Convention, DryRun, Html, Json, Part, Quiet, Text, Threads, use_threads
 
 if TYPE_CHECKING:
     from oftfx.folding.report import FoldReport
@@ -53,6 +53,8 @@ def fold(
         bool, typer.Option("--in-memory", help="Load the whole model, and measure its output.")
     ] = False,
     hidden_states: Annotated[str, typer.Option(help="Of the calibration texts: memory, or disk (slower).")] = "memory",
+    convention: Convention = None,
+    part: Part = None,
     name: Annotated[str, typer.Option(help="Of the adapter, for the report.")] = "default",
     html: Html = None,
     force: Annotated[bool, typer.Option("--force", "--overwrite", help="Replace an earlier result in OUT.")] = False,
@@ -65,26 +67,32 @@ def fold(
 
     Prints what was done to each layer, and whether the adapter arrived. With --quantized calibrate the model runs on
     the texts, layer by layer, with the weights of one decoder layer in memory at a time. Options that say so load the
-    whole model; so does an adapter whose scales were trained for its fold.
+    whole model; so does an adapter whose scales were trained for its fold, and a file of another tool with more in it
+    than rotations.
     Interrupted, killed or out of room, the same command goes on where it was.
     Started by torchrun (torchrun --nproc-per-node 4 -m oftfx fold ...), the processes share the work, but for what is
     calibrated, which the first one does.
     """
-    from oftfx.adapter.conventions.registry import adapter_convention
     from oftfx.adapter.scales import SCALE_FILE
+    from oftfx.streaming.given import NeedsWeightsError
 
     use_threads(threads)
     show.check_page(html, force=force)
     trained = quantized is None and (adapter / SCALE_FILE).is_file()
-    convention = adapter_convention(adapter)
-    if convention not in ("peft", "oftfx"):
-        show.say(f"{adapter} is of the convention {convention!r}, which is folded in memory")
-        in_memory = True
-    whole = in_memory or distil or into != "site" or save_as or server or rotations or trained
+    whole: Any = in_memory or distil or into != "site" or save_as or server or rotations or trained
     options: dict[str, Any] = {"quantized": quantized, "reference": reference}
+    file = {"convention": convention, "part": part}
+    if not whole:
+        more: dict[str, Any] = {"hidden_states": hidden_states, "name": name, "overwrite": force, **file}
+        texts = (calibration, tokens, sequence)
+        try:
+            report = _by_files(base, adapter, out, options, more, texts, dry_run, quiet or json)
+        except NeedsWeightsError as error:
+            show.say(f"{error}. It is folded in memory now")
+            whole = True
     if whole:
         inputs = _texts(base, calibration, tokens, sequence)
-        more = {"distil": distil, "into": into, "name": name, "trained": trained}
+        more = {"distil": distil, "into": into, "name": name, "trained": trained, "file": file}
         report = _in_memory(
             base,
             adapter,
@@ -96,9 +104,6 @@ def fold(
             dry_run,
             quiet or json,
         )
-    else:
-        more = {"hidden_states": hidden_states, "name": name, "overwrite": force}
-        report = _by_files(base, adapter, out, options, more, (calibration, tokens, sequence), dry_run, quiet or json)
     if report is None:
         return
     show.end(report, report.to_json() if json else report.table(), html)
@@ -123,11 +128,10 @@ def _by_files(
     from oftfx.streaming.directory_fold import check_fold, fold_checkpoint
     from oftfx.streaming.memory import let_large_tensors_go
 
-    name = more.pop("name")
+    name, options = more.pop("name"), {**options, **more}
     if texts[0] is not None:
         let_large_tensors_go()
-        options |= {"calibration": _texts(base, *texts), "hidden_states": more["hidden_states"]}
-    options["overwrite"] = more["overwrite"]
+        options["calibration"] = _texts(base, *texts)
     if dry_run:
         job = check_fold(base, adapter, out, **options)
         job.check_room()
@@ -162,7 +166,7 @@ def _in_memory(
     if own_files(out) and not force:
         raise show.OutputError(f"{out} holds an earlier result; choose another place, or replace it: --force")
     name, trained = more.pop("name"), more.pop("trained")
-    model = load_adapter(open_model(base), adapter, adapter=name)
+    model = load_adapter(open_model(base), adapter, adapter=name, **more.pop("file"))
     set_adapter(model, name)
     if trained:
         awareness = fold_aware(model, "calibrate", adapter=name, calibration=adapter)

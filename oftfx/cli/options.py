@@ -11,6 +11,13 @@ Base = Annotated[Path, typer.Argument(help="Model: a directory with config.json 
 Adapter = Annotated[
     Path, typer.Argument(help="Adapter: a directory of oftfx or PEFT, or a file of another tool.", show_default=False)
 ]
+Convention = Annotated[
+    str | None,
+    typer.Option("--from", help="What the adapter's file is, where that leaves a choice.", show_default=False),
+]
+Part = Annotated[
+    str | None, typer.Option(help="Of a file for several models: the prefix of this one's keys.", show_default=False)
+]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, say what would be done, write nothing.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace what is in the place of the result.")]

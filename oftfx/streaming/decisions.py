@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from oftfx.adapter.from_file import AdapterFiles, plan_of_file
+from oftfx.adapter.from_file import AdapterFiles
 from oftfx.errors import FoldError
 from oftfx.folding.turned import is_identity
 from oftfx.formats.mxfp4_experts import BLOCKS, Mxfp4Experts
@@ -22,7 +22,6 @@ from oftfx.passes.insert_rotations import rotation_for
 from oftfx.passes.quantized.calibrate_experts import UNSEEN
 from oftfx.placement.frozen import product_of
 from oftfx.planning.plans import Plan
-from oftfx.planning.program import Program
 from oftfx.planning.site_plan import SitePlan
 from oftfx.streaming.skeleton import Skeleton
 from oftfx.streaming.transformers_loader import ties
@@ -123,19 +122,18 @@ class Decisions:
     untied: frozenset[str]
 
     @classmethod
-    def of(cls, skeleton: Skeleton, files: AdapterFiles, quantized: Choice | None, means: Means) -> Decisions:
+    def of(
+        cls, skeleton: Skeleton, plan: Plan, files: AdapterFiles, quantized: Choice | None, means: Means
+    ) -> Decisions:
         """Decide.
 
         Raises:
-            AdapterError: the adapter is of another model.
             FoldError: a policy that is not there, or that a site cannot take.
         """
         if isinstance(quantized, str):
             _check_policy(quantized, "quantized", means)
-        program = Program.of(skeleton.model)
-        plan = plan_of_file(program, files, None)
         sites, kept = list[Decision](), dict[str, Kept]()
-        order = {path: index for index, path in enumerate(program.index.modules)}
+        order = {path: index for index, (path, _) in enumerate(skeleton.model.named_modules())}
         for entry in sorted(plan, key=lambda e: order[e.site.called]):  # as a fold in memory finds them
             layer = skeleton.model.get_submodule(entry.site.module)
             found = format_of(layer) if entry.site.is_layer else format_at(layer, entry.site, each=entry.each)

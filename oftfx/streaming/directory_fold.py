@@ -31,6 +31,8 @@ def fold_checkpoint(
     hidden_states: Literal["memory", "disk"] = "memory",
     name: str = "default",
     overwrite: bool = False,
+    convention: str | None = None,
+    part: str | None = None,
     distributed: bool = False,
     progress: bool | Callable[[int, int], None] = False,
 ) -> FoldReport:
@@ -53,7 +55,7 @@ def fold_checkpoint(
     Args:
         base: directory with ``config.json`` and ``model.safetensors`` or shards with their index, of a model that
             transformers has a class for.
-        adapter: directory that `save_adapter` or PEFT wrote.
+        adapter: what `oftfx.load_adapter` reads: a directory of oftfx or PEFT, or the file of another tool.
         out: directory for the result; made where it is not there.
         quantized: as in `oftfx.fold`: ``"keep"`` (and None), ``"requantize"``, ``"float"``, ``"reference"``,
             ``"calibrate"``, or a function from `Site` to one of these.
@@ -64,6 +66,8 @@ def fold_checkpoint(
             without a name in ``out``, which go when the run ends, however it does).
         name: of the adapter, for the report.
         overwrite: replace an earlier result of ours in ``out``; the old files go when the new ones are there.
+        convention: of the adapter, where its files leave a choice.
+        part: of a file for several models, the prefix of this one's keys.
         distributed: share the work with the other processes that ``torchrun`` has started; all of them call this, on
             one file system. Each folds layers, the first one prepares and ends; the bytes are those of one process.
             ``calibration`` is all inputs in each: every process runs its part of them and rounds every layer, so what
@@ -77,7 +81,8 @@ def fold_checkpoint(
 
     Raises:
         FoldError: the checkpoint is not complete, a policy cannot be, the disk is full (run the same again once there
-            is room), another process folds into ``out``, or one that shares the work has failed.
+            is room), another process folds into ``out``, one that shares the work has failed, or the adapter has more
+            than rotations (scales of rows, reflections), which are said by the weights: use `oftfx.fold` for that.
         AdapterError: the adapter does not fit the model.
         MissingExtraError: transformers, or the quantization's package, is not installed.
 
@@ -102,6 +107,8 @@ def fold_checkpoint(
         "reference": reference,
         "calibration": calibration,
         "hidden_states": hidden_states,
+        "convention": convention,
+        "part": part,
     }
     job = check_fold(base, adapter, out, **options, overwrite=overwrite)
     if job.base.left:
@@ -133,10 +140,17 @@ def check_fold(
     calibration: Iterable[Mapping[str, Any] | tuple[Any, ...]] | None = None,
     hidden_states: str = "memory",
     overwrite: bool = False,
+    convention: str | None = None,
+    part: str | None = None,
 ) -> Job:
     """All checks of `fold_checkpoint` and its list of work; nothing is written."""
     original = None if reference is None else Path(reference)
-    options: dict[str, Any] = {"hidden_states": hidden_states, "overwrite": overwrite}
+    options: dict[str, Any] = {
+        "hidden_states": hidden_states,
+        "overwrite": overwrite,
+        "convention": convention,
+        "part": part,
+    }
     return Job.of(Path(base), Path(adapter), Path(out), quantized, original, batches_of(calibration), **options)
 
 

@@ -15,11 +15,9 @@ from pathlib import Path
 
 import torch
 
-from oftfx.adapter import peft_files
 from oftfx.adapter.fixed_rotations import FILE as ROTATIONS
 from oftfx.adapter.folded import NOTE, own_files
 from oftfx.adapter.from_file import AdapterFiles
-from oftfx.adapter.peft_files import PLAN_FILE
 from oftfx.errors import FoldError, warn
 from oftfx.folding.checkpoint import checkpoint_digest
 from oftfx.folding.inputs import digest_of
@@ -34,6 +32,7 @@ from oftfx.streaming.decisions import Choice, Decisions, Means
 from oftfx.streaming.directory import CONFIG, CheckpointDirectory
 from oftfx.streaming.finish import Finish, report_of
 from oftfx.streaming.fold_layer import Folder
+from oftfx.streaming.given import Given
 from oftfx.streaming.journal import Done, Journal
 from oftfx.streaming.maps import Maps
 from oftfx.streaming.ranks import Ranks
@@ -96,6 +95,8 @@ class Job:
         *,
         hidden_states: str = "memory",
         overwrite: bool,
+        convention: str | None = None,
+        part: str | None = None,
     ) -> Job:
         """Check all that can be known before a byte is written.
 
@@ -109,7 +110,7 @@ class Job:
             raise FoldError("hidden_states='disk': this system cannot reserve room in files; use 'memory'")
         _check_apart(base, out)
         directory = CheckpointDirectory.read(base)
-        files = AdapterFiles.read(adapter)
+        given = Given.open(adapter, convention, part)
         if (base / ROTATIONS).exists():
             raise FoldError(
                 f"{base} has rotations in front of its weights ({ROTATIONS}), which act before the adapter's; load it "
@@ -118,12 +119,13 @@ class Job:
         original = None if reference is None else ReferenceWeights(reference)
         maps = Maps(base)
         skeleton = Skeleton.of(directory, maps)
-        decisions = Decisions.of(skeleton, files, quantized, Means(original is not None, bool(calibration)))
+        plan, files = given.read(skeleton)
+        decisions = Decisions.of(skeleton, plan, files, quantized, Means(original is not None, bool(calibration)))
         work = Work.of(directory, skeleton, decisions)
         inputs = tuple(calibration) if any(s.action == "calibrate" for s in decisions.sites) else ()
         if calibration and not inputs:
             warn("calibration: no layer is calibrated, so these inputs are not used; quantized='calibrate' asks for it")
-        key = _key(directory, adapter, reference, decisions, inputs)
+        key = _key(directory, given, reference, decisions, inputs)
         made = cls(
             directory, files, out, skeleton, decisions, work, maps, original, inputs, hidden_states == "disk", key, ()
         )
@@ -354,7 +356,7 @@ def _stale(out: Path, *, overwrite: bool) -> tuple[str, ...]:
 
 def _key(
     directory: CheckpointDirectory,
-    adapter: Path,
+    given: Given,
     reference: Path | None,
     decisions: Decisions,
     calibration: Sequence[Inputs],
@@ -362,8 +364,7 @@ def _key(
     """Of everything that decides the bytes of the result."""
     parts = [__version__, torch.__version__, version("transformers")]
     parts.append(directory.fingerprint(checkpoint_digest(directory.path)))
-    files = (adapter / n for n in (peft_files.WEIGHT_FILE, peft_files.CONFIG_FILE, PLAN_FILE))
-    parts += [f"{f.name} {hashlib.sha256(f.read_bytes()).hexdigest()}" for f in files if f.is_file()]
+    parts += given.facts
     if reference is not None:
         facts = checkpoint_digest(reference) if reference.is_dir() else reference.stat().st_mtime_ns
         parts.append(f"reference {facts}")

@@ -64,7 +64,7 @@ def test_another_convention_and_back(files):
     assert run("convert", files.base, lycoris, again).status == 0
     done = run("fold", files.base, lycoris, files.out, "--quiet", "--json")
     assert done.status == 0, done.err
-    assert "is of the convention 'oft_v2', which is folded in memory" in done.err
+    assert "in memory" not in done.err
     assert len(json.loads(done.out)["sites"]) == 14
     ids = torch.arange(20).view(1, 20)
     with torch.no_grad():
