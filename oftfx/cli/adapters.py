@@ -8,7 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from oftfx.cli import show
-from oftfx.cli.options import Adapter, Base, Convention, Force, Json, Part, Quiet, Text, Threads, use_threads
+from oftfx.cli.options import (
+    Adapter,
+    Base,
+    Convention,
+    Force,
+    Json,
+    Part,
+    Quiet,
+    Sequence,
+    Text,
+    Threads,
+    Tokens,
+    use_threads,
+)
 
 _Out = Annotated[Path, typer.Argument(help="Directory, or file, for the result.", show_default=False)]
 
@@ -114,8 +127,8 @@ def to_lora(
     ] = None,
     bound: Annotated[float, typer.Option(help="Largest share of an update that may be lost at a site.")] = 0.1,
     calibration: Text = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of these texts to use.")] = 2048,
-    sequence: Annotated[int, typer.Option(min=2, help="Tokens of one sequence.")] = 256,
+    tokens: Tokens = 2048,
+    sequence: Sequence = 256,
     force: Force = False,
     threads: Threads = None,
     quiet: Quiet = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from oftfx.cli import show
-from oftfx.cli.options import Base, Json, Quiet, Threads, use_threads
+from oftfx.cli.options import Base, Dtype, Json, Quiet, Threads, use_threads
 
 if TYPE_CHECKING:
     import torch.nn as nn
@@ -25,7 +25,7 @@ def bench(
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of the prompt.")] = 128,
     batch: Annotated[int, typer.Option(min=1, help="Rows of a training step, of as many tokens.")] = 4,
     rounds: Annotated[int, typer.Option(min=1, help="How often each is timed.")] = 7,
-    dtype: Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Dtype = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
     json: Json = False,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from oftfx.cli import show
-from oftfx.cli.options import Base, Json, Quiet, Threads, use_threads
+from oftfx.cli.options import Base, Dtype, Json, Quiet, Threads, use_threads
 
 if TYPE_CHECKING:
     from oftfx.evaluation.perplexity import Logits
@@ -25,7 +25,7 @@ def evaluate(
     tokens: Annotated[int, typer.Option(min=2, help="How many tokens of the texts to use.")] = 4096,
     sequence: Annotated[int, typer.Option(min=2, help="Tokens of one sequence.")] = 256,
     rounds: Annotated[int, typer.Option(min=0, help="How often a forward is timed; 0: not at all.")] = 5,
-    dtype: Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Dtype = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
     json: Json = False,

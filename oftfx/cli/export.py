@@ -18,6 +18,9 @@ _Mode = Annotated[
     str, typer.Option(help="fixed: in the file; swappable: beside it; mixed: a row's choice; inputs: see the guide.")
 ]
 _Dtype = Annotated[str, typer.Option(help="auto, float32 or float16.")]
+_Directory = Annotated[Path, typer.Argument(help="The directory.", show_default=False)]
+_AccuracyLevel = Annotated[int | None, typer.Option(help="4: int8 products, faster, not exact.", show_default=False)]
+_Verify = Annotated[bool, typer.Option(help="Run ONNX Runtime against torch, and refuse a file that differs.")]
 
 
 def export(
@@ -29,15 +32,11 @@ def export(
     fused: Annotated[
         bool, typer.Option("--fused", help="With --cache: attention in one operator, where it is that.")
     ] = False,
-    accuracy_level: Annotated[
-        int | None, typer.Option(help="4: int8 products, faster, not exact.", show_default=False)
-    ] = None,
+    accuracy_level: _AccuracyLevel = None,
     dialect: Annotated[str, typer.Option(help="ort, standard or openvino.")] = "ort",
     opset: Annotated[int | None, typer.Option(help="Of the standard operators.", show_default=False)] = None,
     dtype: _Dtype = "auto",
-    verify: Annotated[
-        bool, typer.Option(help="Run ONNX Runtime against torch, and refuse a file that differs.")
-    ] = True,
+    verify: _Verify = True,
     html: Html = None,
     force: Force = False,
     threads: Threads = None,
@@ -61,17 +60,13 @@ def export(
 
 def genai(
     model: Base,
-    out: Annotated[Path, typer.Argument(help="The directory.", show_default=False)],
+    out: _Directory,
     adapter: _Adapters = None,
     mode: Annotated[str, typer.Option(help="fixed: in the graph; swappable: a file beside it for each.")] = "fixed",
     context_length: Annotated[int | None, typer.Option(help="Largest number of tokens.", show_default=False)] = None,
-    accuracy_level: Annotated[
-        int | None, typer.Option(help="4: int8 products, faster, not exact.", show_default=False)
-    ] = None,
+    accuracy_level: _AccuracyLevel = None,
     dtype: _Dtype = "auto",
-    verify: Annotated[
-        bool, typer.Option(help="Run ONNX Runtime against torch, and refuse a file that differs.")
-    ] = True,
+    verify: _Verify = True,
     html: Html = None,
     force: Force = False,
     threads: Threads = None,
@@ -96,7 +91,7 @@ def genai(
 
 def openvino(
     model: Base,
-    out: Annotated[Path, typer.Argument(help="The directory.", show_default=False)],
+    out: _Directory,
     adapter: _Adapters = None,
     mode: Annotated[str, typer.Option(help="fixed: in the model; inputs: for plain OpenVINO.")] = "fixed",
     dtype: _Dtype = "auto",

@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from oftfx.cli import show
-from oftfx.cli.options import Adapter, Base, Convention, DryRun, Html, Json, Part, Quiet, Text, Threads, use_threads
+from oftfx.cli.options import (
+    Adapter,
+    Base,
+    Convention,
+    DryRun,
+    Html,
+    Json,
+    Part,
+    Quiet,
+    Sequence,
+    Text,
+    Threads,
+    Tokens,
+    use_threads,
+)
 
 if TYPE_CHECKING:
     from oftfx.folding.report import FoldReport
@@ -29,8 +43,8 @@ def fold(
         Path | None, typer.Option(help="The original float checkpoint, for 'reference'.", show_default=False)
     ] = None,
     calibration: Text = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of the calibration texts to use.")] = 8192,
-    sequence: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 512,
+    tokens: Tokens = 8192,
+    sequence: Sequence = 512,
     distil: Annotated[int, typer.Option(min=0, help="Passes over them in which the scales learn; in memory.")] = 0,
     into: Annotated[
         str, typer.Option(help="'site', or 'producer': into the layer before, where exact; in memory.")

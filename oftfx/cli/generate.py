@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from oftfx.cli import show
-from oftfx.cli.options import Base, Json, Quiet, Threads, use_threads
+from oftfx.cli.options import Base, Dtype, Json, Quiet, Threads, use_threads
 
 
 def generate(
@@ -19,7 +19,7 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn of the chat template.")] = False,
     temperature: Annotated[float, typer.Option(min=0.0, help="0: always the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of what is drawn, at a temperature above 0.")] = 0,
-    dtype: Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Dtype = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
     json: Json = False,

@@ -30,8 +30,9 @@ Text = Annotated[
         show_default=False,
     ),
 ]
-Tokens = Annotated[int, typer.Option(min=1, help="How many tokens of the texts to use.")]
-Sequence = Annotated[int, typer.Option(min=2, help="Tokens of one sequence.")]
+Tokens = Annotated[int, typer.Option(min=1, help="How many tokens of the calibration texts to use.")]
+Sequence = Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")]
+Dtype = Annotated[str, typer.Option(help="Of the base: auto, float32, bfloat16, float16.")]
 Html = Annotated[Path | None, typer.Option(help="Write the report as one HTML file as well.", show_default=False)]
 
 

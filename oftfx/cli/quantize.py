@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from oftfx.cli import show
-from oftfx.cli.options import Base, DryRun, Force, Html, Json, Quiet, Text, Threads, use_threads
+from oftfx.cli.options import Base, DryRun, Force, Html, Json, Quiet, Sequence, Text, Threads, Tokens, use_threads
 
 
 def quantize(
@@ -20,8 +20,8 @@ def quantize(
     ] = "int4",
     group_size: Annotated[int, typer.Option(help="Columns that share a scale, of int4 and int8; -1: all.")] = 32,
     calibration: Text = None,
-    tokens: Annotated[int, typer.Option(min=1, help="How many tokens of the calibration texts to use.")] = 8192,
-    sequence: Annotated[int, typer.Option(min=1, help="Tokens of one sequence.")] = 512,
+    tokens: Tokens = 8192,
+    sequence: Sequence = 512,
     dtype: Annotated[str, typer.Option(help="Of what stays float: auto, float32, bfloat16, float16.")] = "auto",
     html: Html = None,
     force: Force = False,

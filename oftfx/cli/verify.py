@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from oftfx.cli import show
-from oftfx.cli.options import Json, Quiet, Threads, use_threads
+from oftfx.cli.options import Dtype, Json, Quiet, Threads, use_threads
 
 
 def verify(
@@ -35,7 +35,7 @@ def verify(
     ] = None,
     tokens: Annotated[int, typer.Option(min=1, help="Greedy tokens to compare, after each prompt.")] = 32,
     tie: Annotated[float, typer.Option(min=0.0, help="Margins of logits that rounding may decide.")] = 1e-3,
-    dtype: Annotated[str, typer.Option(help="Of the base here: auto, float32, bfloat16, float16.")] = "auto",
+    dtype: Dtype = "auto",
     threads: Threads = None,
     quiet: Quiet = False,
     json: Json = False,
