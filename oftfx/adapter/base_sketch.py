@@ -14,6 +14,7 @@ from oftfx.formats.registry import format_of
 from oftfx.formats.sharded import is_sharded
 from oftfx.planning.plans import Plan
 from oftfx.planning.site_plan import SitePlan
+from oftfx.typed_json import parsed
 
 KEY = "oftfx_base_sketch"
 """In the metadata of the weights; PEFT does not look at it, and its own files have none."""
@@ -40,8 +41,8 @@ def check_base(root: nn.Module, plan: Plan, notes: Mapping[str, str], where: str
         where: the file, for the message.
     """
     try:
-        known = {str(k): [float(x) for x in v] for k, v in json.loads(notes.get(KEY, "") or "{}").items()}
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        known = {str(k): [float(x) for x in v] for k, v in parsed(notes.get(KEY, "") or "{}").items()}
+    except (ValueError, TypeError, AttributeError, OverflowError):
         return  # somebody else's note
     pairs = [
         (a, b)

@@ -13,6 +13,7 @@ from oftfx.adapter.made import made_of, write_config
 from oftfx.errors import AdapterFileError, MissingExtraError
 from oftfx.folding.report import FoldReport
 from oftfx.formats.registry import format_of
+from oftfx.typed_json import made, read_object
 
 _MAP = "quanto_qmap.json"
 
@@ -57,7 +58,28 @@ class QuantoState(Plain):
             from optimum.quanto import requantize
         except ImportError as error:
             raise MissingExtraError("optimum.quanto", "quanto", f"Reading {directory}") from error
-        made: Any = made_of(directory, facts["class"]).eval()
-        requantize(made, load_file(directory / self._FILE), json.loads((directory / _MAP).read_text()))
-        made.tie_weights()  # the package has made every parameter anew
-        return super().read(directory, facts, made, {})
+        model = made_of(directory, facts["class"]).eval()
+        requantize(model, load_file(directory / self._FILE), _read_map(directory / _MAP, model))
+        tie: Any = model.tie_weights
+        tie()  # the package has made every parameter anew
+        return super().read(directory, facts, model, {})
+
+
+def _read_map(file: Path, model: nn.Module) -> dict[str, dict[str, str]]:
+    """How each layer is quantized, in the package's words.
+
+    Raises:
+        AdapterFileError: there is no such file, or it does not say that of layers of this model.
+    """
+    from optimum.quanto.tensor.qtype import qtypes
+
+    try:
+        found = made(dict[str, dict[str, str]], read_object(file))
+        for path, kinds in found.items():
+            model.get_submodule(path)
+            for what in ("weights", "activations"):
+                if kinds.get(what) not in ("none", *qtypes):
+                    raise ValueError(f"{path}.{what} is {kinds.get(what)!r}, expected one of none, {', '.join(qtypes)}")
+    except (ValueError, AttributeError) as error:
+        raise AdapterFileError(f"{file} is damaged: {error}; save the fold again") from None
+    return found

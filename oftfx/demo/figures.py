@@ -9,6 +9,7 @@ from typing import Any
 
 from oftfx.errors import OftfxError
 from oftfx.files import write_whole
+from oftfx.typed_json import read_object
 
 
 def read(folder: Path, size: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
@@ -26,7 +27,10 @@ def read(folder: Path, size: dict[str, Any], say: Callable[[str], None]) -> dict
     path = folder / "results.json"
     if not path.exists():
         return {"size": size}
-    results = json.loads(path.read_text())
+    try:
+        results = read_object(path)
+    except OftfxError as error:
+        raise OftfxError(f"{error}; remove it, or choose another folder") from None
     if results.get("size") != size:
         raise OftfxError(
             f"{folder} holds a run with {results.get('size')}, this one is {size}; choose another folder or remove it"

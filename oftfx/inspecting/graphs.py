@@ -10,6 +10,7 @@ from typing import Any
 from oftfx.errors import MissingExtraError
 from oftfx.inspecting.found import Found, InspectError, Table
 from oftfx.inspecting.headers import digest
+from oftfx.typed_json import parsed
 
 _KNOWN = ("model", "state", "adapter_mode", "adapters", "adapter_hashes", "interface", "attention", "version", "folds")
 
@@ -70,7 +71,7 @@ def _faults(model: Any, path: Path) -> tuple[str, ...]:
 
 def _plain(text: str) -> Any:
     try:
-        value = json.loads(text)
+        value = parsed(text)
     except ValueError:
         return text
     if isinstance(value, dict):

@@ -10,8 +10,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from oftfx.errors import GuardError
 from oftfx.rotation.cayley import Parameterization, cayley
 from oftfx.rotation.skew import remembered
+from oftfx.typed_json import made, parsed
 
 
 @dataclass(frozen=True)
@@ -70,9 +72,18 @@ def blocks_by(recipes: Sequence[Recipe], skews: Sequence[Tensor]) -> list[Tensor
 
 @lru_cache(maxsize=1024)
 def read_recipe(text: str) -> Recipe:
-    """Inverse of `Recipe.text`."""
-    fields = json.loads(text)
-    return Recipe(**{**fields, "tied": tuple(fields["tied"])})
+    """Inverse of `Recipe.text`.
+
+    Raises:
+        GuardError: it is none; a program that was exported by another version, or edited, hands such a text on.
+    """
+    try:
+        return made(Recipe, parsed(text))
+    except ValueError as error:
+        raise GuardError(
+            f"a rotation of this program is described by {text[:80]!r}, which cannot be read: {error}. Record or "
+            "export the model again"
+        ) from None
 
 
 @lru_cache(maxsize=256)

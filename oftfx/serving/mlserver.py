@@ -8,6 +8,7 @@ from typing import Any
 from oftfx.errors import ExportError
 from oftfx.serving.copied.runtime import ServedModel, Tensor
 from oftfx.serving.options import Options, ServerFiles
+from oftfx.typed_json import parsed
 
 MESSAGE = 2**31 - 1  # bytes of one gRPC message; the default of 4 MiB is less than the logits of one sentence
 
@@ -36,7 +37,7 @@ def check(path: str, old: str, new: str) -> None:
         ExportError: others are there, or they cannot be read.
     """
     try:
-        there, asked = dict(json.loads(old)), json.loads(new)
+        there, asked = dict(parsed(old)), parsed(new)
     except (TypeError, ValueError) as error:
         raise ExportError(f"{path}: expected a JSON object, {error}; mend or remove it") from error
     for key in ("host", "http_port", "grpc_port"):

@@ -12,6 +12,7 @@ from typing import Any
 
 from oftfx.files import put, sync
 from oftfx.folding.record import SiteFold
+from oftfx.typed_json import made, parsed
 
 _VERSION = 1
 
@@ -29,6 +30,16 @@ class Done:
     digests: Mapping[str, str] = field(default_factory=dict)
     lines: tuple[SiteFold, ...] = ()
     tails: Mapping[str, bytes] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A unit that is done, as a line has it; tails in base 64."""
+
+    unit: int
+    digests: Mapping[str, str]
+    lines: tuple[SiteFold, ...]
+    tails: Mapping[str, str]
 
 
 @dataclass
@@ -54,14 +65,11 @@ class Journal:
             return None
         result = cls(path)
         for line in lines[:-1]:  # what is behind the last line's end was cut off
-            entry = _parsed(line)
-            if entry is None:
+            entry = _entry(line)
+            if entry is None:  # what comes after it is done again
                 break
-            result.done[entry["unit"]] = Done(
-                entry["digests"],
-                tuple(SiteFold(**s) for s in entry["lines"]),
-                {n: base64.b64decode(t) for n, t in entry["tails"].items()},
-            )
+            tails = {n: base64.b64decode(t) for n, t in entry.tails.items()}
+            result.done[entry.unit] = Done(entry.digests, entry.lines, tails)
         return result
 
     @classmethod
@@ -75,13 +83,8 @@ class Journal:
     def add(self, unit: int, done: Done) -> None:
         """Note a unit, from the next `flush` on."""
         self.done[unit] = done
-        entry = {
-            "unit": unit,
-            "digests": dict(done.digests),
-            "lines": [asdict(s) for s in done.lines],
-            "tails": {n: base64.b64encode(t).decode() for n, t in done.tails.items()},
-        }
-        self._waiting.append(_line(entry))
+        tails = {n: base64.b64encode(t).decode() for n, t in done.tails.items()}
+        self._waiting.append(_line(asdict(_Entry(unit, dict(done.digests), done.lines, tails))))
 
     def flush(self) -> None:
         """Write what was noted; the bytes that it speaks of are on the disk already."""
@@ -114,6 +117,17 @@ def _line(entry: Mapping[str, Any]) -> bytes:
 
 def _parsed(line: bytes) -> Any:
     try:
-        return json.loads(line)
+        return parsed(line)
     except ValueError:
         return None
+
+
+def _entry(line: bytes) -> _Entry | None:
+    """A line of a unit; None where it is none of ours, whole."""
+    try:
+        found = made(_Entry, parsed(line))
+        for text in found.tails.values():
+            base64.b64decode(text, validate=True)
+    except ValueError:
+        return None
+    return found

@@ -7,15 +7,24 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from oftfx.errors import FoldError
-from oftfx.files import lock, rename, settle, sync, write
+from oftfx.files import is_name, lock, rename, settle, sync, write
+from oftfx.typed_json import made, parsed
 
 _NAME, _NEW, _OLD = ".oftfx-fold-checkpoint", "new", "old"
 _JOURNAL, _BESIDE, _LANDING = "journal.jsonl", "journal-", "landing.json"
+
+
+@dataclass(frozen=True)
+class _Landing:
+    """All files are made: of which input, their names, and those of an older result that go."""
+
+    key: str
+    names: tuple[str, ...]
+    stale: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ class Staging:
     def begin_landing(self, key: str, stale: Iterable[str]) -> None:
         """All is made: from here on a run of the same input only brings the files to their places."""
         names = sorted(p.name for p in self.new.iterdir())
-        text = json.dumps({"key": key, "names": names, "stale": sorted(stale)})
+        text = json.dumps(asdict(_Landing(key, tuple(names), tuple(sorted(stale)))))
         half = self.root / f"{_LANDING}.half"
         write(half, text.encode())
         settle(self.root)
@@ -93,11 +102,19 @@ class Staging:
     def landing(self, key: str) -> list[str] | None:
         """Names of all the files, where a run of this input has come so far."""
         said = self._landing()
-        return said["names"] if said.get("key") == key else None
+        return [*said.names] if said.key == key else None
 
-    def _landing(self) -> dict[str, Any]:
+    def _landing(self) -> _Landing:
         file = self.root / _LANDING
-        return json.loads(file.read_bytes()) if file.is_file() else {}
+        if not file.is_file():
+            return _Landing("", (), ())
+        try:
+            said = made(_Landing, parsed(file.read_bytes()))
+            if odd := next((n for n in (*said.names, *said.stale) if not is_name(n)), None):
+                raise ValueError(f"{odd!r} is no name of a file")
+        except (ValueError, OSError) as error:
+            raise FoldError(f"{file} is damaged: {error}; remove {self.root} to begin anew") from None
+        return said
 
     def land(self, names: Iterable[str], head: str) -> None:
         """Bring the files to their places: the head leaves first and comes last.
@@ -109,7 +126,7 @@ class Staging:
             names: of the files.
             head: the one that no reader does without.
         """
-        stale = self._landing().get("stale", ())
+        stale = self._landing().stale
         old = self.root / _OLD
         old.mkdir(exist_ok=True)
         for name in (head, *sorted({*stale})):

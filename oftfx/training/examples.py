@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+Bar = Callable[[str, int], AbstractContextManager[Callable[[int, str], None]]]
+"""Opens a progress bar: ``with bar(title, all) as advance: advance(done, remark)``."""
 IGNORED = -100
 """The label of a token that is not learnt, as transformers has it."""
 
@@ -51,6 +54,13 @@ class Data(ABC):
     @abstractmethod
     def split(self, held_out: int) -> tuple[Data, Data]:
         """Without the last rows, and these."""
+
+    def check(self, bar: Bar) -> None:  # noqa: B027 texts have been read whole
+        """Look at what is only read when its batch comes, before the first step; of most kinds there is nothing.
+
+        Args:
+            bar: see `Bar`.
+        """
 
     @abstractmethod
     def together(self, chosen: Sequence[int]) -> dict[str, Tensor]:

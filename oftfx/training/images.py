@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,13 @@ import torch
 from torch import Tensor
 
 from oftfx.errors import MissingExtraError
-from oftfx.training.examples import Data
+from oftfx.training.examples import Bar, Data
 from oftfx.training.read_examples import DataError
 
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _PATCH = 16
+_MANY = 2000
+"""From here on looking at all of them takes seconds."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,27 @@ class Images(Data):
         cut = len(self) - held_out
         first, last = ((self.files[s], self.classes[s]) for s in (slice(0, cut), slice(cut, None)))
         return Images(*first, self.processor, self.patch, self.remarks), Images(*last, self.processor, self.patch)
+
+    def check(self, bar: Bar) -> None:
+        """Open every image, and read as much of it as its kind needs to know itself: its pixels come with its batch.
+
+        Raises:
+            DataError: one cannot be read; the first is named, and how many there are.
+        """
+        if len(self) < _MANY:
+            bar = _no_bar
+        bad = list[DataError]()
+        with bar("look at the images", len(self)) as advance:
+            for done, file in enumerate(self.files, 1):
+                try:
+                    _verify(file)
+                except DataError as error:
+                    bad.append(error)
+                advance(done, "")
+        if len(bad) > 1:
+            raise DataError(f"{bad[0]}; and {len(bad) - 1} more of {len(self)}")
+        if bad:
+            raise bad[0]
 
     def together(self, chosen: Sequence[int]) -> dict[str, Tensor]:
         """``pixel_values (n, channels, high, wide)`` and ``labels (n,)``."""
@@ -120,12 +144,27 @@ def _classes(folder: Path, names: list[str], config: Any) -> tuple[dict[str, int
 
 
 def _opened(file: Path) -> Any:
+    with _image(file) as image:
+        return image.convert("RGB")
+
+
+def _verify(file: Path) -> None:
+    with _image(file) as image:
+        image.verify()
+
+
+@contextmanager
+def _image(file: Path) -> Iterator[Any]:
     try:
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image
     except ImportError as error:
         raise MissingExtraError("pillow", "demo", "Reading images") from error
     try:
         with Image.open(file) as image:
-            return image.convert("RGB")
-    except (OSError, UnidentifiedImageError, ValueError, Image.DecompressionBombError) as error:
+            yield image
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # UnidentifiedImageError: OSError
         raise DataError(f"{file}: cannot be read as an image: {error}") from error
+
+
+def _no_bar(_title: str, _total: int) -> AbstractContextManager[Callable[[int, str], None]]:
+    return nullcontext(lambda _done, _remark: None)

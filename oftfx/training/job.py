@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from oftfx.rotation.spec import OFT
 from oftfx.surgery import plan as plan_of
 from oftfx.surgery import transform
 from oftfx.training.claim import check_data, claimed
-from oftfx.training.examples import Data
+from oftfx.training.examples import Bar, Data
 from oftfx.training.images import read_images
 from oftfx.training.minimise import Schedule, minimise
 from oftfx.training.progress import FILE as PROGRESS
@@ -38,8 +37,6 @@ from oftfx.training.recipe import Recipe, RecipeError
 from oftfx.typed_json import made, parsed
 
 ADAPTER, RESULT, SCALES = "adapter", "oftfx_training.json", "scales"
-Bar = Callable[[str, int], AbstractContextManager[Callable[[int, str], None]]]
-"""Opens a progress bar: ``with bar(title, all) as advance: advance(done, remark)``."""
 
 
 @dataclass
@@ -119,6 +116,8 @@ class Training:
             parts = data, read(Path(recipe.held_out))
         else:
             parts = data.split(min(recipe.held_out_rows, len(data) // 5))
+        for part in parts:
+            part.check(self.bar)
         self.say(f"{parts[0].said}, {len(parts[1])} held out")
         torch.manual_seed(recipe.seed)
         device = recipe.device if recipe.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"

@@ -86,6 +86,21 @@ def test_what_does_not_fit(base, ids, tmp_path, tiny_llama):
         oftfx.load_folded(tmp_path / "folded", device_map="cpu")
     with pytest.raises(AdapterFileError, match="only in the file"):
         oftfx.load_folded(tmp_path / "folded", tiny_llama(hidden_size=192, intermediate_size=160))
+    file = tmp_path / "folded" / "quanto_qmap.json"
+    good = json.loads(file.read_text())
+    site = next(iter(good))
+    for bad, said in (
+        ("{", "is not a JSON object"),
+        ("[1]", "is not a JSON object, but list"),
+        (json.dumps(good | {site: "int8"}), f"is damaged: .{site} is 'int8', expected an object"),
+        (json.dumps(good | {site: {}}), f"is damaged: {site}.weights is None, expected one of none, "),
+        (json.dumps(good | {site: {"weights": "qint9", "activations": "none"}}), "weights is 'qint9', expected one of"),
+        (json.dumps(good | {"model.nowhere": good[site]}), "has no attribute `nowhere`; save the fold again"),
+    ):
+        file.write_text(bad)
+        with pytest.raises(AdapterFileError, match=said):
+            oftfx.load_folded(tmp_path / "folded")
+    file.write_text(json.dumps(good))
     other = base("int8")
     with pytest.raises(AdapterFileError, match=r"layers\.0\.self_attn"):
         oftfx.load_folded(tmp_path / "folded", other)

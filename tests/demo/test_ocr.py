@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 import oftfx
-from oftfx.demo import ocr, ocr_job, words
+from oftfx.demo import figures, ocr, ocr_job, words
 from oftfx.errors import OftfxError
 from tests.reference import dense_rotation, rel
 
@@ -111,6 +111,12 @@ def test_the_folded_model_is_a_plain_one(base, trained, folded):
 
 class Stop(Exception):
     pass
+
+
+def test_damaged_figures_are_named(tmp_path):
+    (tmp_path / "results.json").write_text("[1")
+    with pytest.raises(OftfxError, match=r"results\.json is not a JSON object: .*; remove it, or choose"):
+        figures.read(tmp_path, {"steps": 1}, print)
 
 
 def test_the_job_goes_on_after_an_interruption_and_writes_its_figures(tmp_path, monkeypatch):

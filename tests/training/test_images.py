@@ -1,10 +1,13 @@
 """Images in folders: which class each is of, what a model reads, and a run that learns them."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
 import oftfx
 from oftfx.opened import open_model
+from oftfx.training import images
 from oftfx.training.images import read_images
 from oftfx.training.read_examples import DataError
 from tests.cli.command import run
@@ -98,6 +101,26 @@ def test_what_is_no_image(folder, tmp_path):
     data = read_images(folder, Processor(), Config)
     with pytest.raises(DataError, match=r"00\.png: cannot be read as an image"):
         data.together(range(40))
+
+
+def test_images_are_looked_at_before_the_first_step(base, folder, tmp_path, monkeypatch):
+    options = ["--base", base, "--data", folder, "--block-size", 8, "--steps", 2, "--held-out-rows", 4]
+    whole = (folder / "light" / "03.png").read_bytes()
+    (folder / "light" / "03.png").write_bytes(whole[:-30])  # a copy that was cut off: its header is sound
+    done = run("train", tmp_path / "run", *options)
+    assert done.status == 1
+    assert done.lines[-1].startswith(f"error: {folder}/light/03.png: cannot be read as an image: ")
+    (folder / "dark" / "00.png").write_text("nothing")
+    (folder / "dark" / "01.png").write_text("nothing")
+    data = read_images(folder, Processor(), Config)
+    bars = []
+    for many, opened in ((images._MANY, 0), (40, 1)):
+        monkeypatch.setattr(images, "_MANY", many)
+        with pytest.raises(DataError, match=r"\.png: cannot be read as an image: .*; and 2 more of 40$"):
+            data.check(lambda *said: bars.append(said) or nullcontext(lambda *_: None))
+        assert len(bars) == opened
+    assert bars == [("look at the images", 40)]
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_run_learns_them_and_goes_on(base, folder, tmp_path):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from oftfx.planning.from_peft import spec_from_config
 from oftfx.rotation.module import Rotation
 from oftfx.rotation.skew import skew_size
 from oftfx.rotation.spec import OFT
+from oftfx.typed_json import parsed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +60,7 @@ def is_oft(directory: str | Path) -> bool:
     if (Path(directory) / PLAN_FILE).is_file():
         return True
     try:
-        config = json.loads((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))
+        config = parsed((Path(directory) / CONFIG_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("peft_type") == "OFT"
