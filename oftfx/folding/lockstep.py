@@ -174,7 +174,10 @@ def _modes() -> Callable[[], ExitStack]:
     """What a new thread does not inherit: no gradients; the caller's autocast, default device, device and stream."""
     devices = [d for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)]
     dtypes = {d: torch.get_autocast_dtype(d) for d in devices}
-    default = torch.get_default_device()
+    try:
+        default = torch.get_default_device()
+    except AttributeError:  # torch 2.7, where somebody has called set_default_device(None)
+        default = torch.device("cpu")
     stream = torch.cuda.current_stream() if torch.cuda.is_initialized() else None
 
     def enter() -> ExitStack:
