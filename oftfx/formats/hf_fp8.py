@@ -134,13 +134,10 @@ def make_fp8_linear(
         from transformers.integrations.finegrained_fp8 import FP8Linear
     except ImportError as error:
         raise MissingExtraError("transformers", "hf", "Making a float8 layer") from error
+    if scale_fmt != "float":  # older ones know no other
+        kwargs["scale_fmt"] = scale_fmt
     layer = FP8Linear(
-        linear.in_features,
-        linear.out_features,
-        block_size=block_size,
-        scale_fmt=scale_fmt,
-        has_bias=linear.bias is not None,
-        **kwargs,
+        linear.in_features, linear.out_features, block_size=block_size, has_bias=linear.bias is not None, **kwargs
     )
     if linear.bias is not None:
         layer.bias = nn.Parameter(linear.bias.detach().clone())
