@@ -96,6 +96,7 @@ def test_passes_are_a_subpackage_and_nothing_lands_beside_the_package(tmp_path):
         *(f"oftfx/{path.relative_to(ROOT)}" for path in (ROOT / "passes").rglob("*.py")),
         "oftfx/LICENSE",
         "oftfx/py.typed",
+        "oftfx/inspecting/tested.json",
         *(str(path.relative_to(ROOT)) for path in (ROOT / "oftfx/pages/templates").iterdir()),
     } <= set(names)
     code = "import oftfx, oftfx.passes, oftfx.formats as f; print(oftfx.__file__, sorted(f.formats()))"

@@ -9,8 +9,6 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from importlib import metadata
-from typing import Any
 
 import torch
 import torch.nn as nn
@@ -18,17 +16,13 @@ import torch.nn as nn
 from oftfx.errors import MissingExtraError
 from oftfx.folds import fold
 from oftfx.formats.registry import formats
+from oftfx.inspecting.packages import Package, packages
 from oftfx.precision import relative_error
 from oftfx.rotation.spec import OFT
 from oftfx.surgery import transform
 from oftfx.terminal import render
 from oftfx.version import __version__
 
-FLOORS = {"torch": "2.7", "safetensors": "0.4.5"}
-TESTED = {
-    "torch": "2.13.0", "safetensors": "0.8.0", "transformers": "5.24.0", "accelerate": "1.15.0", "peft": "0.21.2",
-    "bitsandbytes": "0.50.0", "onnx": "1.22.0", "onnxruntime": "1.28.0", "onnxruntime-genai": "0.18.0",
-}  # fmt: skip
 EXTRA_OF = {
     "bnb4": "bnb", "bnb8": "bnb", "gptq": "gptq", "awq": "awq", "aqlm": "aqlm", "eetq": "eetq", "hqq": "hqq",
     "torchao": "torchao", "quanto": "quanto", "compressed_tensors": "compressed-tensors", "inc_fp8": "inc",
@@ -58,24 +52,26 @@ class Installation:
 
     Attributes:
         system: Python, machine, cores, CPU capability, GPUs.
-        packages: of each extra: the version that is here (empty: none), the oldest that is allowed, the newest that was
-            tested.
+        packages: what oftfx and its extras ask for.
         formats: each tried.
     """
 
     system: dict[str, str]
-    packages: tuple[tuple[str, str, str, str], ...]
+    packages: tuple[Package, ...]
     formats: tuple[Tried, ...]
 
     @property
     def is_sound(self) -> bool:
-        """Nothing that is installed fails."""
+        """Nothing that is installed fails; a version that was not tested is no failure."""
         return all(f.state != "fails" for f in self.formats)
 
     def __str__(self) -> str:
         lines = [f"{name}: {value}" for name, value in self.system.items()]
-        rows = [(n, here or "not installed", oldest, newest) for n, here, oldest, newest in self.packages]
-        tables = render("Packages", ("package", "here", "oldest allowed", "newest tested"), rows)
+        rows = [
+            (p.name, ", ".join(p.extras) or "oftfx", p.here or "not installed", p.allowed, _range(p), p.remark)
+            for p in self.packages
+        ]
+        tables = render("Packages", ("package", "for", "here", "allowed from", "tested", "remark"), rows)
         tables += render("Weight formats, tried on a layer of their own", ("format", "state", "remark"),
                          [(f.name, f.state, f.remark) for f in self.formats])  # fmt: skip
         return "\n".join(lines) + "\n" + tables
@@ -88,15 +84,16 @@ class Installation:
 def look(progress: Callable[[int, int], None] | None = None) -> Installation:
     """Look at packages, and try every format: make a layer, rotate it, fold it exactly, and compare outputs."""
     known = formats()
-    tried = []
+    found = []
     for done, name in enumerate(reversed(known), 1):
-        tried.append(_tried(name))
+        found.append(tried(name))
         if progress is not None:
             progress(done, len(known))
-    return Installation(_system(), tuple(_packages()), tuple(tried))
+    return Installation(_system(), packages(), tuple(found))
 
 
-def _tried(name: str) -> Tried:
+def tried(name: str) -> Tried:
+    """Make a layer of one format, rotate it, fold it exactly, and compare outputs."""
     known = formats()[name]
     with _quiet():
         try:
@@ -111,10 +108,10 @@ def _tried(name: str) -> Tried:
         try:
             torch.manual_seed(0)
             model = transform(nn.Sequential(layer), {"*": OFT(32, init="normal")}, inplace=True).eval()  # type: ignore[union-attr]
-            x = torch.randn(5, SHAPE[0], dtype=_dtype(known, layer))
+            folded = fold(model, quantized="float").model
+            x = torch.randn(5, SHAPE[0], dtype=folded[0].weight.dtype)  # layers may say another dtype and take this
             with torch.no_grad():
-                unfolded = model(x).float()
-                kept = fold(model, quantized="float").model(x).float()
+                kept, unfolded = folded(x).float(), model(x).float()
             distance = relative_error(kept, unfolded)
         except Exception as error:  # any package's
             return Tried(name, "fails", f"{type(error).__name__}: {_short(error)}")
@@ -122,28 +119,8 @@ def _tried(name: str) -> Tried:
     return Tried(name, "works" if distance < 2e-2 else "fails", remark)
 
 
-def _dtype(known: Any, layer: nn.Module) -> torch.dtype:
-    try:
-        found = known.dtype(layer)
-    except Exception:  # it is only a guess for the input
-        return torch.float32
-    return found if found in (torch.float32, torch.float16, torch.bfloat16) else torch.float32
-
-
-def _packages() -> Iterator[tuple[str, str, str, str]]:
-    floors = dict(FLOORS)
-    for line in metadata.requires("oftfx") or ():
-        requirement = line.partition(";")[0].strip()
-        name, _, floor = requirement.partition(">=")
-        name = name.partition("[")[0].partition("==")[0].strip()
-        if name != "oftfx":
-            floors.setdefault(name, floor.partition(",")[0].strip())
-    for name, floor in floors.items():
-        try:
-            here = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            here = ""
-        yield name, here, floor, TESTED.get(name, "")
+def _range(package: Package) -> str:
+    return package.oldest if package.oldest == package.newest else f"{package.oldest} to {package.newest}"
 
 
 def _system() -> dict[str, str]:

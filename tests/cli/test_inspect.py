@@ -1,4 +1,5 @@
 import json
+from importlib import metadata
 
 import pytest
 
@@ -67,6 +68,7 @@ def test_a_plan_and_a_report(files):
 def test_the_installation(monkeypatch):
     from oftfx.formats.registry import formats
     from oftfx.inspecting.installation import look
+    from oftfx.inspecting.packages import tested
 
     done = run("doctor", "--json")
     found = json.loads(done.out)
@@ -74,7 +76,16 @@ def test_the_installation(monkeypatch):
     assert states["dense"] == "works"
     assert set(states) == set(formats())
     assert (done.status == 0) == ("fails" not in states.values())
-    assert any(p[0] == "torch" and p[1] for p in found["packages"])
+    torch = next(p for p in found["packages"] if p["name"] == "torch")
+    assert torch["here"] == metadata.version("torch")
+    assert (torch["allowed"], torch["oldest"]) == ("2.7", tested()["torch"]["oldest"])
+
+    monkeypatch.setattr("oftfx.inspecting.packages.tested", lambda: {"torch": {"oldest": "1.0", "newest": "1.9"}})
+    remarked = look()
+    torch = next(p for p in remarked.packages if p.name == "torch")
+    assert (torch.oldest, torch.newest, torch.remark) == ("1.0", "1.9", "newer than tested")
+    assert "newer than tested" in str(remarked)
+    assert remarked.is_sound == (done.status == 0)
 
     def broken(*_, **__):
         raise RuntimeError("a kernel that is not there")
