@@ -17,20 +17,11 @@ from oftfx.demo.job_table import COLUMNS, table_rows
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, it knows its own folder only
 
-from tools.docs import server_tables  # noqa: E402
+from tools.docs import fold_tables, server_tables  # noqa: E402
+from tools.docs.markdown import markdown, unbroken  # noqa: E402
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "tools/docs/pages").rglob("*.md")))
 _TABLE = re.compile(r"(<!-- (?!end\b)([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-
-
-def markdown(columns, rows):
-    lines = ["| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
-    return unbroken("\n".join([*lines, *("| " + " | ".join(r) + " |" for r in rows)]))
-
-
-def unbroken(text):
-    """No line ends between a figure and its unit."""
-    return re.sub(r"(\d) (%|ms|MiB|/)", "\\1\N{NO-BREAK SPACE}\\2", text)
 
 
 def _quickstart_results():
@@ -191,127 +182,6 @@ def against_peft():
     return markdown(("case", "PEFT", "oftfx"), [(r["case"], r["PEFT"], r["oftfx"]) for r in rows if r["brief"]])
 
 
-POLICIES = ("requantize", "calibrate")
-FOLDS = {
-    "none": "base, no adapter",
-    "unfolded": "adapter, unfolded",
-    "keep": "`keep`",
-    "float": "`float`",
-    "requantize": "`requantize`",
-    "PEFT": "PEFT's merge",
-    "GPTQ after merging in float": "merged in floats, then GPTQ",
-    "calibrate": "`calibrate`",
-    "fold-aware": "`calibrate`, then scales trained",
-    "fold-aware, unfolded": "the same adapter, unfolded",
-    "unfolded, trained on": "40 plain steps more, unfolded",
-    "base calibrated": "base, no adapter, calibrated",
-    "reference": "`reference`",
-    "reference, calibrated": "`reference`, calibrated",
-}
-"""What policies are called, in the order of the rows."""
-
-
-def _fold_rows(model):
-    results = json.loads((ROOT / "tools/results/fold_quality.json").read_text())
-    return [r for r in results["rows"] if r["model"] == model]
-
-
-def fold_quality(model):
-    """One row a policy, one column a base; adapters trained on that base, then those trained on floats."""
-    rows = _fold_rows(model)
-    bases = list(dict.fromkeys(r["base"] for r in rows))
-    floats = any(r["trained_on"] == "float" for r in rows)
-    table = []
-    for on_floats in (False, True):
-        chosen = [r for r in rows if (r["trained_on"] == "float") == on_floats]
-        for policy, name in FOLDS.items():
-            found = {b: [r for r in chosen if (r["base"], r["policy"]) == (b, policy)] for b in bases}
-            if any(found.values()):
-                where = ["float model" if on_floats else "same base"] if floats else []
-                table.append((*where, name, *(_quality(found[b], model) for b in bases)))
-    return markdown((*(["adapter trained on"] if floats else []), "fold", *bases), table)
-
-
-def _quality(rows, model):
-    """The score of the first seed; of all the mean share, and half the distance from the least to the greatest."""
-    if not rows:
-        return ""
-    if "refused" in rows[0]:
-        return "refuses"
-    text = f"{rows[0]['score']:.2f}" if model.startswith("Smol") else f"{rows[0]['score']:.4f}"
-    if rows[0]["policy"] == "none":
-        return text
-    kept = [100 * r["kept"] for r in rows]
-    spread = f" ± {(max(kept) - min(kept)) / 2:.1f}" if len(kept) > 1 and max(kept) > min(kept) else ""
-    return f"{text} ({sum(kept) / len(kept):.1f}{spread} %)"
-
-
-def fold_seconds(model):
-    """How long folds took, on one core beside other work."""
-    rows = [r for r in _fold_rows(model) if "seconds" in r and r["trained_on"] != "float"]
-    bases = list(dict.fromkeys(r["base"] for r in rows))
-    table = []
-    for policy, name in FOLDS.items():
-        found = {b: [r["seconds"] for r in rows if (r["base"], r["policy"]) == (b, policy)] for b in bases}
-        if any(found.values()):
-            table.append((name, *(f"{min(s):.3g}" if (s := found[b]) else "" for b in bases)))
-    return markdown(("seconds", *bases), table)
-
-
-def fold_rates():
-    """The sweep of learning rates."""
-    rows = json.loads((ROOT / "tools/results/fold_quality.json").read_text())["sweeps"]
-    return markdown(
-        ("model", "base", "judged by", "no adapter", *("rate: unfolded",) * 3),
-        [
-            (r["model"], r["base"], r["by"], f"{r['none']:.4g}", *(f"{k}: {v:.4g}" for k, v in r["rates"].items()))
-            for r in rows
-        ],
-    )
-
-
-def aware_step():
-    """What a step of training through the fold costs."""
-    rows = json.loads((ROOT / "tools/results/fold_aware.json").read_text())["rows"]
-    scales, anew = rows["calibrate"], rows["requantize"]
-    return unbroken(
-        f"A training step of SmolLM2 in NF4 (4x128 tokens, two cores) takes {scales['step']:.2f} of a plain one with "
-        f"scales that train, and {anew['step']:.2f} where\nweights are rounded anew; the largest memory of the process "
-        f"is {scales['memory']:.2f} and {anew['memory']:.2f} of the plain one's."
-    )
-
-
-def few_tokens():
-    """A row a format: how far calibrating is below nearest rounding, by number of tokens."""
-    rows = json.loads((ROOT / "tools/results/few_tokens.json").read_text())["summary"]
-    tokens = list(dict.fromkeys(r["tokens"] for r in rows))
-    by = {(r["format"], r["tokens"]): r for r in rows}
-    table = []
-    for name in dict.fromkeys(r["format"] for r in rows):
-        found = [by[name, t] for t in tokens]
-        cells = [f"{r['median']:.2f} / {r['largest to the better of nearest and old']:.2f}" for r in found]
-        table.append((name, str(found[0]["layers"]), *cells))
-    return markdown(("format", "layers", *(f"{t:,} tokens" for t in tokens)), table)
-
-
-def updates():
-    rows = json.loads((ROOT / "tools/results/fold_quality.json").read_text())["updates"]
-    by = {(r["format"], r["policy"]): r for r in rows}
-    table = []
-    for name in dict.fromkeys(r["format"] for r in rows):
-        plain, calibrated = by[name, "requantize"], by[name, "calibrate"]
-        table.append(
-            (
-                name,
-                *(f"{100 * r['survival']:.1f} %" for r in (plain, calibrated)),
-                *(f"{100 * r['output_survival']:.1f} %" for r in (plain, calibrated)),
-                *(f"{100 * r['output_error']:.2f} %" for r in (plain, calibrated)),
-            )
-        )
-    heads = [f"{what}, {policy}" for what in ("survival", "in the output", "output error") for policy in POLICIES]
-    return markdown(("format", *heads), table)
-
-
 def serving():
     rows = json.loads((ROOT / "tools/results/serving.json").read_text())["rows"]
     variants = list(dict.fromkeys(r["variant"] for r in rows))
@@ -359,14 +229,15 @@ def tables():
         "policies": policies(),
         "hot swap": hot_swap(),
         "quickstart": quickstart(),
-        "fold smollm2": fold_quality("SmolLM2-135M"),
-        "fold minilm": fold_quality("MiniLM-L6"),
-        "fold ocr": fold_quality("english_g2"),
-        "fold seconds": fold_seconds("SmolLM2-135M"),
-        "fold rates": fold_rates(),
-        "few tokens": few_tokens(),
-        "aware step": aware_step(),
-        "fold updates": updates(),
+        "fold smollm2": fold_tables.fold_quality("SmolLM2-135M"),
+        "fold minilm": fold_tables.fold_quality("MiniLM-L6"),
+        "fold ocr": fold_tables.fold_quality("english_g2"),
+        "fold seconds": fold_tables.fold_seconds("SmolLM2-135M"),
+        "fold rates": fold_tables.fold_rates(),
+        "few tokens": fold_tables.few_tokens(),
+        "retention": fold_tables.retention(),
+        "aware step": fold_tables.aware_step(),
+        "fold updates": fold_tables.updates(),
         "speed": speed(),
         "scaling": scaling(),
         "checkpoint": checkpoint(),
