@@ -189,12 +189,15 @@ class Grid:
         if old is None or not search:
             return new
         kept = replace(self.encode(weight, old.scale, old.zero), parts=old.parts)
-        return min(kept, new, key=lambda coded: float(self._missed(weight, coded, importance)))
+        return min(kept, new, key=lambda coded: self._missed(weight, coded, importance))
 
-    def _missed(self, weight: Tensor, coded: Codes, importance: Tensor | None) -> Tensor:
+    def _missed(self, weight: Tensor, coded: Codes, importance: Tensor | None) -> float:
         """Squared error of a weight, by what each element counts."""
-        missed = (self.values(coded) - weight).square_()
-        return missed.sum() if importance is None else (missed * importance).sum()
+        total = 0.0
+        for rows, groups, grid in self._bands(weight.device):
+            missed = (grid._values(coded.cut(rows, groups)) - weight[rows]).square_()
+            total += float((missed if importance is None else missed.mul_(importance[rows])).sum(dtype=torch.float64))
+        return total
 
     def _range(
         self, weight: Tensor, search: bool, importance: Tensor | None, old: Codes | None

@@ -1,8 +1,10 @@
 """Runs that end early: killed, out of room, at the same time. What the next one makes is the same to the byte."""
 
+import contextlib
 import errno
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -20,7 +22,7 @@ from tests.streaming.compare import ALL, adapter_for, files, sums
 pytestmark = [pytest.mark.needs("transformers"), pytest.mark.filterwarnings("ignore:.*other code reads:UserWarning")]
 HIDDEN = ".oftfx-fold-checkpoint"
 
-SLOWLY = """
+PREPARED = """
 import os, sys, time
 from oftfx.streaming import writer, staging
 import oftfx, torch
@@ -34,10 +36,29 @@ def rename(*arguments):
     time.sleep(0.03)
     return real_rename(*arguments)
 os.pwrite, staging.rename = pwrite, rename
+"""
+SLOWLY = (
+    PREPARED
+    + """
 print("begin", flush=True)
 oftfx.fold_checkpoint(*sys.argv[1:4])
 print("end", flush=True)
 """
+)
+FORKED = (
+    PREPARED
+    + """
+import transformers.models.llama.modeling_llama
+for line in sys.stdin:
+    child = os.fork()
+    if not child:
+        oftfx.fold_checkpoint(*line.rstrip().split(chr(9)))
+        os._exit(0)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+)
+"""Processes of one that has imported everything: a fold for each line."""
 
 
 @pytest.fixture
@@ -59,23 +80,30 @@ def test_killed_twenty_times(parts, tmp_path):
     base, adapter, out = parts
     before = sums(base)
     oftfx.fold_checkpoint(base, adapter, tmp_path / "undisturbed")
-    process = start((base, adapter, tmp_path / "timed"))
+    command = [sys.executable, "-W", "ignore", "-c", FORKED]
+    parent = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+    def fold(directory, longest=None):
+        """The exit status of a fold; one that takes longer is killed."""
+        parent.stdin.write("\t".join(map(str, (base, adapter, directory))).encode() + b"\n")
+        child = int(parent.stdout.readline())
+        if not select.select([parent.stdout], [], [], longest)[0]:
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(child, signal.SIGKILL)
+        return int(parent.stdout.readline())
+
     began = time.monotonic()
-    assert process.communicate()[0] == "end\n"
+    assert fold(tmp_path / "timed") == 0
     whole, kills, choose = time.monotonic() - began, 0, random.Random(7)
     while kills < 20:
-        process = start(parts)
-        try:
-            process.wait(choose.uniform(0.0, whole))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            kills += 1
-        process.stdout.close()
-        if process.returncode == 0:  # it was done before; what is there is right, and it begins again
+        status = fold(out, choose.uniform(0.0, whole))
+        assert status in (0, -signal.SIGKILL)
+        kills += status != 0
+        if status == 0:  # it was done before; what is there is right, and it begins again
             assert sums(out) == sums(tmp_path / "undisturbed")
             for path in sorted(out.iterdir()):
                 path.unlink()
+    parent.communicate()
     if not (out / "oftfx_fold.json").exists() or (out / HIDDEN).exists():
         oftfx.fold_checkpoint(base, adapter, out)
     assert sums(out) == sums(tmp_path / "undisturbed")
