@@ -64,7 +64,7 @@ def inspect_graph_adapter(path: Path) -> Found:
 
 
 def _faults(model: Any, path: Path) -> tuple[str, ...]:
-    places = {e.value for i in model.graph.initializer for e in i.external_data if e.key == "location"}
+    places = {_text(e.value) for i in model.graph.initializer for e in i.external_data if e.key == "location"}
     missing = [p for p in places if Path(p).name != p or not (path.parent / p).is_file()]
     return tuple(f"its weights should be in {p}, which is not beside it" for p in missing)
 
@@ -79,13 +79,18 @@ def _plain(text: str) -> Any:
     return [json.dumps(v) if isinstance(v, dict) else v for v in value] if isinstance(value, list) else text
 
 
+def _text(value: str | bytes) -> str:
+    """A word of a graph: what is no UTF-8, the protocol buffers' reader gives as bytes."""
+    return value.decode(errors="backslashreplace") if isinstance(value, bytes) else value
+
+
 def _of_graph(onnx: Any, model: Any, path: Path) -> Found:
-    notes = {e.key.removeprefix("oftfx."): e.value for e in model.metadata_props}
+    notes = {_text(e.key).removeprefix("oftfx."): _text(e.value) for e in model.metadata_props}
     beside = path.with_name(f"{path.name}.data")
-    opsets = {o.domain or "onnx": o.version for o in model.opset_import}
-    counted = Counter(node.op_type for node in model.graph.node)
+    opsets = {_text(o.domain) or "onnx": o.version for o in model.opset_import}
+    counted = Counter(_text(node.op_type) for node in model.graph.node)
     facts: dict[str, Any] = {
-        "made by": f"{model.producer_name} {model.producer_version}".strip(),
+        "made by": f"{_text(model.producer_name)} {_text(model.producer_version)}".strip(),
         "opsets": opsets,
         "nodes": sum(counted.values()),
         "operators": dict(counted.most_common(12)),
@@ -97,8 +102,8 @@ def _of_graph(onnx: Any, model: Any, path: Path) -> Found:
     initial = {i.name for i in model.graph.initializer}
     for kind, values in (("input", model.graph.input), ("output", model.graph.output)):
         for value in values:
-            shape = [d.dim_param or str(d.dim_value) for d in value.type.tensor_type.shape.dim]
+            shape = [_text(d.dim_param) or str(d.dim_value) for d in value.type.tensor_type.shape.dim]
             dtype = onnx.TensorProto.DataType.Name(value.type.tensor_type.elem_type).lower()
-            rows.append((value.name, "default" if value.name in initial else kind, dtype, "x".join(shape)))
+            rows.append((_text(value.name), "default" if value.name in initial else kind, dtype, "x".join(shape)))
     faults = _faults(model, path)
     return Found("onnx", path, facts, Table("Inputs and outputs", ("name", "kind", "dtype", "shape"), rows), faults)
