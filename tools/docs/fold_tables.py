@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from tools.docs.markdown import markdown, unbroken
+from tools.docs.table_text import markdown, unbroken
 
 RESULTS = Path(__file__).parents[1] / "results"
 POLICIES = ("requantize", "calibrate")

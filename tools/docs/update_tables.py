@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))  # run as a script, it knows its own folder only
 
 from tools.docs import fold_tables, server_tables  # noqa: E402
-from tools.docs.markdown import markdown, unbroken  # noqa: E402
+from tools.docs.table_text import markdown, unbroken  # noqa: E402
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "tools/docs/pages").rglob("*.md")))
 _TABLE = re.compile(r"(<!-- (?!end\b)([\w ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
