@@ -84,6 +84,19 @@ def test_a_damaged_report_is_none(site):
             FoldReport.from_json(json.dumps(wrong))
 
 
+@pytest.mark.parametrize(
+    "measured",
+    [{"perplexity_before": 3.0}, {"perplexity_after": 3.0}, {"perplexity_before": 0.0, "perplexity_after": 3.0}],
+)
+def test_half_of_a_comparison_is_none(measured):
+    """The first was found by tools/fuzz: what shows a report has both."""
+    data = {"sites": [{"fqn": "a", "format": "bnb8", "action": "kept"}], "adapters": ["a"]}
+    both = {"output_error": 0.5, "perplexity_before": 2.0, "perplexity_after": 3.0}
+    assert "2.000 unfolded, 3.000 folded" in str(FoldReport.from_json(json.dumps(data | {"measured": both})))
+    with pytest.raises(FoldError, match="perplexity"):
+        FoldReport.from_json(json.dumps(data | {"measured": {"output_error": 0.5} | measured}))
+
+
 @pytest.mark.needs("rich")
 def test_text_from_files_cannot_command_the_terminal():
     assert plain("a\x1b[31m\r\u202eä\n") == "a\\x1b[31m\\r\\u202eä\n"

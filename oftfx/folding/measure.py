@@ -37,6 +37,12 @@ class Measured:
     effect: float | None = None
     perplexity_base: float | None = None
 
+    def __post_init__(self) -> None:
+        if (self.perplexity_before is None) != (self.perplexity_after is None):
+            raise ValueError("a perplexity before needs one after, and the other way round")
+        if any(p is not None and p <= 0 for p in (self.perplexity_base, self.perplexity_before, self.perplexity_after)):
+            raise ValueError("a perplexity is positive")
+
     @property
     def gain_kept(self) -> float | None:
         """Share of the adapters' gain in log-likelihood that the folded model has; None where there was none."""
