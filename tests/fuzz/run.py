@@ -97,6 +97,7 @@ class Run:
             (corpus / str(index)).write_bytes(data)
         limits = ("-max_len=200000", "-timeout=120", "-rss_limit_mb=0", "-verbosity=0", "-len_control=0")
         options = ["fuzz", str(corpus), f"-runs={self.runs - self.count}", f"-seed={self.seed + 1}", *limits]
+        options.append(f"-artifact_prefix={self.out}/")  # else in the working directory
         atheris.Setup(options, self.one, custom_mutator=changed)
         atheris.Fuzz()  # which ends the process
 
