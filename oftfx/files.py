@@ -149,8 +149,18 @@ def check_writable(path: Path, error: type[OftfxError]) -> None:
 
 def said(error: OSError) -> str:
     """What the system refused, where, and what to do; for errors that no `staging` has caught."""
-    where = _visible(Path(os.fsdecode(error.filename))) if error.filename else "standard output"  # which has no name
+    if of_output(error):
+        where = "standard output"
+    elif error.filename:
+        where = str(_visible(Path(os.fsdecode(error.filename))))
+    else:  # in a library's own words, which say where
+        return str(error)
     return f"{where}: cannot be written to or read: {error.strerror or error}; {advice(error)}"
+
+
+def of_output(error: OSError) -> bool:
+    """Whether standard output was refused, whose errors have no name of a file."""
+    return not error.filename and error.errno in _ADVICE
 
 
 def advice(error: OSError) -> str:

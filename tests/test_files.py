@@ -10,7 +10,7 @@ import pytest
 
 from oftfx import files
 from oftfx.errors import AdapterFileError, FoldError, OftfxError, OftfxWarning
-from oftfx.files import finish_landing, landing, of_version, remains, write, write_whole, written_by
+from oftfx.files import finish_landing, landing, of_output, of_version, remains, said, write, write_whole, written_by
 
 OLD = {"head.json": b"old head", "weights": b"old weights" * 9, "stale": b"of the old layout", "README.md": b"a user's"}
 NEW = {"head.json": b"the new head", "weights": b"the new weights" * 7, "more": b"more"}
@@ -302,6 +302,28 @@ def test_a_directory_made_for_nothing_is_gone(tmp_path, monkeypatch):
     with pytest.raises(OftfxError, match="make room there"):
         write_whole(tmp_path / "a" / "b" / "file", b"x")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "text", "output"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            "standard output: cannot be written to or read: No space left on device; make room there",
+            True,
+        ),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/a/b"),
+            "/a/b: cannot be written to or read: Read-only file system; choose a place that can be written to",
+            False,
+        ),
+        (OSError("no file named config.json in base"), "no file named config.json in base", False),
+        (OSError(errno.ECONNREFUSED, "Connection refused"), "[Errno 111] Connection refused", False),
+    ],
+)
+def test_errors_of_the_system_are_told_by_what_they_name(error, text, output):
+    """Libraries raise them with words alone, and sockets have no file: standard output is blamed for neither."""
+    assert (said(error), of_output(error)) == (text, output)
 
 
 def test_versions_are_named():

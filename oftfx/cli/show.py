@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from oftfx.errors import OftfxError, OftfxWarning
-from oftfx.files import check_writable, said
+from oftfx.files import check_writable, of_output, said
 from oftfx.terminal import remark_bar
 
 DONE, FAILED, WRONG_USE, DIFFERENT, INTERRUPTED = 0, 1, 2, 3, 130
@@ -141,7 +141,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 def refused(error: OSError) -> None:
     """What the system refused, as one message."""
-    if not error.filename:
+    if of_output(error):
         _end_of_output()
     fail(OftfxError(said(error)))
 
